@@ -1,0 +1,312 @@
+"""The command line: options in, one call, errors out.
+
+Heavy imports stand inside the commands, so that `ismdata --help` is quick.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from ismdata.errors import IsmdataError, UsageError
+from ismdata.terminal import StageProgress, note
+
+Returned = TypeVar("Returned")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Multi-turn conversations to packed Arrow shards, and models trained with the Intermittent "
+    "Semi-working Mask.\n\n"
+    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, chat. "
+    "`ismdata demo` walks all of it on a bundled sample.",
+    epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
+)
+
+
+Mask = Literal["ism", "causal", "prefix"]
+OverLong = Literal["split", "drop", "truncate", "error"]
+History = Literal["append", "expand"]
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+Workers = Annotated[int, typer.Option(help="Threads to use, 0 for all cores. The output does not depend on it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Turn errors that ismdata raises on purpose into one line on stderr and their exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Returned:
+        try:
+            return command(*args, **kwargs)
+        except IsmdataError as error:
+            note(f"error: {error}")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            note("interrupted: nothing half-written is left")
+            raise typer.Exit(130) from interrupt
+
+    return wrapped
+
+
+@app.command()
+@explained
+def convert(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders or hub names: JSON Lines, JSON, Parquet, text, .gz, .zip.")
+    ],
+    output: Output,
+    format_: Annotated[
+        str, typer.Option("--format", help="The corpus format, or auto to detect it from the content.")
+    ] = "auto",
+    role: Annotated[
+        list[str] | None, typer.Option(help="Map a role name, as in bot=assistant. May be given several times.")
+    ] = None,
+    workers: Workers = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read raw corpora into one folder of conversations.
+
+    Each record becomes a conversation, or a line of quarantine.jsonl that says why not: read = written + quarantined.
+    """
+    from ismdata import view
+    from ismdata.convert import convert
+
+    with StageProgress() as progress:
+        report = convert(
+            sources,
+            output,
+            format=format_,
+            roles=_roles(role or []),
+            workers=workers,
+            overwrite=overwrite,
+            progress=lambda done, total: progress("convert", done, total),
+        )
+    _show(view.convert_report(report), as_json=as_json)
+
+
+@app.command()
+@explained
+def pack(
+    converted: Annotated[list[Path], typer.Argument(help="Folders that `ismdata convert` wrote.")],
+    output: Output,
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer: local folder, GGUF file or hub name.")],
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or chatml. Default: the tokenizer's own template.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
+    mask: Annotated[Mask, typer.Option(help="The mask that block tables and targets are made for.")] = "ism",
+    over_long: Annotated[
+        OverLong,
+        typer.Option(help="Conversations longer than a sequence: split at turn borders, drop, truncate, or stop."),
+    ] = "split",
+    history: Annotated[
+        History,
+        typer.Option(
+            help="Templates that rewrite earlier turns: append keeps what was fed, as a KV cache does; "
+            "expand makes one document an answer, each exactly as rendered."
+        ),
+    ] = "append",
+    template_arg: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the template, as in enable_thinking=false.")
+    ] = None,
+    template_date: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
+    ] = None,
+    prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    workers: Workers = 0,
+    seed: Annotated[int, typer.Option(help="Decides which documents share a sequence, and the order.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenize conversations and pack them into sequences: tokens, spans, targets, positions, block tables.
+
+    Conversations in = packed + quarantined. Every answer of a packed conversation is a target exactly once.
+    """
+    from ismdata import view
+    from ismdata.pack import pack
+    from ismdata.template import DEFAULT_DATE, parse_arguments
+
+    with StageProgress() as progress:
+        report = pack(
+            converted,
+            output,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            seq_len=seq_len,
+            mask=mask,
+            over_long=over_long,
+            history=history,
+            template_arguments=parse_arguments(template_arg or []),
+            template_date=_date(template_date) if template_date else DEFAULT_DATE,
+            prefix_every=prefix_every,
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+            notify=note,
+            progress=progress,
+        )
+    _show(view.pack_report(report), as_json=as_json)
+
+
+@app.command()
+@explained
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A converted or packed folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a folder: files against its index, and every invariant on every row. Exit code 1 where one is broken."""
+    from ismdata import view
+    from ismdata.verify import verify
+
+    report = verify(folder)
+    _show(view.verify_report(report), as_json=as_json)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@explained
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A converted or packed folder.")],
+    row: Annotated[int | None, typer.Option(help="Show this row: its text by spans, its targets, its mask.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a folder: counts, lengths, fill and quarantine; or at one packed row."""
+    from ismdata import view
+
+    if row is None:
+        _show(view.folder_summary(folder), as_json=as_json)
+    else:
+        from ismdata.encoder import ConversationEncoder
+
+        _show(
+            view.row(folder, row, decode=lambda: ConversationEncoder.load(folder / "tokenizer").decode), as_json=as_json
+        )
+
+
+@app.command()
+@explained
+def train(
+    packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
+    model: Annotated[
+        str, typer.Option(help="tiny, small or base from scratch; or a local folder, GGUF file or hub name.")
+    ],
+    output: Output,
+    mask: Annotated[
+        Mask | None, typer.Option(help="Default: the mask of the shards. ism and causal shards serve each other.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; cosine decay after the warm-up.")] = 3e-4,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
+    seed: Annotated[int, typer.Option(help="Decides initial weights and the order of sequences.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model on packed sequences. The mask is recorded with it, for `ismdata chat` and
+    `ismdata.attention.load`.
+    """
+    from ismdata import view
+    from ismdata.train import train
+
+    report = train(
+        packed,
+        model=model,
+        output=output,
+        mask=mask,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        seed=seed,
+        overwrite=overwrite,
+        say=note,
+    )
+    _show(view.train_report(report), as_json=False)
+
+
+@app.command()
+@explained
+def chat(
+    model: Annotated[Path, typer.Argument(help="A folder that `ismdata train` wrote.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides what is drawn at a temperature above 0.")] = 0,
+    mask: Annotated[
+        Mask | None, typer.Option(help="For a model that records no mask. Default: the one it was trained under.")
+    ] = None,
+) -> None:
+    """Talk with a model in the terminal, turn after turn. The KV cache survives from turn to turn."""
+    from ismdata.chat import Sampling, open_chat, run_terminal
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    run_terminal(open_chat(model, mask=mask, system=system, max_new_tokens=max_new_tokens, sampling=sampling))
+
+
+@app.command()
+@explained
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Walk the whole road on the bundled sample: no network, no GPU, a few minutes."""
+    from ismdata.demo import run_demo
+
+    run_demo(output, overwrite=overwrite)
+
+
+def _show(shown: Any, *, as_json: bool) -> None:
+    """Print a view: as one JSON object, or rendered for the terminal."""
+    if as_json:
+        json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
+        print()
+    else:
+        from rich.console import Console
+
+        # Where there is no terminal there is no width to fit: names and paths stay whole.
+        Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def _roles(pairs: list[str]) -> dict[str, str]:
+    roles = {}
+    for pair in pairs:
+        name, separator, role = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"--role {pair}: expected NAME=ROLE, as in bot=assistant")
+        roles[name] = role
+    return roles
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"--template-date {text}: expected YYYY-MM-DD, as in 2024-07-26") from error
+
+
+def main() -> None:
+    # A polite end is an interruption too: what is half-written goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()
+
+
+if __name__ == "__main__":
+    main()

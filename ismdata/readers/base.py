@@ -1,0 +1,151 @@
+"""What a corpus format is: one object that recognises a record and turns it into a draft, one at a time or by columns.
+
+Two roads lead from raw records to canonical rows. `draft` is the general one: one record, plain Python, every quirk.
+`columns` is the fast one: a whole block at once, and it may decline the block or single rows of it, which then take the
+general road. Both give the same rows; the tests hold them to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+#: Fields that can name a record, the first one present wins.
+ID_FIELDS = ("id", "conversation_id", "dialogue_id", "dialog_id", "uuid")
+
+#: How much of a found value an error message shows.
+_SHOWN = 80
+
+
+class Refused(Exception):
+    """One record cannot be used: `reason` is a key of `conversation.REASONS`, `detail` the sentence a person reads."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A record taken apart by its format, before the rules that all formats share.
+
+    `messages` are dicts whose keys are those of `conversation.MESSAGE_TYPE` plus `function_call`; their values and role
+    names are still the corpus's own. `extra` holds the record's fields that have no place of their own; they become
+    `meta`. `ignored` names message fields that are left out.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    id: Any = None
+    tools: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """A block of N records with M messages in all, as columns.
+
+    Rows whose `care` is set are left to the general road; their messages here can be anything. `optional` holds columns
+    of `conversation.MESSAGE_TYPE` beyond role and content.
+    """
+
+    ids: pa.Array | None  # string[N], null where a record has no id of its own
+    offsets: NDArray[np.int64]  # [N + 1], the messages of record i are offsets[i]:offsets[i + 1]
+    roles: pa.Array  # string[M] or a dictionary of strings, the corpus's own names
+    contents: pa.Array  # string[M]
+    optional: dict[str, pa.Array] = field(default_factory=dict)  # [M] each
+    care: NDArray[np.bool_]  # [N]
+
+
+class Block(Protocol):
+    """Some complete records of one source, in order."""
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """[N], the line or record number of each, counted from 1."""
+        ...
+
+    def record(self, row: int) -> Any:
+        """One record as Python values. Raises Refused where it cannot be read."""
+        ...
+
+    def raw(self, row: int) -> Any:
+        """One record as it stands in the source, for the quarantine: nothing is raised."""
+        ...
+
+    def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
+        """All records as a table of exactly this schema, or None when some record does not fit it.
+
+        `wrapped` says that a record is not an object but the value of the schema's only column.
+        """
+        ...
+
+    def texts(self) -> pa.Array | None:
+        """The records as string[N], or None when they are not plain lines of UTF-8."""
+        ...
+
+
+class Reader(Protocol):
+    """One corpus format."""
+
+    @property
+    def expects(self) -> str:
+        """The shape in a few words, for the list of formats in an error message."""
+        ...
+
+    @property
+    def plain_text(self) -> bool:
+        """Whether a record is a line of text rather than a JSON value."""
+        ...
+
+    def fits(self, record: Any) -> bool:
+        """Whether a record looks like one of this format."""
+        ...
+
+    def draft(self, record: Any) -> Draft:
+        """Take one record apart. Raises Refused."""
+        ...
+
+    def columns(self, block: Block) -> Columns | None:
+        """Take a block apart at once, or None where that is not possible."""
+        ...
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """The record as a dict. Raises Refused when it is not one."""
+    if not isinstance(record, dict):
+        raise Refused("not_an_object", f"the record is {kind_of(record)}; expected an object")
+    return record
+
+
+def take_id(fields: dict[str, Any]) -> Any:
+    """Remove the first identifier from `fields` and give it back, None when there is none. Empty ones go too."""
+    for name in ID_FIELDS:
+        value = fields.get(name)
+        if value == "":
+            del fields[name]
+        elif isinstance(value, str | int) and not isinstance(value, bool):
+            return fields.pop(name)
+    return None
+
+
+def kind_of(value: object) -> str:
+    """The JSON kind of a value, for error messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,62 @@
+"""Lists of strings: a record is its utterances and nothing else, speakers alternate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ismdata.readers.base import Block, Columns, Draft, Refused, fields_of, kind_of, take_id
+from ismdata.readers.columnar import flat_list, mask, per_record, turns
+
+#: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read.
+_FIELDS = ("messages", "dialog", "dialogue", "conversation", "conversations", "utterances", "turns")
+_SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """A record is a list of strings, or an object with such a list; the opener is the user."""
+
+    expects: str = "[text, text, …], or an object with such a list as its dialog"
+    plain_text: bool = False
+
+    def fits(self, record: Any) -> bool:
+        listed = record if isinstance(record, list) else _listed(record)[1]
+        return isinstance(listed, list) and bool(listed) and all(isinstance(text, str) for text in listed)
+
+    def draft(self, record: Any) -> Draft:
+        fields: dict[str, Any] = {}
+        listed = record
+        if not isinstance(record, list):
+            fields = dict(fields_of(record))
+            name, listed = _listed(fields)
+            if not isinstance(listed, list):
+                found = f"the record has {', '.join(fields) or 'no field'}"
+                raise Refused("missing_field", f"{found}; expected a list of strings in one of {', '.join(_FIELDS)}")
+            del fields[name]
+        for number, text in enumerate(listed, 1):
+            if not isinstance(text, str):
+                raise Refused("invalid_content", f"message {number} is {kind_of(text)}; expected a string")
+        speakers = cycle(("user", "assistant"))
+        messages = [{"role": next(speakers), "content": text} for text in listed]
+        return Draft(messages=messages, id=take_id(fields), extra=fields)
+
+    def columns(self, block: Block) -> Columns | None:
+        table = block.table(_SCHEMA, wrapped=True)
+        if table is None:
+            return None
+        offsets, contents = flat_list(table["messages"])
+        care = (np.diff(offsets) == 0) | per_record(mask(contents.is_null()), offsets)
+        return Columns(ids=None, offsets=offsets, roles=turns(offsets), contents=contents, care=care)
+
+
+def _listed(fields: Any) -> tuple[str, Any]:
+    name = next((name for name in _FIELDS if name in fields), "") if isinstance(fields, dict) else ""
+    return name, fields[name] if name else None
+
+
+LISTS = Lists()

@@ -1,0 +1,92 @@
+"""Which contents a template treats otherwise than by writing them out: found by trying, not by reading its source.
+
+A skeleton holds only for contents that the template leaves alone, blanks at the ends aside. Every string constant of
+the template, and a battery of odd contents, are put into a short conversation; where the rendering is not the skeleton
+filled in, contents of that kind are rendered one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, nodes
+from jinja2.exceptions import TemplateError
+
+from ismdata.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
+from ismdata.template import TemplateRefused
+from ismdata.turns import Renderer
+
+#: Contents that templates have been seen to treat specially without naming them: case, escapes, lengths, blanks, JSON,
+#: lists.
+BATTERY = (
+    "a", "Yes", "lower UPPER Title", "tab\tin", "two  blanks", " ends with blanks ", "\tx\t", "\nx\n", "x\r\n",
+    "\u3000x", "line\nbreak", "many\n\n\nbreaks", "<b>&amp; \"quoted\" 'single'</b>", '{"json": [1, 2]}', "[1, 2]",
+    "- item\n- item", "123", "0", "true", "None", "http://a.b/c?d=e&f", "# Heading", "```code```", "\\n \\u0041",
+    "{{ x }}", "{% x %}", "é ü 你好", "word " * 400,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """triggers: texts that a content must not hold to be filled into a skeleton. everything: no content may be."""
+
+    triggers: tuple[str, ...]
+    everything: bool
+
+
+def sensitivity(renderer: Renderer) -> Sensitivity:
+    """Try a template. What it refuses altogether is no matter here: it refuses the conversation itself later."""
+    shapes = [["user", "assistant", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
+    usable = [(roles, parts) for roles in shapes if (parts := _parts(renderer, roles)) is not None]
+    if not usable:
+        return Sensitivity(triggers=(), everything=True)
+
+    def differs(content: str) -> bool:
+        for roles, parts in usable:
+            messages = [{"role": role, "content": content} for role in roles]
+            try:
+                if renderer.template.render(messages) != fill_text(parts, [content] * len(roles)):
+                    return True
+            except TemplateRefused:
+                return True
+        return False
+
+    constants = _constants(renderer.template.source)
+    if constants is None or any(differs(content) for content in BATTERY):
+        return Sensitivity(triggers=(), everything=True)
+    # A constant that holds a control token never reaches the template from a message: it is escaped before.
+    candidates = [text for text in constants if renderer.controls.pattern.search(text) is None]
+    triggers = {text for text in candidates if any(map(differs, (text, f"{text}x", f"x{text}", f"x{text}x")))}
+    for text in candidates:  # some look for an opening and a closing tag together
+        closing = f"</{text[1:]}"
+        if text.startswith("<") and closing in candidates and differs(f"{text}x{closing}"):
+            triggers.add(text)
+    shortest = {text for text in triggers if not any(other in text for other in triggers - {text})}
+    return Sensitivity(triggers=tuple(sorted(shortest)), everything=False)
+
+
+def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] | None:
+    try:
+        return marked_parts(renderer.template, roles)
+    except TemplateRefused:
+        return None
+    except NotDecomposable:
+        return ("\0",)  # equal to no rendering
+
+
+def _constants(source: str) -> set[str] | None:
+    """The string constants of a template, less blanks; None where it cannot be parsed here."""
+    without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
+    except TemplateError:
+        return None
+    return {text for text in _strings(tree) if text.strip() and EM_SPACE not in text}
+
+
+def _strings(tree: nodes.Template) -> Iterator[str]:
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str):
+            yield constant.value

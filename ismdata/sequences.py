@@ -1,0 +1,75 @@
+"""Documents to packed rows: the columns of a shard's record batch.
+
+Shape legend: R rows (sequences), T = seq_len, D documents, S spans.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata.batch import IntArray
+from ismdata.masks import block_table, tile, tiled_intervals, tiled_targets
+from ismdata.spool import Gathered
+from ismdata.tokens import ragged_arange
+
+
+def sequences(
+    documents: Gathered, row_documents: IntArray, schema: pa.Schema, *, seq_len: int, mask: str, pad_id: int
+) -> pa.RecordBatch:
+    """Documents as packed rows: R = len(row_documents) rows of T tokens."""
+    rows = len(row_documents)
+    row_of_document = np.repeat(np.arange(rows), row_documents)
+    before = np.cumsum(documents.lengths) - documents.lengths
+    first = np.cumsum(row_documents) - row_documents
+    in_row = before - before[first][row_of_document]
+
+    input_ids = np.full(rows * seq_len, pad_id, np.int32)
+    input_ids[ragged_arange(row_of_document * seq_len + in_row, documents.lengths)] = documents.input_ids
+    spans = documents.spans.copy()
+    document_of_span = np.repeat(np.arange(len(documents.lengths)), documents.span_counts)
+    spans[:, :2] += in_row[document_of_span, None].astype(np.int32)
+    row_of_span = row_of_document[document_of_span]
+    row_spans = np.bincount(row_of_span, minlength=rows)
+
+    tiling = tile(row_documents, documents.lengths, row_spans, spans, seq_len=seq_len)
+    doc_start, kv_end = (x.reshape(rows, seq_len) for x in tiled_intervals(tiling, mask=mask))
+    base = (np.arange(rows) * seq_len)[:, None]
+    loss_mask = tiled_targets(tiling, mask=mask)
+    position_ids = np.arange(rows * seq_len).reshape(rows, seq_len) - doc_start
+    columns: dict[str, pa.Array] = {
+        "input_ids": _fixed(schema, "input_ids", input_ids),
+        "position_ids": _fixed(schema, "position_ids", position_ids),
+        "loss_mask": _fixed(schema, "loss_mask", loss_mask),
+        "seq_lens": _ragged(schema, "seq_lens", row_documents, pa.array(documents.lengths.astype(np.int32))),
+        "spans": _ragged(schema, "spans", row_spans, _span_array(schema, spans)),
+        "block_table": _fixed(schema, "block_table", block_table(doc_start - base, kv_end - base)),
+        "conversation_ids": _ragged(schema, "conversation_ids", row_documents, documents.names),
+    }
+    if "loss_weight" in schema.names:
+        weights = np.zeros(rows * seq_len, np.float32)
+        starts = spans[:, 0] + row_of_span * seq_len
+        span_lengths = (spans[:, 1] - spans[:, 0]).astype(np.int64)
+        weights[ragged_arange(starts, span_lengths)] = np.repeat(documents.span_weights, span_lengths)
+        columns["loss_weight"] = _fixed(schema, "loss_weight", weights * loss_mask)
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _fixed(schema: pa.Schema, name: str, values: NDArray[Any]) -> pa.Array:
+    type_ = schema.field(name).type
+    flat = pa.array(np.ascontiguousarray(values.reshape(-1)), type_.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=type_)
+
+
+def _ragged(schema: pa.Schema, name: str, counts: IntArray, values: pa.Array) -> pa.Array:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, values, type=schema.field(name).type)
+
+
+def _span_array(schema: pa.Schema, spans: NDArray[np.int32]) -> pa.StructArray:
+    type_ = schema.field("spans").type.value_type
+    columns = [pa.array(spans[:, k].astype(bool) if k == 3 else spans[:, k], type_.field(k).type) for k in range(4)]
+    return pa.StructArray.from_arrays(columns, fields=[type_.field(k) for k in range(4)])

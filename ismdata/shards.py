@@ -1,0 +1,145 @@
+"""Packed shards on disk: the Arrow schema, the index, and reading rows back without copying.
+
+A shard is an Arrow IPC stream with one row a sequence. `index.json` beside the shards says what they hold; writing is
+in `pack.py`, through `folders.py`, checking is in `verify.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata.errors import DataError
+from ismdata.folders import ShardFile, read_index
+from ismdata.masks import BLOCK_SIZE
+
+#: Format identifier of a packed folder's `index.json`.
+FORMAT = "ismdata.packed/1"
+
+SPAN_TYPE = pa.struct(
+    [
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+        pa.field("kind", pa.int8(), nullable=False),
+        pa.field("train", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def packed_schema(seq_len: int, *, weighted: bool) -> pa.Schema:
+    """The columns of a shard for sequences of `seq_len` tokens (a multiple of 128); `weighted` adds `loss_weight`."""
+
+    def fixed(value: pa.DataType, size: int) -> pa.DataType:
+        return pa.list_(pa.field("item", value, nullable=False), size)
+
+    def ragged(value: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.field("item", value, nullable=False))
+
+    columns = [
+        ("input_ids", fixed(pa.int32(), seq_len)),
+        ("position_ids", fixed(pa.int32(), seq_len)),
+        ("loss_mask", fixed(pa.uint8(), seq_len)),
+        ("seq_lens", ragged(pa.int32())),
+        ("spans", ragged(SPAN_TYPE)),
+        ("block_table", fixed(pa.int16(), 4 * seq_len // BLOCK_SIZE)),
+        ("conversation_ids", ragged(pa.string())),
+    ]
+    if weighted:
+        columns.append(("loss_weight", fixed(pa.float32(), seq_len)))
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One packed row as numpy views into the memory map. T = seq_len, D documents, S spans."""
+
+    input_ids: NDArray[np.int32]  # [T]
+    position_ids: NDArray[np.int32]  # [T]
+    loss_mask: NDArray[np.uint8]  # [T]
+    seq_lens: NDArray[np.int32]  # [D]
+    spans: NDArray[np.int32]  # [S, 4]: start, end, kind, train
+    block_table: NDArray[np.int16]  # [T / 128, 4]
+    conversation_ids: list[str]  # [D]
+    loss_weight: NDArray[np.float32] | None  # [T], where any message had a weight
+
+
+class PackedShards:
+    """A packed folder opened for reading: memory-mapped, random access by row, picklable (a worker reopens the maps).
+
+    Raises DataError when the folder is not a packed one, or a shard is missing or not of the size that the index says.
+    Contents are not hashed here: `ismdata verify` does that.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index: dict[str, Any] = read_index(self.folder, FORMAT)
+        self.seq_len: int = self.index["seq_len"]
+        self.mask: str = self.index["mask"]
+        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
+        self.weighted = bool(self.index["weighted"])
+        for file in self.files:
+            file.check_size(self.folder)
+        self._ends = np.cumsum([file.rows for file in self.files])
+        self._tables: dict[int, pa.Table] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}}
+
+    def table(self, shard: int) -> pa.Table:
+        """Shard number `shard` as a memory-mapped table. Raises DataError when it is not an Arrow stream of our
+        schema.
+        """
+        if shard not in self._tables:
+            path = self.folder / self.files[shard].name
+            try:
+                with pa.memory_map(str(path)) as source:
+                    table = pa.ipc.open_stream(source).read_all()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{path}: not a readable Arrow stream ({error}). Pack the corpus again") from error
+            expected = packed_schema(self.seq_len, weighted=self.weighted)
+            if not table.schema.equals(expected):
+                raise DataError(
+                    f"{path}: columns are {', '.join(map(str, table.schema))}; expected {', '.join(map(str, expected))}"
+                )
+            self._tables[shard] = table
+        return self._tables[shard]
+
+    def __getitem__(self, row: int) -> Sequence:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {self.folder}; expected 0 to {len(self) - 1}")
+        row %= len(self)
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        at = row - int(self._ends[shard] - self.files[shard].rows)
+        columns = self.table(shard).slice(at, 1)
+
+        def values(name: str) -> pa.Array:
+            return columns.column(name).chunk(0).flatten()
+
+        return Sequence(
+            input_ids=values("input_ids").to_numpy(),
+            position_ids=values("position_ids").to_numpy(),
+            loss_mask=values("loss_mask").to_numpy(),
+            seq_lens=values("seq_lens").to_numpy(),
+            spans=span_matrix(values("spans")),
+            block_table=values("block_table").to_numpy().reshape(-1, 4),
+            conversation_ids=values("conversation_ids").to_pylist(),
+            loss_weight=values("loss_weight").to_numpy() if self.weighted else None,
+        )
+
+
+def span_matrix(spans: pa.StructArray) -> NDArray[np.int32]:
+    """A struct array of spans as int32[S, 4]: start, end, kind, train."""
+    fields = [spans.field(name) for name in ("start", "end", "kind")]
+    matrix = np.empty((len(spans), 4), np.int32)
+    for column, field in enumerate(fields):
+        matrix[:, column] = field.to_numpy()
+    matrix[:, 3] = spans.field("train").to_numpy(zero_copy_only=False)
+    return matrix

@@ -1,0 +1,286 @@
+"""What a template makes of a sequence of roles, with slots where the texts go.
+
+Conversations of the same roles get the same text around their messages, so a template is rendered once for each
+sequence of roles, with markers for contents. The rendering is cut into pieces at control tokens and at the borders of
+spans: a piece is either known tokens, or text with slots that is encoded when the contents are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from ismdata.control_tokens import AddedToken
+from ismdata.masks import ANSWER, PROMPT, QUERY
+from ismdata.template import ChatTemplate, Message
+from ismdata.tokenizer import Tokenizer
+from ismdata.turns import Chunk, Renderer
+
+History = Literal["append", "expand"]
+
+#: What a template may do to one side of a content: nothing, strip all blanks, or strip line breaks.
+Strip = Literal["", "blanks", "newlines"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The content of message number `message`, less what the template strips on its left and right side."""
+
+    message: int
+    left: Strip
+    right: Strip
+
+    def fill(self, content: str) -> str:
+        """The content as the template writes it."""
+        content = content.lstrip() if self.left == "blanks" else content.lstrip("\n") if self.left else content
+        return content.rstrip() if self.right == "blanks" else content.rstrip("\n") if self.right else content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tokens of one span: either `ids`, or `parts`, texts and slots that are encoded as one text.
+
+    `span` numbers the spans of the document, `kind` is the span's, `message` the assistant message that it answers with
+    (-1 for context). `opening`: the tokenizer may put a blank before the text. `controls` counts the control tokens
+    among `ids`.
+    """
+
+    span: int
+    kind: int
+    message: int
+    ids: tuple[int, ...] | None
+    parts: tuple[str | Slot, ...] = ()
+    opening: bool = False
+    controls: int = 0
+
+
+class NotRendered(Exception):
+    """The template leaves out a part of an answer."""
+
+
+class NotDecomposable(Exception):
+    """The template does something to contents that slots cannot express; such conversations are rendered one by one."""
+
+
+# Contents while probing: a marker between em spaces, which show whether blanks are stripped and are in no template. A
+# second rendering has line breaks outside the em spaces, one before and two behind, which shows whether line breaks
+# are stripped.
+EM_SPACE = "\u2003"
+_MARKED = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
+
+
+def skeleton(renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], history: History) -> tuple[Piece, ...]:
+    """The pieces of a document with messages of these roles. Raises TemplateRefused, HistoryRewritten,
+    NotDecomposable.
+    """
+
+    def chunks(before: str, after: str) -> list[Chunk]:
+        messages = [{"role": role, "content": f"{before}\ue000{k}\ue001{after}"} for k, role in enumerate(roles)]
+        if history == "append" and len(messages) > _LONG and renderer.profile.prefix_stable:
+            return _long_chunks(renderer, messages)
+        return renderer.append(messages) if history == "append" else renderer.expand(messages)
+
+    plain = chunks(EM_SPACE, EM_SPACE)
+    broken = chunks("\n" + EM_SPACE, EM_SPACE + "\n\n")
+    if [(chunk.kind, chunk.message) for chunk in plain] != [(chunk.kind, chunk.message) for chunk in broken]:
+        raise NotDecomposable("line breaks around contents change the order of what the template writes")
+    newlines = frozenset(
+        side for chunk, other in zip(plain, broken, strict=True) for side in _stripped(chunk.text, other.text)
+    )
+    return compile_chunks(plain, tokenizer, lambda text: _parts(text, newlines))
+
+
+#: Conversations of more messages are cut in one rendering, not in two for each answer.
+_LONG = 24
+
+
+def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
+    """As `renderer.append`, for marked messages under a prefix-stable template: answers found by their markers.
+
+    The beginning is cut both ways and must agree, and every answer must stand behind the generation prompt and look
+    like the beginning's last one around its content; else all of it is cut the long way.
+    """
+    beginning = renderer.append(messages[:_LONG])
+    answers = [chunk for chunk in beginning if chunk.kind == ANSWER]
+    text = renderer.template.render(messages)
+    markers = {int(match[2]): match for match in _MARKED.finditer(text)}
+    prompt = renderer.profile.generation_prompt
+    if not answers or len(markers) != len(messages):
+        return renderer.append(messages)
+    around = _MARKED.split(answers[-1].text)[:: _MARKED.groups + 1]
+    if len(around) != 2:  # the template writes a content twice, or not at all
+        return renderer.append(messages)
+    lead, trail = around
+    chunks: list[Chunk] = []
+    done = 0
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start, end = markers[k].start() - len(lead), markers[k].end() + len(trail)
+        behind_prompt = start > done and text.endswith(prompt, 0, start)
+        if not (behind_prompt and text.startswith(lead, start) and text.startswith(trail, markers[k].end())):
+            return renderer.append(messages)
+        chunks += [Chunk(text=text[done:start], kind=QUERY), Chunk(text=text[start:end], kind=ANSWER, message=k)]
+        done = end
+    if text[done:]:
+        chunks.append(Chunk(text=text[done:], kind=QUERY))
+    if beginning[0].kind == PROMPT:
+        cut = len(beginning[0].text)
+        chunks[:1] = [Chunk(text=chunks[0].text[:cut], kind=PROMPT), Chunk(text=chunks[0].text[cut:], kind=QUERY)]
+    last = next(place for place, chunk in enumerate(beginning) if chunk.message == answers[-1].message)
+    return chunks if chunks[: last + 1] == beginning[: last + 1] else renderer.append(messages)
+
+
+def marked_parts(template: ChatTemplate, roles: Sequence[str]) -> tuple[str | Slot, ...]:
+    """One whole rendering of messages of these roles as texts and slots. Raises TemplateRefused, NotDecomposable."""
+
+    def render(before: str, after: str) -> str:
+        return template.render(
+            [{"role": role, "content": f"{before}\ue000{k}\ue001{after}"} for k, role in enumerate(roles)]
+        )
+
+    plain = render(EM_SPACE, EM_SPACE)
+    broken = render("\n" + EM_SPACE, EM_SPACE + "\n\n")
+    return _parts(plain, frozenset(_stripped(plain, broken)))
+
+
+def fill_text(parts: Sequence[str | Slot], contents: Sequence[str]) -> str:
+    """Texts and slots with contents filled in."""
+    return "".join(part if isinstance(part, str) else part.fill(contents[part.message]) for part in parts)
+
+
+def render_document(
+    renderer: Renderer,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    history: History,
+) -> tuple[Piece, ...]:
+    """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
+    skeleton.
+
+    Raises TemplateRefused, HistoryRewritten, NotRendered, ValueError (text that cannot be escaped).
+    """
+    (messages, tools), escapes = tokenizer.controls.escape([list(messages), tools])
+    chunks = renderer.append(messages, tools) if history == "append" else renderer.expand(messages, tools)
+    _check_calls(chunks if history == "append" else chunks[-2:], messages)  # earlier answers are no targets in expand
+    if any(message["role"] == "tool" for message in messages):
+        renderer.check_places(messages, tools, expand=history == "expand")
+    return compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),))
+
+
+def _check_calls(chunks: Sequence[Chunk], messages: Sequence[Message]) -> None:
+    """Raise NotRendered where an answer calls a tool and its text does not say which: a model would learn silence."""
+    for chunk in chunks:
+        calls = messages[chunk.message].get("tool_calls", []) if chunk.message >= 0 else []
+        for call in calls:
+            name = call.get("function", call).get("name", "")
+            if name not in chunk.text:
+                raise NotRendered(
+                    f"message {chunk.message + 1} calls the tool {name!r}, which the template leaves out. "
+                    "Pass a template that renders tool calls with --chat-template FILE"
+                )
+
+
+def _stripped(plain: str, broken: str) -> set[tuple[int, str]]:
+    """The (message, side) at which a template that keeps blanks strips line breaks. Raises NotDecomposable."""
+    here, there = list(_MARKED.finditer(plain)), list(_MARKED.finditer(broken))
+    if len(here) != len(there):
+        raise NotDecomposable("line breaks around contents change how often the template writes them")
+    found: set[tuple[int, str]] = set()
+    for k in range(len(here) + 1):
+        before, behind = (here[k - 1], there[k - 1]) if k else (None, None)
+        after, ahead = (here[k], there[k]) if k < len(here) else (None, None)
+        gap = plain[before.end() if before else 0 : after.start() if after else None]
+        other = broken[behind.end() if behind else 0 : ahead.start() if ahead else None]
+        extra = len(other) - len(gap)
+        if not 0 <= extra <= 3 or other != "\n\n" * (extra // 2) + gap + "\n" * (extra % 2):
+            raise NotDecomposable(f"line breaks around contents change the text between them: {gap!r}, {other!r}")
+        if before and before[3] and extra < 2:
+            found.add((int(before[2]), "right"))
+        if after and after[1] and extra % 2 == 0:
+            found.add((int(after[2]), "left"))
+    return found
+
+
+def compile_chunks(
+    chunks: Sequence[Chunk],
+    tokenizer: Tokenizer,
+    parse: Callable[[str], tuple[str | Slot, ...]],
+    *,
+    preceding: AddedToken | None = None,
+    opening: bool = True,
+) -> tuple[Piece, ...]:
+    """Rendered chunks as pieces; `parse` parts what stands between control tokens into texts and slots.
+
+    preceding: the control token before the first chunk, if there is one. opening: the first chunk begins a document.
+    """
+    pieces: list[Piece] = []
+    previous: AddedToken | str | None = preceding if preceding or opening else ""
+    for span, chunk in enumerate(chunks):
+        ids: list[int] = []
+        controls = 0
+        piece = partial(Piece, span=span, kind=chunk.kind, message=chunk.message)
+        cuts = tokenizer.controls.cut(chunk.text)
+        for place, cut in enumerate(cuts):
+            before, previous = previous, cut
+            if isinstance(cut, AddedToken):
+                ids.append(cut.id)
+                controls += cut.id != tokenizer.unknown_id
+                continue
+            follower = cuts[place + 1] if place + 1 < len(cuts) else None
+            parts = parse(cut)
+            if isinstance(before, AddedToken) and before.rstrip:
+                parts = _strip_edge(parts, 0)
+            if isinstance(follower, AddedToken) and follower.lstrip:
+                parts = _strip_edge(parts, -1)
+            fresh = before is None or (isinstance(before, AddedToken) and tokenizer.prepends_after_controls)
+            if all(isinstance(part, str) for part in parts):
+                ids += tokenizer.encode(["".join(map(str, parts))], opening=fresh)[0] if parts else []
+                continue
+            if ids:
+                pieces.append(piece(ids=tuple(ids), controls=controls))
+                ids, controls = [], 0
+            pieces.append(piece(ids=None, parts=parts, opening=fresh))
+        if ids:
+            pieces.append(piece(ids=tuple(ids), controls=controls))
+    return tuple(pieces)
+
+
+def _parts(text: str, newlines: frozenset[tuple[int, str]]) -> tuple[str | Slot, ...]:
+    """Marked text as texts and slots. Raises NotDecomposable."""
+    parts: list[str | Slot] = []
+    at = 0
+
+    def strip(kept: str, message: int, side: str) -> Strip:
+        return "blanks" if not kept else "newlines" if (message, side) in newlines else ""
+
+    for match in _MARKED.finditer(text):
+        parts.append(text[at : match.start()])
+        message = int(match[2])
+        parts.append(Slot(message, strip(match[1], message, "left"), strip(match[3], message, "right")))
+        at = match.end()
+    parts.append(text[at:])
+    if any(isinstance(part, str) and re.search("[\ue000\ue001\u2003]", part) for part in parts):
+        raise NotDecomposable(f"the template takes a content apart: {text!r}")
+    return tuple(part for part in parts if part != "")
+
+
+def _strip_edge(parts: tuple[str | Slot, ...], edge: Literal[0, -1]) -> tuple[str | Slot, ...]:
+    """As a control token with `rstrip` does to what follows it (edge 0), or one with `lstrip` to what precedes it
+    (-1).
+    """
+    if not parts:
+        return parts
+    part = parts[edge]
+    if isinstance(part, str):
+        rest = part.lstrip() if edge == 0 else part.rstrip()
+        if not rest:
+            return _strip_edge(parts[1:] if edge == 0 else parts[:-1], edge)
+        stripped: str | Slot = rest
+    else:
+        stripped = replace(part, left="blanks") if edge == 0 else replace(part, right="blanks")
+    return (stripped, *parts[1:]) if edge == 0 else (*parts[:-1], stripped)

@@ -1,0 +1,188 @@
+"""A tokenizer as the road needs it: plain text to ids, control tokens apart.
+
+Loading is transformers' `AutoTokenizer`, so a local folder, a hub name and a GGUF file all work. Encoding happens on a
+copy of the tokenizer from which the control tokens are taken out, so that no text can become one; the template's own
+control tokens are put in by id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ismdata.control_tokens import AddedToken, ControlTokens, control_tokens, with_markers
+from ismdata.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_pretrained(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer at `name`: a local folder, a GGUF file or a hub name. Raises DataError with what to do."""
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    try:
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise DataError(f"{name}: no such file; expected a GGUF file with its own tokenizer")
+            loaded = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        elif path.is_file():
+            raise DataError(f"{name}: is a file; expected a folder with tokenizer.json, a .gguf file or a hub name")
+        elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+            raise DataError(f"{name}: no such folder; expected a saved tokenizer, a .gguf file or a hub name")
+        elif path.is_dir() and not (path / "tokenizer.json").is_file() and not any(path.glob("tokenizer*")):
+            raise DataError(f"{name}: a folder without tokenizer.json; expected a saved tokenizer")
+        else:
+            loaded = AutoTokenizer.from_pretrained(name)
+    except ImportError as error:
+        raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{name}: no tokenizer could be loaded ({first}). "
+            "Expected a local folder with tokenizer.json, a .gguf file, or a hub name that this machine can reach"
+        ) from error
+    if not getattr(loaded, "is_fast", False):
+        raise DataError(f"{name}: a slow tokenizer ({type(loaded).__name__}); expected one with a tokenizer.json")
+    return cast("PreTrainedTokenizerFast", loaded)
+
+
+def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
+    """The added tokens of a tokenizer with the flags that matter here."""
+    return [
+        AddedToken(text=token.content, id=id, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip)
+        for id, token in pretrained.added_tokens_decoder.items()
+    ]
+
+
+@lru_cache(maxsize=4)
+def without_tokens(
+    backend: str, removed: frozenset[str], name: str
+) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    """A serialised tokenizer less some added tokens, twice: for text that opens a document, and for text inside one.
+
+    All other tokens keep their ids. Raises DataError where they cannot.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    description = json.loads(backend)
+    vocabulary = description["model"]["vocab"]
+    known = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    kept = []
+    for token in description["added_tokens"]:
+        if token["content"] in removed:
+            if token["content"] in known:
+                continue
+            # Ids of added tokens follow their order: a token that holds one must stay, under a name no text has.
+            token = {**token, "content": f"\U0010ffff{token['id']}\U0010ffff", "special": False}
+        kept.append(token)
+    description["added_tokens"] = kept
+    description["truncation"] = description["padding"] = None
+    text = json.dumps(description)
+    opening = Backend.from_str(text)
+    for token in kept:
+        found = opening.token_to_id(token["content"])
+        if found != token["id"]:
+            raise DataError(
+                f"{name}: added token {token['content']!r} has id {token['id']}, but {found} without the control "
+                "tokens; expected consecutive ids. Save the tokenizer again with its added tokens in order"
+            )
+    # Sentencepiece-like tokenizers put a blank before the first word of a text.
+    inner = json.dumps(_without_prepending(description)).replace(
+        '"prepend_scheme": "first"', '"prepend_scheme": "never"'
+    )
+    inner = inner.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
+    return opening, opening if inner == text else Backend.from_str(inner)
+
+
+def _without_prepending(description: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's description without a `Prepend` normalizer."""
+    normalizer = description.get("normalizer")
+    if normalizer and normalizer["type"] == "Prepend":
+        return {**description, "normalizer": None}
+    if normalizer and normalizer["type"] == "Sequence":
+        kept = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+        if len(kept) < len(normalizer["normalizers"]):
+            return {**description, "normalizer": {**normalizer, "normalizers": kept}}
+    return description
+
+
+class Tokenizer:
+    """A loaded tokenizer under one template's control tokens.
+
+    `pad_id` is the tokenizer's pad id, else its eos id. Raises DataError when it has neither.
+    """
+
+    def __init__(self, pretrained: PreTrainedTokenizerFast, *, name: str, template: str) -> None:
+        self.pretrained = pretrained
+        self.name = name
+        self.controls = ControlTokens(control_tokens(added_tokens(pretrained), template))
+        self.markers = with_markers(self.controls, template)
+        self.vocab_size = len(pretrained)
+        self.eos_id: int | None = pretrained.eos_token_id
+        pad_id = pretrained.pad_token_id if pretrained.pad_token_id is not None else self.eos_id
+        if pad_id is None:
+            raise DataError(
+                f"{name}: the tokenizer has neither a pad nor an eos token; expected one to fill sequences with. "
+                "Set tokenizer.pad_token or eos_token and save it again"
+            )
+        self.pad_id: int = pad_id
+        # The unknown token is no sign of a stray control token: text that the vocabulary lacks becomes it.
+        self.unknown_id: int | None = pretrained.unk_token_id
+        self.control_ids = np.array(
+            sorted({token.id for token in self.controls.tokens.values()} - {self.unknown_id}), np.int32
+        )
+
+    @cached_property
+    def prepends_after_controls(self) -> bool:
+        """Whether the tokenizer puts a blank before text that follows a control token, not only before a whole text."""
+        description = json.loads(self.pretrained.backend_tokenizer.to_str())
+        always = '"prepend_scheme": "always"' in json.dumps(description.get("pre_tokenizer"))
+        return always or _without_prepending(description) is not description
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the tokenizer itself: its vocabulary, rules and named special tokens, wherever it was loaded from."""
+        digest = hashlib.sha256(self.pretrained.backend_tokenizer.to_str().encode())
+        digest.update(json.dumps(self.pretrained.special_tokens_map, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """The tokenizer without control tokens: for text that opens a document, and for text inside one."""
+        return without_tokens(self.pretrained.backend_tokenizer.to_str(), frozenset(self.controls.tokens), self.name)
+
+    def encode(self, texts: Sequence[str], *, opening: bool = False) -> list[list[int]]:
+        """Ids of each text as plain text: no control token comes of it. `opening`: a blank may be put before it."""
+        backend = self._plain[0 if opening else 1]
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_flat(
+        self, texts: Sequence[str], *, opening: bool = False
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """All ids end to end, int32, and how many each text has, int64[len(texts)]."""
+        ids = self.encode(texts, opening=opening)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.empty(int(lengths.sum()), np.int32)
+        at = 0
+        for text_ids, length in zip(ids, lengths.tolist(), strict=True):
+            flat[at : at + length] = text_ids
+            at += length
+        return flat, lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens included, blanks kept as they are."""
+        return str(self.pretrained.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        return dict(self.pretrained.special_tokens_map)

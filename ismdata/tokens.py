@@ -1,0 +1,475 @@
+"""Conversations x template x tokenizer -> documents: token and span columns for a whole batch at once.
+
+A document is asked for as a range of a conversation's messages. Its roles pick a skeleton, the skeleton says which
+pieces it is made of, and a piece is a run of tokens: known ones, or the encoding of a text that stands around one or
+more contents. Every text is encoded once a batch, however many documents hold it. What has no skeleton is rendered by
+itself.
+
+Nothing here loops over messages or tokens in Python, except for conversations that must be rendered by themselves.
+
+Shape legend: C conversations, M messages, R requests (documents), P pieces, S spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ismdata.batch import ConversationBatch, IntArray, as_template_messages
+from ismdata.conversation import ROLES, Refusal
+from ismdata.masks import ANSWER
+from ismdata.skeleton import History, NotDecomposable, NotRendered, Piece, Slot, render_document, skeleton
+from ismdata.template import TemplateRefused
+from ismdata.tokenizer import Tokenizer
+from ismdata.turns import HistoryRewritten, Renderer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Documents to make. All arrays have length R; message numbers count within the conversation.
+
+    A document holds the conversation's first `head` messages (the system prompt, repeated in each piece) and then the
+    messages lo to hi. Answers before message `target_from` are history. `cut`: it ends with its last answer.
+    """
+
+    conversation: IntArray
+    head: IntArray
+    lo: IntArray
+    hi: IntArray
+    target_from: IntArray
+    cut: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.conversation)
+
+    def take(self, indices: NDArray[Any]) -> Requests:
+        return Requests(**{name: getattr(self, name)[indices] for name in self.__dataclass_fields__})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which runs of tokens each document is made of: P pieces, ordered by request."""
+
+    request: IntArray  # [P]
+    span: IntArray  # [P], numbers the spans within the document
+    kind: IntArray  # [P]
+    message: IntArray  # [P], the assistant message (in the batch) answered with, -1 for context
+    run: IntArray  # [P], a number in the encoder's run table
+    length: IntArray  # [P], tokens
+    controls: IntArray  # [P], control tokens that the template wrote
+    refused: dict[int, Refusal]  # by request
+
+    def document_lengths(self, requests: int) -> IntArray:
+        return np.bincount(self.request, weights=self.length, minlength=requests).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Tokenised documents end to end."""
+
+    input_ids: NDArray[np.int32]  # all tokens
+    lengths: IntArray  # [R]
+    span_counts: IntArray  # [R]
+    spans: NDArray[np.int32]  # [S, 4]: start, end, kind, train, offsets in the document
+    span_weights: NDArray[np.float32]  # [S]
+
+
+class DocumentEncoder:
+    """Makes documents of conversations. One encoder serves a whole corpus; `begin` starts a batch.
+
+    use_skeletons: off where the columnar road turned out not to give what the template renders.
+    """
+
+    def __init__(
+        self, renderer: Renderer, tokenizer: Tokenizer, history: History, *, use_skeletons: bool = True
+    ) -> None:
+        self.renderer = renderer
+        self.tokenizer = tokenizer
+        self.history = history
+        self.use_skeletons = use_skeletons
+        self._skeletons: dict[bytes, _Skeleton | Refusal | None] = {}
+        self._shapes: dict[tuple[Any, ...], int] = {}
+        self._shape_list: list[tuple[Any, ...]] = []
+        self._static = _RunTable()
+
+    def begin(self, batch: ConversationBatch) -> None:
+        """Start a batch: the texts of earlier ones are forgotten."""
+        self.batch = batch
+        self._encoded = _RunTable()
+        self._keys = np.empty((0, 1), np.int64)
+        self._key_runs = np.empty(0, np.int64)
+        self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
+
+    def lay_out(self, requests: Requests) -> Layout:
+        """The pieces of the documents asked for, every text in them encoded."""
+        batch = self.batch
+        first = batch.first[requests.conversation]
+        refused: dict[int, Refusal] = {}
+        blocks: list[_PieceBlock] = []
+        skeleton_of, singles = self._match(requests, refused)
+        for request in singles.tolist():
+            block = self._render(request, requests, refused)
+            if block is not None:
+                blocks.append(block)
+        matched = np.flatnonzero(skeleton_of >= 0)
+        if len(matched):
+            blocks.append(self._fill(matched, skeleton_of[matched], requests))
+        order = np.argsort(np.concatenate([b.request for b in blocks]), kind="stable") if blocks else np.empty(0, int)
+
+        def column(name: str) -> IntArray:
+            if not blocks:
+                return np.empty(0, np.int64)
+            joined: IntArray = np.concatenate([getattr(block, name) for block in blocks])[order].astype(np.int64)
+            return joined
+
+        request, message, run = column("request"), column("message"), column("run")
+        number = np.maximum(message, 0)
+        in_head = number < requests.head[request]
+        in_batch = first[request] + np.where(in_head, number, number - requests.head[request] + requests.lo[request])
+        layout = Layout(
+            request=request,
+            span=column("span"),
+            kind=column("kind"),
+            message=np.where(message < 0, -1, in_batch),
+            run=run,
+            length=self._run_column(run, _RunTable.all_lengths),
+            controls=column("controls"),
+            refused=refused,
+        )
+        return _cut(layout, requests)
+
+    def documents(self, layout: Layout, requests: Requests) -> Documents:
+        """The tokens and spans of laid-out documents, in the order of the requests."""
+        starts = self._run_column(layout.run, lambda table: np.cumsum(table.all_lengths()) - table.all_lengths())
+        starts[layout.run < 0] += self._static.total
+        pool = np.concatenate([self._static.pool(), self._encoded.pool()])
+        input_ids = pool[ragged_arange(starts, layout.length)]
+        count = len(requests)
+        lengths = layout.document_lengths(count)
+
+        opens = np.ones(len(layout.request), bool)
+        opens[1:] = (layout.request[1:] != layout.request[:-1]) | (layout.span[1:] != layout.span[:-1])
+        group = np.flatnonzero(opens)
+        span_lengths = np.add.reduceat(layout.length, group) if len(group) else np.empty(0, np.int64)
+        group = group[span_lengths > 0]
+        span_lengths = span_lengths[span_lengths > 0]
+        owner = layout.request[group]
+        ends = np.cumsum(span_lengths)
+        base = np.concatenate([[0], np.cumsum(lengths)])[owner]
+        message = layout.message[group]
+        answers = (layout.kind[group] == ANSWER) & (message >= 0)
+        target_from = self.batch.first[requests.conversation[owner]] + requests.target_from[owner]
+        spans = np.empty((len(group), 4), np.int32)
+        spans[:, 0] = ends - span_lengths - base
+        spans[:, 1] = ends - base
+        spans[:, 2] = layout.kind[group]
+        spans[:, 3] = answers & self.batch.trained[np.maximum(message, 0)] & (message >= target_from)
+        weights = np.ones(len(group), np.float32)
+        if self.batch.weight is not None:
+            weights[answers] = self.batch.weight[message[answers]]
+        return Documents(
+            input_ids=input_ids,
+            lengths=lengths,
+            span_counts=np.bincount(owner, minlength=count).astype(np.int64),
+            spans=spans,
+            span_weights=weights,
+        )
+
+    def stray_controls(self, layout: Layout, documents: Documents) -> IntArray:
+        """Requests in which text became a control token: more of them than the template wrote."""
+        found = np.isin(documents.input_ids, self.tokenizer.control_ids)
+        requests = len(documents.lengths)
+        owner = np.repeat(np.arange(requests), documents.lengths)[found]
+        count = np.bincount(owner, minlength=requests)
+        written = np.bincount(layout.request, weights=layout.controls, minlength=requests)
+        return np.flatnonzero(count != written)
+
+    # -- which skeleton a request has ----------------------------------------------------------------------------------
+
+    def _match(self, requests: Requests, refused: dict[int, Refusal]) -> tuple[IntArray, IntArray]:
+        """For every request the number of its skeleton in `self._table`, -1 where it has none; and those without."""
+        batch = self.batch
+        first = batch.first[requests.conversation]
+        head, body = requests.head, requests.hi - requests.lo
+        counts = np.stack([head, body], axis=1).reshape(-1)
+        begins = np.stack([first, first + requests.lo], axis=1).reshape(-1)
+        codes = batch.roles[ragged_arange(begins, counts)]
+        offsets = np.concatenate([[0], np.cumsum(head + body)]).astype(np.int64)
+        sequences = pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(requests), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(codes))]
+        ).dictionary_encode()
+        numbers: list[int] = []
+        refusals: dict[int, Refusal] = {}
+        for place, key in enumerate(sequences.dictionary.to_pylist()):
+            found = self._skeleton(key)
+            numbers.append(found.number if isinstance(found, _Skeleton) else -1)
+            if isinstance(found, Refusal):
+                refusals[place] = found
+        indices = sequences.indices.to_numpy()
+        skeleton_of = np.array(numbers, np.int64)[indices] if len(requests) else np.empty(0, np.int64)
+        by_itself = batch.by_itself[requests.conversation] | (not self.use_skeletons)
+        skeleton_of[by_itself] = -1
+        for place, refusal in refusals.items():
+            for request in np.flatnonzero((indices == place) & ~by_itself).tolist():
+                refused[request] = refusal
+        singles = np.flatnonzero(skeleton_of < 0)
+        return skeleton_of, singles[[request not in refused for request in singles.tolist()]]
+
+    def _skeleton(self, key: bytes) -> _Skeleton | Refusal | None:
+        if key not in self._skeletons:
+            roles = [ROLES[code] for code in key]
+            found: _Skeleton | Refusal | None
+            try:
+                pieces = skeleton(self.renderer, self.tokenizer, roles, self.history)
+            except NotDecomposable:
+                found = None
+            except (TemplateRefused, HistoryRewritten) as error:
+                found = _refusal(error)
+            else:
+                found = self._tabulate(pieces)
+            self._skeletons[key] = found
+        return self._skeletons[key]
+
+    def _tabulate(self, pieces: Sequence[Piece]) -> _Skeleton:
+        """Pieces as columns. Known runs and shapes are shared by all skeletons."""
+        width = max((sum(isinstance(part, Slot) for part in piece.parts) for piece in pieces), default=0)
+        columns = np.full((len(pieces), 6 + width), -1, np.int64)
+        for row, piece in zip(columns, pieces, strict=True):
+            run = shape = -1
+            if piece.ids is not None:
+                run = self._static.share(piece.ids)
+            else:
+                slots = [part.message for part in piece.parts if isinstance(part, Slot)]
+                shape = self._shape(piece)
+                row[6 : 6 + len(slots)] = slots
+            row[:6] = piece.span, piece.kind, piece.message, run, shape, piece.controls
+        number = sum(isinstance(found, _Skeleton) for found in self._skeletons.values())
+        return _Skeleton(number=number, columns=columns)
+
+    def _shape(self, piece: Piece) -> int:
+        """The number of a piece's text less its contents: what stands around the slots, and how they are stripped."""
+        key = (
+            piece.opening,
+            *(part if isinstance(part, str) else (part.left, part.right) for part in piece.parts),
+        )
+        if key not in self._shapes:
+            self._shapes[key] = len(self._shape_list)
+            self._shape_list.append(key)
+        return self._shapes[key]
+
+    # -- filling skeletons ---------------------------------------------------------------------------------------------
+
+    def _fill(self, matched: IntArray, numbers: IntArray, requests: Requests) -> _PieceBlock:
+        """The pieces of the requests that have a skeleton."""
+        tables = {found.number: found.columns for found in self._skeletons.values() if isinstance(found, _Skeleton)}
+        used, inverse = np.unique(numbers, return_inverse=True)
+        width = max(tables[number].shape[1] for number in used.tolist())
+        padded = [_pad(tables[number], width) for number in used.tolist()]
+        counts = np.array([len(table) for table in padded])
+        begins = np.cumsum(counts) - counts
+        pieces = np.concatenate(padded)[ragged_arange(begins[inverse], counts[inverse])]
+        request = np.repeat(matched, counts[inverse])
+
+        run = pieces[:, 3].copy()
+        texts = np.flatnonzero(pieces[:, 4] >= 0)
+        if len(texts):
+            slots = pieces[texts, 6:]
+            owner = request[texts, None]
+            head = requests.head[owner]
+            inside = np.where(slots < head, slots, slots - head + requests.lo[owner])
+            in_batch = self.batch.first[requests.conversation[owner]] + inside
+            keys = np.concatenate([pieces[texts, 4:5], np.where(slots < 0, -1, in_batch)], axis=1)
+            run[texts] = self._encode(keys)
+        return _PieceBlock(
+            request=request,
+            span=pieces[:, 0],
+            kind=pieces[:, 1],
+            message=pieces[:, 2],
+            run=run,
+            controls=pieces[:, 5],
+        )
+
+    def _encode(self, keys: IntArray) -> IntArray:
+        """Run numbers (negative: in the batch's table) of texts, each a shape and the messages in its slots."""
+        width = max(keys.shape[1], self._keys.shape[1])
+        known = len(self._keys)
+        every = np.ascontiguousarray(np.concatenate([_pad(self._keys, width), _pad(keys, width)]))
+        _, firsts, inverse = np.unique(
+            every.view([("", np.int64)] * width).reshape(-1), return_index=True, return_inverse=True
+        )
+        fresh = np.sort(firsts[firsts >= known])
+        new_keys = every[fresh]
+        runs = np.empty(len(every), np.int64)
+        runs[:known] = self._key_runs
+        runs[fresh] = self._encode_texts(new_keys)
+        self._keys = np.concatenate([_pad(self._keys, width), new_keys])
+        self._key_runs = np.concatenate([self._key_runs, runs[fresh]])
+        found: IntArray = runs[firsts[inverse.reshape(-1)]][known:]
+        return found
+
+    def _encode_texts(self, keys: IntArray) -> IntArray:
+        runs = np.empty(len(keys), np.int64)
+        for opening in (False, True):
+            texts: list[str] = []
+            places: list[IntArray] = []
+            for shape in np.unique(keys[:, 0]).tolist():
+                if self._shape_list[shape][0] is opening:
+                    at = np.flatnonzero(keys[:, 0] == shape)
+                    texts += self._texts(self._shape_list[shape][1:], keys[at, 1:])
+                    places.append(at)
+            if texts:
+                flat, lengths = self.tokenizer.encode_flat(texts, opening=opening)
+                runs[np.concatenate(places)] = -1 - self._encoded.add(flat, lengths)
+        return runs
+
+    def _texts(self, parts: Sequence[Any], messages: IntArray) -> list[str]:
+        """The texts of one shape, for each row of messages in its slots."""
+        columns: list[Any] = []
+        slot = 0
+        for part in parts:
+            if isinstance(part, str):
+                columns.append(pa.scalar(part, pa.large_string()))
+            else:
+                columns.append(self._contents(*part).take(pa.array(messages[:, slot])))
+                slot += 1
+        joined = (
+            columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, pa.scalar("", pa.large_string()))
+        )
+        texts: list[str] = joined.to_pylist()
+        return texts
+
+    def _contents(self, left: str, right: str) -> pa.LargeStringArray:
+        """The batch's contents, stripped as a slot says."""
+        if (left, right) not in self._stripped:
+            column = self.batch.contents
+            if left == right == "blanks":
+                column = pc.utf8_trim_whitespace(column)
+            else:
+                if left:
+                    column = pc.utf8_ltrim_whitespace(column) if left == "blanks" else pc.utf8_ltrim(column, "\n")
+                if right:
+                    column = pc.utf8_rtrim_whitespace(column) if right == "blanks" else pc.utf8_rtrim(column, "\n")
+            self._stripped[left, right] = column
+        return self._stripped[left, right]
+
+    # -- rendering by itself -------------------------------------------------------------------------------------------
+
+    def _render(self, request: int, requests: Requests, refused: dict[int, Refusal]) -> _PieceBlock | None:
+        conversation = self.batch.conversation(int(requests.conversation[request]))
+        messages, tools = as_template_messages(conversation)
+        head, lo, hi = (int(getattr(requests, name)[request]) for name in ("head", "lo", "hi"))
+        try:
+            pieces = render_document(
+                self.renderer, self.tokenizer, messages[:head] + messages[lo:hi], tools, self.history
+            )
+        except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
+            refused[request] = _refusal(error)
+            return None
+        ids = [np.array(piece.ids, np.int32) for piece in pieces]
+        lengths = np.array([len(run) for run in ids], np.int64)
+        flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        return _PieceBlock(
+            request=np.full(len(pieces), request, np.int64),
+            span=np.array([piece.span for piece in pieces], np.int64),
+            kind=np.array([piece.kind for piece in pieces], np.int64),
+            message=np.array([piece.message for piece in pieces], np.int64),
+            run=-1 - self._encoded.add(flat, lengths),
+            controls=np.array([piece.controls for piece in pieces], np.int64),
+        )
+
+    def _run_column(self, run: IntArray, column: Callable[[_RunTable], IntArray]) -> IntArray:
+        """A property of runs, from the static table (numbers from 0 up) or the batch's (from -1 down)."""
+        static, encoded = column(self._static), column(self._encoded)
+        return np.where(run >= 0, static[np.maximum(run, -1)], encoded[np.maximum(-1 - run, -1)])
+
+
+def _refusal(error: Exception) -> Refusal:
+    reasons = {HistoryRewritten: "history_rewritten", NotRendered: "not_rendered"}
+    return Refusal(reason=reasons.get(type(error), "template_refused"), detail=str(error))
+
+
+def _cut(layout: Layout, requests: Requests) -> Layout:
+    """Leave out what follows the last answer of documents that are to end with it."""
+    last_answer = np.full(len(requests), -1, np.int64)
+    answers = layout.message >= 0
+    np.maximum.at(last_answer, layout.request[answers], layout.span[answers])
+    keep = ~requests.cut[layout.request] | (layout.span <= last_answer[layout.request])
+    if keep.all():
+        return layout
+    columns = ("request", "span", "kind", "message", "run", "length", "controls")
+    return Layout(**{name: getattr(layout, name)[keep] for name in columns}, refused=layout.refused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Skeleton:
+    number: int
+    columns: IntArray  # [pieces, 6 + slots]: span, kind, message, run, shape, controls, messages in the slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PieceBlock:
+    request: IntArray
+    span: IntArray
+    kind: IntArray
+    message: IntArray
+    run: IntArray
+    controls: IntArray
+
+
+class _RunTable:
+    """Runs of tokens end to end, by number."""
+
+    def __init__(self) -> None:
+        self._pools: list[NDArray[np.int32]] = []
+        self._lengths: list[IntArray] = []
+        self._shared: dict[tuple[int, ...], int] = {}
+        self._count = 0
+        self.total = 0
+
+    def add(self, flat: NDArray[np.int32], lengths: IntArray) -> IntArray:
+        """Add runs, end to end in `flat`; their numbers."""
+        numbers = np.arange(self._count, self._count + len(lengths))
+        self._pools.append(flat)
+        self._lengths.append(lengths)
+        self._count += len(lengths)
+        self.total += len(flat)
+        return numbers
+
+    def share(self, ids: tuple[int, ...]) -> int:
+        """The number of a run that is kept once."""
+        if ids not in self._shared:
+            self._shared[ids] = int(self.add(np.array(ids, np.int32), np.array([len(ids)], np.int64))[0])
+        return self._shared[ids]
+
+    def all_lengths(self) -> IntArray:
+        """Tokens of every run, int64[runs + 1]: one empty run at the end, so that -1 is a valid number."""
+        self._lengths = [np.concatenate([np.empty(0, np.int64), *self._lengths])]
+        return np.append(self._lengths[0], 0)
+
+    def pool(self) -> NDArray[np.int32]:
+        self._pools = [np.concatenate([np.empty(0, np.int32), *self._pools])]
+        return self._pools[0]
+
+
+def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
+    """The ranges [start, start + length), end to end.
+
+    >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    total = int(lengths.sum())
+    offsets = np.cumsum(lengths) - lengths
+    ranges: IntArray = np.arange(total, dtype=np.int64) + np.repeat(starts - offsets, lengths)
+    return ranges
+
+
+def _pad(matrix: IntArray, width: int) -> IntArray:
+    """More columns of -1 on the right."""
+    missing = width - matrix.shape[1]
+    return np.pad(matrix, ((0, 0), (0, missing)), constant_values=-1) if missing else matrix

@@ -1,0 +1,186 @@
+"""Law 5 over the real corpora: every template that trl ships, two real tokenizers, documents against transformers.
+
+A few conversations of each corpus by default; `ISMDATA_LAW5_SAMPLE=40` takes that many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ismdata.batch import as_template_messages, conversation_batch
+from ismdata.convert import convert
+from ismdata.encoder import Encoding
+from ismdata.masks import ANSWER
+from ismdata.tokens import DocumentEncoder, Requests
+from tests.conftest import DATA, TEMPLATES, encoding, needs_data
+
+SAMPLE = int(os.environ.get("ISMDATA_LAW5_SAMPLE", "2"))
+
+CORPORA = {
+    "dailydialog": ["dailydialog/train.zip", "dailydialog/validation.zip", "dailydialog/test.zip"],
+    "kdconv": ["kdconv/film/dev.json", "kdconv/music/test.json", "kdconv/travel/dev.json"],
+    "sharegpt": ["sharegpt/sharegpt_first5000.json.gz"],
+    "lima": ["lima/lima.json"],
+    "openai": ["openai-messages/toy_chat_fine_tuning.jsonl", "openai-messages/weather_chat_fine_tuning.jsonl"],
+    "alpaca": ["llamafactory/alpaca_en_demo.json", "llamafactory/alpaca_zh_demo.json", "llamafactory/identity.json"],
+    "history": ["llamafactory/history/oaast_sft_zh.json"],
+    "glaive": ["llamafactory/glaive_toolcall_en_demo.json", "llamafactory/glaive_toolcall_zh_demo.json"],
+    "lccc": ["lccc/LCCC-base_test.json"],
+}
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.RecordBatch:
+    """A seeded sample of every corpus, as one batch of conversations of at most 24 messages."""
+    root = tmp_path_factory.mktemp("corpora")
+    chosen = []
+    for name, files in CORPORA.items():
+        convert([str(DATA / file) for file in files], root / name)
+        tables = [pa.ipc.open_stream(path).read_all() for path in sorted((root / name).glob("*.arrow"))]
+        table = pa.concat_tables(tables)
+        short = np.flatnonzero(table.column("messages").combine_chunks().value_lengths().to_numpy() <= 24)
+        picked = np.random.default_rng(5).choice(short, min(SAMPLE, len(short)), replace=False)
+        chosen.append(table.take(picked))
+    return pa.concat_tables(chosen).combine_chunks().to_batches()[0]
+
+
+class Transformers:
+    """What transformers itself renders and encodes, without anything of ours but the fixed date."""
+
+    def __init__(self, with_: Encoding) -> None:
+        self.template = with_.renderer.template
+        self.pretrained = with_.tokenizer.pretrained
+        self.encode = cache(lambda text: self.pretrained.encode(text, add_special_tokens=False))
+
+    def render(self, messages: list[dict[str, Any]], tools: Any, *, generation_prompt: bool = False) -> str | None:
+        if self.template.text_arguments:
+            messages = [
+                {**m, "tool_calls": [with_text_arguments(call) for call in m["tool_calls"]]} if "tool_calls" in m else m
+                for m in messages
+            ]
+        if self.template.typed_content:
+            messages = [{**m, "content": [{"type": "text", "text": m.get("content") or ""}]} for m in messages]
+        try:
+            text = self.pretrained.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self.template.dated_source,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except Exception:  # a template raises what it likes
+            return None
+        assert isinstance(text, str)
+        return text
+
+    def stable(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[int]] | None:
+        """The rendering, and where each answer but an opening one starts in it; None if a shorter one is no prefix."""
+        whole = self.render(messages, tools)
+        starts = []
+        for k, message in enumerate(messages):
+            shorter = [self.render(messages[: k + 1], tools)]
+            if message["role"] == "assistant" and k:
+                shorter.append(self.render(messages[:k], tools, generation_prompt=True))
+                starts.append(len(shorter[-1] or ""))
+            if whole is None or any(text is None or not whole.startswith(text) for text in shorter):
+                return None
+        assert whole is not None
+        return whole, starts
+
+
+def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def request_all(batch: Any, history: str) -> Requests:
+    """Whole conversations, or one document an answer."""
+    if history == "append":
+        conversation, hi = np.arange(len(batch)), np.diff(batch.first)
+        target_from = np.zeros(len(batch), np.int64)
+    else:
+        answers = np.flatnonzero(batch.roles == 2)
+        conversation = np.searchsorted(batch.first, answers, side="right") - 1
+        target_from = answers - batch.first[conversation]
+        hi = target_from + 1
+    heads = batch.heads[conversation]
+    return Requests(
+        conversation=conversation, head=heads, lo=heads, hi=hi, target_from=target_from, cut=np.zeros(len(hi), bool)
+    )
+
+
+@needs_data
+@pytest.mark.parametrize("history", ["append", "expand"])
+@pytest.mark.parametrize(("name", "markers"), [("smollm2", True), ("deepseek", False)])
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_law_5_on_real_conversations(
+    template: Path, name: str, markers: bool, history: Any, rows: pa.RecordBatch, smollm2: Path, deepseek: Path
+) -> None:
+    with_ = encoding({"smollm2": smollm2, "deepseek": deepseek}[name], template, history, markers=markers)
+    theirs = Transformers(with_)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, history)
+    batch = conversation_batch(rows, with_.sensitivity)
+    requests = request_all(batch, history)
+    encoder.begin(batch)
+    layout = encoder.lay_out(requests)
+    documents = encoder.documents(layout, requests)
+    assert encoder.stray_controls(layout, documents).size == 0
+    ends, span_ends = np.cumsum(documents.lengths), np.cumsum(documents.span_counts)
+    seen: Counter[str] = Counter()
+    for r in range(len(requests)):
+        messages, tools = as_template_messages(batch.conversation(int(requests.conversation[r])))
+        messages = messages[: int(requests.hi[r])]
+        if r in layout.refused and layout.refused[r].reason == "history_rewritten":
+            drawn_in = "does not come before" in layout.refused[r].detail  # a tool's result, in the model's own turn
+            assert theirs.stable(messages, tools) is None or (history == "expand" and drawn_in)
+            seen["beyond append"] += 1
+            continue
+        if r in layout.refused and layout.refused[r].reason == "not_rendered":
+            silent = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+            assert theirs.render(messages, tools) == theirs.render(silent, tools)
+            seen["calls left out"] += 1
+            continue
+        if r in layout.refused:
+            pieces = [messages[:k] for k in range(1, len(messages) + 1)]
+            assert any(
+                theirs.render(p, tools) is None or theirs.render(p, tools, generation_prompt=True) is None
+                for p in pieces
+            ), layout.refused[r]
+            seen["refused"] += 1
+            continue
+        ids = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
+        spans = documents.spans[span_ends[r] - documents.span_counts[r] : span_ends[r]].tolist()
+        if with_.tokenizer.controls.escape([messages, tools])[1].mapping:
+            seen["spells control tokens"] += 1  # transformers would take the text for the token
+            continue
+        whole = theirs.render(messages, tools)
+        found = theirs.stable(messages, tools)
+        if history == "append" and found is None:
+            seen["rewritten"] += 1
+            continue
+        assert whole is not None
+        # Decoded spans say where ours cuts; each stretch must encode as transformers encodes that text, and all
+        # together must be the rendering. So the only freedom left is where token borders are forced.
+        stretches = [ids[start:end] for start, end, *_ in spans]
+        texts = [with_.tokenizer.decode(stretch) for stretch in stretches]
+        if "\ufffd" not in whole:
+            assert "".join(texts) == whole
+        assert [id for text in texts for id in theirs.encode(text)] == ids or theirs.encode(whole) == ids
+        if history == "append" and found is not None:
+            begins = np.cumsum([0, *map(len, texts)]).tolist()
+            answers = [begins[k] for k, span in enumerate(spans) if span[2] == ANSWER]
+            opening = messages[0]["role"] == "assistant"
+            assert answers[int(opening) :] == found[1]
+        seen["compared"] += 1
+    if seen["refused"] == len(requests):
+        pytest.fail(f"the template refused everything: {seen}")
+    assert seen["compared"] or seen["rewritten"], seen

@@ -1,0 +1,231 @@
+"""The plan against the item-by-item algorithm, and what must hold of every plan."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ismdata import packing
+from ismdata.errors import UsageError
+from ismdata.packing import lower_bound, plan
+
+
+def best_fit_decreasing(lengths, seq_len):
+    """The oracle: one document after the other, longest first, into the fullest bin that has room; rooms left over."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        at = bisect.bisect_left(rooms, length)
+        room = rooms.pop(at) if at < len(rooms) else seq_len
+        bisect.insort(rooms, room - length)
+    return rooms
+
+
+def fewest_bins(lengths, seq_len):
+    """By trying everything; for a handful of documents."""
+    lengths = sorted(lengths, reverse=True)
+
+    def fits(at, rooms):
+        if at == len(lengths):
+            return True
+        for number in {room: number for number, room in enumerate(rooms)}.values():
+            if rooms[number] >= lengths[at]:
+                rooms[number] -= lengths[at]
+                if fits(at + 1, rooms):
+                    return True
+                rooms[number] += lengths[at]
+        return False
+
+    return next(bins for bins in range(1, len(lengths) + 1) if fits(0, [seq_len] * bins))
+
+
+def histogram(lengths, seq_len):
+    return np.bincount(np.asarray(lengths, np.int64), minlength=seq_len + 1)
+
+
+def rooms_of(bins, seq_len):
+    """What each bin of a plan leaves free, sorted."""
+    used = np.bincount(bins.owner, weights=bins.length * bins.times, minlength=len(bins.count)).astype(int)
+    return sorted(np.repeat(seq_len - used, bins.count).tolist())
+
+
+def contents(plan, lengths):
+    """The lengths in each row, in order."""
+    return [np.asarray(lengths)[row].tolist() for row in np.split(plan.order, plan.offsets[1:-1])]
+
+
+def check(plan, lengths, seq_len):
+    """What must hold of every plan."""
+    assert plan.order.dtype == np.uint32
+    assert plan.row_documents.dtype == np.int32
+    assert sorted(plan.order.tolist()) == list(range(len(lengths)))
+    assert plan.row_documents.sum() == len(lengths)
+    assert plan.offsets[-1] == len(lengths)
+    rows = contents(plan, lengths)
+    assert len(rows) == plan.rows
+    assert all(0 < sum(row) <= seq_len for row in rows)
+    assert lower_bound(lengths, seq_len) <= plan.rows <= len(best_fit_decreasing(lengths, seq_len))
+
+
+@st.composite
+def corpora(draw):
+    """Lengths and a seq_len: of any size, of one size, alike, two kinds, all at the limit."""
+    seq_len = draw(st.sampled_from([1, 2, 7, 8, 30, 100, 128]))
+    low = draw(st.integers(1, seq_len))
+    high = draw(st.integers(low, seq_len))
+    return draw(st.lists(st.integers(low, high), min_size=1, max_size=120)), seq_len
+
+
+@given(corpora())
+@settings(max_examples=300, deadline=None)
+def test_bins_are_those_of_the_item_by_item_algorithm(corpus):
+    lengths, seq_len = corpus
+    bins = packing._best_fit_decreasing(histogram(lengths, seq_len), seq_len)
+    assert rooms_of(bins, seq_len) == best_fit_decreasing(lengths, seq_len)
+
+
+@pytest.mark.parametrize("seq_len", [256, 2048])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
+def test_bins_are_those_of_the_item_by_item_algorithm_at_size(seq_len, spread):
+    lengths = np.random.default_rng(0).lognormal(4.5, spread, 20_000).clip(1, seq_len).astype(int).tolist()
+    bins = packing._best_fit_decreasing(histogram(lengths, seq_len), seq_len)
+    assert rooms_of(bins, seq_len) == best_fit_decreasing(lengths, seq_len)
+
+
+@given(corpora())
+@settings(max_examples=150, deadline=None)
+def test_exact_completion_lays_down_the_histogram(corpus):
+    lengths, seq_len = corpus
+    bins = packing._exact_completion(histogram(lengths, seq_len), seq_len)
+    laid = Counter()
+    for owner, length, times in zip(bins.owner.tolist(), bins.length.tolist(), bins.times.tolist(), strict=True):
+        laid[length] += times * int(bins.count[owner])
+    assert +laid == Counter(lengths)
+    rooms = rooms_of(bins, seq_len)
+    assert rooms[0] >= 0
+    assert rooms[-1] < seq_len
+    assert len(rooms) <= len(best_fit_decreasing(lengths, seq_len))
+
+
+@given(corpora(), st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+def test_every_document_once_and_no_row_over_full(corpus, seed):
+    lengths, seq_len = corpus
+    check(plan(lengths, seq_len=seq_len, seed=seed), lengths, seq_len)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_never_below_what_is_possible_nor_far_above(lengths):
+    fewest = fewest_bins(lengths, 12)
+    assert fewest <= plan(lengths, seq_len=12, seed=0).rows <= max(fewest, fewest * 11 / 9 + 6 / 9)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_pieces_of_work_leave_no_trace(monkeypatch, chunk):
+    lengths = np.random.default_rng(3).integers(1, 100, 500)
+    monkeypatch.setattr(packing, "_CHUNK", chunk)
+    check(plan(lengths, seq_len=128, seed=5), lengths.tolist(), 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "seq_len"),
+    [
+        ((5.9, 0.35, 60, 900), 2048),
+        ((5.9, 0.35, 60, 900), 8192),
+        ((4.9, 0.6, 15, 1000), 2048),
+        ((7, 1.2, 10, 8192), 8192),
+    ],
+    ids=["kdconv-2048", "kdconv-8192", "dailydialog-2048", "sharegpt-8192"],
+)
+def test_dialogue_lengths_fill_within_two_in_a_thousand(shape, seq_len):
+    middle, spread, low, high = shape
+    lengths = np.random.default_rng(1).lognormal(middle, spread, 6_000).clip(low, high).astype(int)
+    assert lower_bound(lengths, seq_len) >= 100
+    assert plan(lengths, seq_len=seq_len, seed=0).rows <= 1.002 * lower_bound(lengths, seq_len)
+
+
+def test_exact_completion_wins_where_lengths_are_alike():
+    """60 + 34 + 34 fill 128; best-fit lays two of 60 together first and has nothing for the rest."""
+    lengths = [60] * 30 + [34] * 60
+    assert len(best_fit_decreasing(lengths, 128)) == 35
+    assert plan(lengths, seq_len=128, seed=0).rows == 30
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+def test_any_integers_give_the_same_plan(dtype):
+    lengths = np.random.default_rng(0).integers(1, 100, 300)
+    expected, found = plan(lengths, seq_len=128, seed=1), plan(lengths.astype(dtype), seq_len=128, seed=1)
+    assert found.order.tolist() == expected.order.tolist()
+    assert found.row_documents.tolist() == expected.row_documents.tolist()
+
+
+def test_a_seed_gives_one_plan_and_another_seed_another():
+    lengths = np.random.default_rng(0).integers(1, 100, 300)
+    one, again, other = (plan(lengths, seq_len=128, seed=seed) for seed in (1, 1, 2))
+    assert one.order.tolist() == again.order.tolist()
+    assert one.row_documents.tolist() == again.row_documents.tolist()
+    assert one.order.tolist() != other.order.tolist()
+    assert one.rows == other.rows
+
+
+def test_the_plan_of_a_few_documents_stays_what_it_is():
+    """Resumed and repeated runs rely on it: a change here makes other shards of the same corpus."""
+    found = plan([5, 3, 2, 6, 8, 1, 1, 4], seq_len=8, seed=0)
+    assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[1, 4, 1], [3, 5], [8], [2, 6]]
+
+
+def correlation(one, other):
+    return abs(np.corrcoef(one, other)[0, 1])
+
+
+def test_neither_length_nor_source_order_leaks():
+    """Against place in the training order and against place inside the row; 20,000 documents, noise is about 0.007."""
+    lengths = np.sort(np.random.default_rng(0).lognormal(4, 0.8, 20_000).clip(1, 1024).astype(int))
+    found = plan(lengths, seq_len=1024, seed=0)
+    length, source = lengths[found.order], found.order.astype(float)
+    place = np.arange(len(lengths))
+    row = np.repeat(np.arange(found.rows), found.row_documents)
+    inside = (place - found.offsets[row] + 0.5) / found.row_documents[row]
+    assert correlation(length, inside) < 0.03
+    assert correlation(source, inside) < 0.03
+    assert correlation(length, row) < 0.03
+    # How many documents a row has says how long they are: what may not show is where the row stands.
+    assert correlation(found.row_documents, np.arange(found.rows)) < 0.08
+
+
+def test_documents_of_one_length_are_shuffled_among_their_places():
+    """All alike, source order is all there is: neither along the rows, nor inside them, nor side by side."""
+    found = plan(np.full(20_000, 100), seq_len=1000, seed=0)
+    assert found.row_documents.tolist() == [10] * 2000
+    rows = found.order.reshape(2000, 10).astype(float)
+    assert correlation(rows.mean(1), np.arange(2000)) < 0.08
+    assert correlation(rows.ravel(), np.tile(np.arange(10), 2000)) < 0.03
+    assert correlation(rows[:, :-1].ravel(), rows[:, 1:].ravel()) < 0.03
+    assert (rows.argmax(1) == np.arange(2000) % 10).mean() < 0.15
+
+
+@pytest.mark.parametrize("where", [0, 3])
+@pytest.mark.parametrize("length", [0, -1, 129])
+def test_lengths_out_of_range_are_refused(where, length):
+    lengths = [5, 5, 5, 5]
+    lengths[where] = length
+    with pytest.raises(UsageError, match=f"document {where} has {length} tokens; expected 1 to seq_len = 128"):
+        plan(lengths, seq_len=128, seed=0)
+
+
+@pytest.mark.parametrize("lengths", [[1.5, 2.0], [[1, 2], [3, 4]], ["a"]])
+def test_what_is_no_list_of_integers_is_refused(lengths):
+    with pytest.raises(UsageError, match="expected one integer per document"):
+        plan(lengths, seq_len=128, seed=0)
+
+
+def test_no_documents_make_no_rows():
+    found = plan([], seq_len=128, seed=0)
+    assert found.rows == 0
+    assert found.offsets.tolist() == [0]
+    assert lower_bound([], 128) == 0

@@ -1,0 +1,301 @@
+"""The columnar road against each conversation rendered by itself, on random and on hostile text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ismdata.batch import as_template_messages, conversation_batch
+from ismdata.conversation import CONVERSATION_SCHEMA
+from ismdata.encoder import Encoding
+from ismdata.masks import ANSWER
+from ismdata.overlong import TurnRange, split, split_turns
+from ismdata.template import TemplateRefused
+from ismdata.tokens import DocumentEncoder, Requests
+from ismdata.turns import HistoryRewritten
+from tests.conftest import encoding, template_named
+
+#: Text that templates or tokenizers could take for something else, between ordinary words.
+FRAGMENTS = [
+    "Hello",
+    " ",
+    "\n",
+    "\n\n",
+    "你好",
+    "é",
+    "a  b",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "</think>",
+    "<think>",
+    "{{",
+    "\t",
+]
+FRAGMENTS += [
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "\u2003",
+    "\ue000",
+    "0\ue001",
+    "x" * 40,
+    "👩‍👩‍👧",
+    "\x00",
+    "<s>",
+    "\U000f0000",
+]
+texts = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
+roles = st.sampled_from(["user", "assistant"])
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> dict[str, Any]:
+    head = [{"role": "system", "content": draw(texts)}] if draw(st.booleans()) else []
+    if draw(st.booleans()):
+        body = [{"role": ("user", "assistant")[k % 2], "content": draw(texts)} for k in range(draw(st.integers(1, 7)))]
+    else:
+        body = [{"role": draw(roles), "content": draw(texts)} for _ in range(draw(st.integers(1, 5)))]
+    if draw(st.integers(0, 5)) == 0:
+        body[-1]["name"] = "Bo"
+    return {"id": "c", "source": "test:1", "messages": head + body}
+
+
+def whole(batch: Any) -> Requests:
+    count = len(batch)
+    return Requests(
+        conversation=np.arange(count),
+        head=batch.heads,
+        lo=batch.heads,
+        hi=np.diff(batch.first),
+        target_from=np.zeros(count, np.int64),
+        cut=np.zeros(count, bool),
+    )
+
+
+def reference(
+    with_: Encoding, batch: Any, requests: Requests, r: int
+) -> tuple[list[int], list[tuple[int, ...]]] | None:
+    """Tokens and (start, end, kind, answered message) of one document, rendered by itself; None if refused."""
+    c = int(requests.conversation[r])
+    messages, tools = as_template_messages(batch.conversation(c))
+    head, lo, hi = int(requests.head[r]), int(requests.lo[r]), int(requests.hi[r])
+    try:
+        pieces = with_.document(messages[:head] + messages[lo:hi], tools)
+    except (TemplateRefused, HistoryRewritten, ValueError):
+        return None
+    if requests.cut[r]:
+        last = max(piece.span for piece in pieces if piece.kind == ANSWER)
+        pieces = tuple(piece for piece in pieces if piece.span <= last)
+    ids: list[int] = []
+    spans: list[tuple[int, ...]] = []
+    for span in sorted({piece.span for piece in pieces}):
+        start = len(ids)
+        for piece in pieces:
+            if piece.span == span:
+                ids += piece.ids or ()
+                kind, message = piece.kind, piece.message
+        if len(ids) > start:
+            spans.append((start, len(ids), kind, message))
+    return ids, spans
+
+
+def check(with_: Encoding, batch: Any, requests: Requests, encoder: DocumentEncoder) -> int:
+    layout = encoder.lay_out(requests)
+    documents = encoder.documents(layout, requests)
+    assert encoder.stray_controls(layout, documents).size == 0
+    token_ends, span_ends = np.cumsum(documents.lengths), np.cumsum(documents.span_counts)
+    compared = 0
+    for r in range(len(requests)):
+        expected = reference(with_, batch, requests, r)
+        if expected is None:
+            assert r in layout.refused
+            assert documents.lengths[r] == 0
+            continue
+        assert r not in layout.refused
+        ids, spans = expected
+        assert documents.input_ids[token_ends[r] - documents.lengths[r] : token_ends[r]].tolist() == ids
+        found = documents.spans[span_ends[r] - documents.span_counts[r] : span_ends[r]]
+        assert [tuple(row) for row in found[:, :3].tolist()] == [span[:3] for span in spans]
+        head, lo = int(requests.head[r]), int(requests.lo[r])
+        for row, (_, _, kind, message) in zip(found.tolist(), spans, strict=True):
+            in_conversation = message if message < head else message - head + lo
+            assert bool(row[3]) == (kind == ANSWER and in_conversation >= requests.target_from[r])
+        compared += 1
+    return compared
+
+
+TEMPLATES = ["chatml", "qwen3", "llama3", "gemma3", "phi3", "glm4moe", "smolvlm"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
+    with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    compared = 0
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(conversations(), min_size=1, max_size=5))
+    def run(rows: list[dict[str, Any]]) -> None:
+        nonlocal compared
+        batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+        encoder.begin(batch)
+        compared += check(with_, batch, whole(batch), encoder)
+
+    run()
+    assert compared > 20
+
+
+@pytest.mark.parametrize("history", ["append", "expand"])
+def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
+    """Documents that repeat the system prompt and begin in the middle, one an answer, cut behind it or not."""
+    with_ = encoding(smollm2, template_named("qwen3"), history, markers=True)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, history)
+    rows = []
+    for k in range(4):
+        head = [{"role": "system", "content": "Be brief."}] if k % 2 else []
+        talk = [
+            {"role": ("user", "assistant")[n % 2], "content": f"{n} of {k} {'</think>' * (k == 3)}"} for n in range(8)
+        ]
+        rows.append({"id": str(k), "source": f"t:{k}", "messages": head + talk})
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    table = [
+        (c, head, head + 2 * a, head + 2 * b + 2, head + 2 * b + 1)
+        for c in range(4)
+        for a in range(4)
+        for b in range(a, 4)
+        for head in [int(batch.heads[c])]
+    ]
+    columns = np.array(table, np.int64).T
+    requests = Requests(
+        conversation=columns[0],
+        head=columns[1],
+        lo=columns[2],
+        hi=columns[3],
+        target_from=columns[4],
+        cut=np.full(len(table), history == "append"),
+    )
+    encoder.begin(batch)
+    assert check(with_, batch, requests, encoder) == len(table)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations(name: str, smollm2: Path) -> None:
+    """Those of many turns are cut in one rendering; the answers are the same as with one rendering an answer."""
+    with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    rows = []
+    for k, shape in enumerate(["ua" * 20, "s" + "ua" * 20, "ua" * 20 + "u", "a" + "ua" * 20, "uua" * 14, "uaa" * 14]):
+        roles = {"s": "system", "u": "user", "a": "assistant"}
+        talk = [{"role": roles[letter], "content": f"{n} \n"} for n, letter in enumerate(shape)]
+        rows.append({"id": str(k), "source": f"t:{k}", "messages": talk})
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder.begin(batch)
+    assert check(with_, batch, whole(batch), encoder) >= 3
+
+
+def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K documents of one conversation do not cost K times its text."""
+    with_ = encoding(smollm2)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    rows = [
+        {
+            "id": "0",
+            "source": "t:0",
+            "messages": [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(12)],
+        }
+    ]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    answers = np.arange(1, 12, 2)
+    nothing = np.zeros(6, np.int64)
+    requests = Requests(
+        conversation=nothing, head=nothing, lo=nothing, hi=answers + 1, target_from=answers, cut=nothing == 0
+    )
+    encoder.begin(batch)
+    encoder.lay_out(requests)  # skeletons are made here
+    encoder.begin(batch)
+    encoded: list[str] = []
+    original = with_.tokenizer.encode_flat
+    monkeypatch.setattr(
+        with_.tokenizer, "encode_flat", lambda texts, opening=False: (encoded.extend(texts), original(texts))[1]
+    )
+    encoder.lay_out(requests)
+    encoder.lay_out(requests)
+    assert len(encoded) == len(set(encoded)) == 12
+
+
+turn_lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+
+
+@given(turn_lengths, st.data(), st.integers(0, 4), st.integers(0, 2), st.integers(5, 30))
+def test_split_turns(lengths: list[int], data: st.DataObject, prefix: int, extra: int, seq_len: int) -> None:
+    targets = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+
+    def size(first: int, last: int) -> int:
+        return prefix + sum(lengths[first : last + 1]) + (extra if first else 0)
+
+    pieces = split_turns(lengths, targets, prefix=prefix, seq_len=seq_len, extra=extra)
+    wanted = [k for k, target in enumerate(targets) if target]
+    if isinstance(pieces, int):
+        assert targets[pieces]
+        assert size(pieces, pieces) > seq_len
+        return
+    trained = [k for p in pieces for k in range(p.target, p.last + 1) if targets[k]]
+    assert trained == wanted  # each exactly once, in order
+    for piece in pieces:
+        assert targets[piece.target]
+        assert targets[piece.last]
+        assert size(piece.first, piece.last) <= seq_len
+        assert piece.first == 0 or size(piece.first - 1, piece.last) > seq_len  # as much history as fits
+        following = [k for k in wanted if k > piece.last]
+        assert not following or size(piece.target, following[0]) > seq_len  # as many targets as fit
+
+
+def test_split_turns_leaves_long_untrained_turns_out() -> None:
+    pieces = split_turns([4, 50, 4], [True, False, True], prefix=1, seq_len=10)
+    assert pieces == [TurnRange(first=0, last=0, target=0), TurnRange(first=2, last=2, target=2)]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma3", "phi3"])
+def test_split_pieces_fit_and_are_as_long_as_they_can_be(name: str, smollm2: Path) -> None:
+    """What a piece's own rendering costs decides, not what its turns cost inside the conversation."""
+    with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(12):
+        talk = [
+            {"role": ("user", "assistant")[n % 2], "content": " ".join(["word"] * int(rng.integers(1, 30)))}
+            for n in range(20)
+        ]
+        head = [{"role": "system", "content": "Be brief."}] if k % 2 else []
+        rows.append({"id": str(k), "source": f"t:{k}", "messages": head + talk})
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder.begin(batch)
+    requests = whole(batch)
+    layout = encoder.lay_out(requests)
+    seq_len = 160
+    over = np.flatnonzero(layout.document_lengths(12) > seq_len)
+    assert len(over) >= 10
+    parts = split(encoder, batch, requests, layout, over, seq_len)
+    assert not parts.refused
+    lengths = encoder.lay_out(parts.requests).document_lengths(len(parts.requests))
+    assert lengths.max() <= seq_len
+    check(with_, batch, parts.requests, encoder)
+    for c in over.tolist():
+        mine = np.flatnonzero(parts.requests.conversation == c)
+        head = int(batch.heads[c])
+        assert (parts.requests.head[mine] == head).all()  # the system prompt stands in every piece
+        answers = [k for k in range(head, int(requests.hi[c])) if batch.roles[batch.first[c] + k] == 2]
+        trained = [k for r in mine for k in answers if parts.requests.target_from[r] <= k < parts.requests.hi[r]]
+        assert trained == answers
+        for r in mine.tolist():
+            lo = int(parts.requests.lo[r])
+            if lo > head:  # one more turn of history would not have fitted
+                longer = parts.requests.take(np.array([r]))
+                longer.lo[0] = lo - 2
+                assert encoder.lay_out(longer).document_lengths(1)[0] > seq_len
