@@ -93,6 +93,17 @@ REASONS: dict[str, str] = {
     "invalid_tools": "the tool descriptions are not a JSON list",
     "invalid_field": "a field has a value of the wrong type",
     "missing_field": "a field that the format requires is absent",
+    "invalid_row": "a row of a table has more or fewer cells than its header",
+    "many_speakers": "more speakers than two, and none is said to be the assistant",
+    "broken_tree": "messages of a tree do not hang together: a parent is missing, or a message is its own ancestor",
+    "rejected": "the record is marked as a bad answer",
+    # convert, where cleaning is asked for
+    "duplicate": "the conversation repeats an earlier one (--dedup exact)",
+    "near_duplicate": "the conversation is nearly the same as an earlier one (--dedup near)",
+    "too_few_turns": "the conversation has fewer turns than --min-turns",
+    "excluded": "a message matches --exclude",
+    "in_other": "the conversation also stands in the corpus that --against names",
+    "not_sampled": "the conversation was not drawn by --sample",
     # pack
     "template_refused": "the chat template refused the conversation",
     "not_rendered": "the chat template leaves a tool call out",

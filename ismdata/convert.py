@@ -28,12 +28,12 @@ from ismdata.conversation import CONVERSATION_SCHEMA, FORMAT, Quarantined
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, output_folder, write_index
 from ismdata.readers import READERS, detect
-from ismdata.readers.base import Block, Reader, Refused, shown
+from ismdata.readers.base import Block, Place, Reader, Refused, shown
 from ismdata.readers.blocks import TableBlock
-from ismdata.readers.canonical import role_table
+from ismdata.readers.canonical import Rules, role_table
 from ismdata.readers.framing import ByteQueue, Framed
 from ismdata.readers.layout import JSON_LINES, TEXT_LINES, framing_of, skip_mark
-from ismdata.readers.reading import Place, Reading, read_block
+from ismdata.readers.reading import Reading, read_block
 from ismdata.readers.sources import SavedDataset, Source, expand
 
 #: A shard is closed once it holds this much.
@@ -124,7 +124,7 @@ def convert(
                 with _open(source, format) as corpus:
                     reader = READERS[corpus.format] if corpus.format else None
                     if reader is not None:
-                        read = partial(_read, reader=reader, roles=table)
+                        read = partial(_read, reader=reader, rules=Rules(roles=table))
                         for reading in _in_order(pool, read, corpus.blocks, ahead=2 * threads):
                             writer.add(reading)
                             if progress is not None:
@@ -156,9 +156,9 @@ def convert(
     )
 
 
-def _read(item: tuple[Block, Place], *, reader: Reader, roles: Mapping[str, str]) -> Reading:
+def _read(item: tuple[Block, Place], *, reader: Reader, rules: Rules) -> Reading:
     block, place = item
-    return read_block(block, reader, place, roles)
+    return read_block(block, reader, place, rules)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Anything else that escapes is a bug in ismdata and keeps its traceback.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class IsmdataError(Exception):
     """Base of every error that ismdata raises on purpose."""
@@ -25,3 +27,9 @@ class UsageError(IsmdataError):
 
 class UnsupportedModelError(IsmdataError):
     """`attach` was given a model inside which the mask cannot work; the message says why. Exit code 1."""
+
+
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM). `kept`: the folder with which the same command goes on, if one does."""
+
+    kept: Path | None = None

@@ -1,7 +1,8 @@
 """Output folders that are complete or absent, and the index files inside them.
 
 A folder is written beside its final name, as `.NAME.partial`, and renamed last. Files in it are counted and hashed as
-they are written, and the index names each with its size and SHA-256.
+they are written, and the index names each with its size and SHA-256. Last in the index stands its own SHA-256, taken
+with that hash as 64 zeros, so that a change anywhere in the folder shows.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from ismdata.errors import DataError, UsageError
+from ismdata.errors import DataError, Terminated, UsageError
+from ismdata.lock import locked
 
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+
+#: In a folder that is being written: what of it is finished. See journal.py.
+JOURNAL_NAME = "journal.jsonl"
 
 
 #: What readers of an index rely on.
@@ -82,28 +88,93 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         raise DataError(f"{folder}: found {found}; expected a folder that `{command}` wrote")
     if not path.is_file():
         raise DataError(f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}). Make the folder again with `{command}`") from error
-    found_format = index.get("format") if isinstance(index, dict) else None
+    index = load_index(folder)
+    found_format = index.get("format")
     if found_format != expected_format:
         raise DataError(f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes")
-    assert isinstance(index, dict)
     missing = [key for key in _REQUIRED[expected_format.partition("/")[0]] if key not in index]
     if missing:
         raise DataError(
             f"{path}: lacks {', '.join(missing)}; the file was changed. Make the folder again with `{command}`"
         )
+    _check_listed(path, index["shards"])
     return index
 
 
+def load_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder, whatever it says, as long as it is what was written. Raises DataError."""
+    path = folder / INDEX_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); expected a folder that ismdata wrote. Make the folder again"
+        ) from error
+    try:
+        index = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Make the folder again") from error
+    if not isinstance(index, dict) or not index:
+        found = "an empty object" if index == {} else type(index).__name__
+        raise DataError(f"{path}: holds {found}; expected what ismdata writes. Make the folder again")
+    if "sha256" not in index:
+        raise DataError(
+            f"{path}: holds no SHA-256 of itself; expected one as its last key. "
+            "An older version of ismdata wrote it, or it was changed; make the folder again"
+        )
+    if sealed(data) != data:
+        raise DataError(
+            f"{path}: its own SHA-256 does not fit its content; expected both as they were written. "
+            "The file has changed since; make the folder again"
+        )
+    return index
+
+
+def _check_listed(path: Path, listed: Any) -> None:
+    """Raise DataError unless an index lists files as `ShardFile` describes them, by names inside the folder."""
+    kinds = {"name": str, "rows": int, "bytes": int, "sha256": str}
+    for at, entry in enumerate(listed if isinstance(listed, list) else [listed]):
+        fits = isinstance(entry, dict) and entry.keys() == kinds.keys()
+        if not fits or not all(type(entry[name]) is kind and entry[name] >= kind() for name, kind in kinds.items()):
+            raise DataError(
+                f"{path}: shards[{at}] is {json.dumps(entry)[:80]}; expected name, rows, bytes and sha256 of a file. "
+                "Make the folder again"
+            )
+        if leaves_folder(entry["name"]):
+            raise DataError(
+                f"{path}: lists {entry['name']!r}; expected a name inside the folder. Make the folder again"
+            )
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file's name in an index leads out of the folder, or to nothing at all."""
+    path = PurePath(name)
+    return not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name
+
+
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    write_text(folder / INDEX_NAME, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    """Write `index.json`, its own SHA-256 last. Names that are not UTF-8 keep their bytes as `\\udcXX` escapes."""
+    unsealed = {key: value for key, value in index.items() if key != "sha256"} | {"sha256": _UNSEALED}
+    text = json.dumps(unsealed, indent=2, ensure_ascii=False) + "\n"
+    (folder / INDEX_NAME).write_bytes(sealed(text.encode("utf-8", "backslashreplace")))
 
 
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+#: Where an index's own hash will stand, and all that may follow it.
+_UNSEALED = "0" * 64
+_SEAL = re.compile(rb'"sha256": "[^"\n]{64}"\n}\n\Z')
+
+
+def sealed(data: bytes) -> bytes:
+    """The bytes of an index with its own SHA-256 filled in: that of the same bytes with 64 zeros in its place.
+
+    An index that is as it was written stays as it is. Nothing else does: what does not end in a hash comes back empty.
+    """
+    place = _SEAL.search(data, max(0, len(data) - 80))
+    if place is None:
+        return b""
+    at = place.start() + len(b'"sha256": "')
+    unsealed = data[:at] + _UNSEALED.encode() + data[at + 64 :]
+    return data[:at] + hashlib.sha256(unsealed).hexdigest().encode() + data[at + 64 :]
 
 
 def entries(files: list[ShardFile]) -> list[dict[str, Any]]:
@@ -151,54 +222,108 @@ def make_partial(partial: Path, final: Path) -> None:
 
 def put_in_place(partial: Path, final: Path) -> None:
     """Rename `partial` to `final`; an older `final` is set aside first and removed last, so that one of them is
-    there.
+    there. What a crash leaves in between, the next run puts right.
     """
-    aside = final.parent / f".{final.name}.replaced"
-    if aside.exists():
-        shutil.rmtree(aside)
+    aside, journal = _aside(final), _journal(final)
+    if (partial / JOURNAL_NAME).exists():
+        (partial / JOURNAL_NAME).replace(journal)
+        sync_path(partial)
+        sync_path(final.parent)
     if final.exists():
         final.replace(aside)
     partial.replace(final)
-    _sync_path(final.parent)
+    sync_path(final.parent)
+    journal.unlink(missing_ok=True)
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def _recover(partial: Path, final: Path) -> None:
+    """Put right what a crash inside `put_in_place` left: all of it is taken back, or what is left of it is done."""
+    aside, journal = _aside(final), _journal(final)
+    if not final.exists() and aside.exists():
+        aside.replace(final)
+    if journal.exists():
+        if partial.exists():
+            journal.replace(partial / JOURNAL_NAME)
+        else:
+            journal.unlink()
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _aside(final: Path) -> Path:
+    return final.parent / f".{final.name}.replaced"
+
+
+def _journal(final: Path) -> Path:
+    return final.parent / f".{final.name}.journal"
 
 
 @contextmanager
 def output_folder(
-    final: Path, *, overwrite: bool, marker: str = INDEX_NAME, inputs: Sequence[str | Path] = ()
+    final: Path,
+    *,
+    overwrite: bool,
+    marker: str = INDEX_NAME,
+    inputs: Sequence[str | Path] = (),
+    resumable: bool = False,
 ) -> Iterator[Path]:
     """Yield a folder to write into; on success rename it to `final`, on any error remove it.
 
-    Raises UsageError as `check_output` does, DataError when the disk is full or refuses. What an interrupted run left
-    beside `final` is removed first.
+    resumable: what a run left that was killed or terminated is kept, for `Journal.open` to say whether this run goes on
+    with it; a run that is refused leaves it as it is. Otherwise it is removed first.
+
+    Raises UsageError as `check_output` does and where another run writes there, DataError when the disk is full or
+    refuses.
     """
-    check_output(final, overwrite=overwrite, marker=marker, inputs=inputs)
+    if final.name in ("", ".."):  # nothing can be written beside a name that is none
+        final = final.resolve()
     partial = final.parent / f".{final.name}.partial"
-    make_partial(partial, final)
+    with locked(final):
+        _recover(partial, final)
+        check_output(final, overwrite=overwrite, marker=marker, inputs=inputs)
+        if not (resumable and partial.is_dir()):
+            make_partial(partial, final)
+        before = _stamp(partial / JOURNAL_NAME)
+        try:
+            yield partial
+            _sync(partial)
+            put_in_place(partial, final)
+        except Terminated as end:
+            if resumable:
+                end.kept = partial
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if before is None or before != _stamp(partial / JOURNAL_NAME):
+                shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
+            cause = os.strerror(error.errno) if error.errno else str(error)
+            raise DataError(
+                f"{final}: writing failed ({cause}). Nothing was kept; make room or name another output"
+            ) from error
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes whenever the file does; None where there is none."""
     try:
-        yield partial
-        _sync(partial)
-        put_in_place(partial, final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = os.strerror(error.errno) if error.errno else str(error)
-        raise DataError(
-            f"{final}: writing failed ({cause}). Nothing was kept; make room or name another output"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _sync_path(path)
-    _sync_path(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.errors import DataError
-from ismdata.folders import ShardFile, read_index
+from ismdata.folders import INDEX_NAME, ShardFile, read_index
 from ismdata.masks import BLOCK_SIZE
 
 #: Format identifier of a packed folder's `index.json`.
@@ -102,12 +102,17 @@ class PackedShards:
             try:
                 with pa.memory_map(str(path)) as source:
                     table = pa.ipc.open_stream(source).read_all()
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable Arrow stream ({error}). Pack the corpus again") from error
             expected = packed_schema(self.seq_len, weighted=self.weighted)
             if not table.schema.equals(expected):
                 raise DataError(
                     f"{path}: columns are {', '.join(map(str, table.schema))}; expected {', '.join(map(str, expected))}"
+                )
+            if len(table) != self.files[shard].rows:
+                raise DataError(
+                    f"{path}: {len(table)} rows; expected {self.files[shard].rows} ({INDEX_NAME}). "
+                    "Pack the corpus again"
                 )
             self._tables[shard] = table
         return self._tables[shard]

@@ -1,8 +1,9 @@
 """Is a folder what its index says, and does every row obey the contract? For converted and for packed folders.
 
-Nothing is trusted: the index is checked for its layout, files for size and SHA-256, shards for their schema and for
-what Arrow itself demands, then the content, whole runs of rows at a time (`invariants.py` for packed rows). A file of
-the wrong size or hash is not read further. Every problem is one sentence that names file, row and place, what was found
+Nothing is trusted: the index is checked against its own SHA-256 and for its layout, files for size and SHA-256, shards
+for their schema and for what Arrow itself demands, then the content, whole runs of rows at a time (`invariants.py` for
+packed rows). What has the wrong size or hash is not read further: a damaged index says nothing about its files, and
+Arrow is given no bytes but those that were written. Every problem is one sentence that names file, row and place, what was found
 and what was expected.
 """
 
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 
 from ismdata import conversation, shards
 from ismdata.errors import DataError
-from ismdata.folders import INDEX_NAME, QUARANTINE_NAME, ShardFile
+from ismdata.folders import INDEX_NAME, QUARANTINE_NAME, ShardFile, leaves_folder, load_index
 from ismdata.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.problems import Problems
@@ -59,7 +60,7 @@ def verify(folder: str | Path) -> VerifyReport:
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"{folder}: found {found}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
     problems = Problems()
-    index = _read_index(folder, problems)
+    index = _load_index(folder, problems)
     format_ = index.get("format")
     counts: dict[str, int] = {}
     if format_ == conversation.FORMAT:
@@ -99,19 +100,13 @@ _PACKED_LAYOUT = {
 }
 
 
-def _read_index(folder: Path, problems: Problems) -> dict[str, Any]:
-    path = folder / INDEX_NAME
+def _load_index(folder: Path, problems: Problems) -> dict[str, Any]:
+    """The index, empty where it is not what was written, which then is a problem."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.add(f"{path}: cannot be read ({error.strerror}); expected a folder that ismdata wrote")
-    except ValueError as error:
-        problems.add(f"{path}: not valid JSON ({error}). Make the folder again")
-    else:
-        if isinstance(index, dict) and index:
-            return index
-        problems.add(f"{path}: holds {type(index).__name__}; expected a JSON object. Make the folder again")
-    return {}
+        return load_index(folder)
+    except DataError as error:
+        problems.add(str(error))
+        return {}
 
 
 def _has_layout(value: Any, layout: Any, path: Path, place: str, problems: Problems) -> bool:
@@ -142,7 +137,7 @@ def _check_files(folder: Path, entries: list[dict[str, Any]], problems: Problems
     listed = {INDEX_NAME}
     for entry in entries:
         file = ShardFile(**{name: entry[name] for name in _FILE_LAYOUT})
-        if file.name in listed or Path(file.name).is_absolute() or ".." in Path(file.name).parts:
+        if file.name in listed or leaves_folder(file.name):
             problems.add(
                 f"{folder / INDEX_NAME}: lists {file.name!r}; expected each file once, by a name inside the folder"
             )
@@ -158,7 +153,11 @@ def _check_files(folder: Path, entries: list[dict[str, Any]], problems: Problems
         else:
             intact.append(file)
     for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+        if path.is_symlink() and path.is_dir():
+            problems.add(
+                f"{path}: a link to another folder; expected a folder of its own. Put the files themselves here"
+            )
+        elif not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
             problems.add(
                 f"{path}: {INDEX_NAME} does not list it; expected nothing else in the folder. Move it elsewhere"
             )
@@ -197,12 +196,12 @@ def _check_quarantine(folder: Path, index: dict[str, Any], intact: list[ShardFil
 def _quarantine_reason(line: bytes) -> tuple[str, str]:
     """The reason of a quarantine line, and what is wrong with the line, empty if nothing is."""
     try:
-        refused = json.loads(line)
-    except ValueError as error:
+        refused = json.loads(line, parse_int=str)  # a refused record may hold numbers that are too long for an int
+    except (ValueError, RecursionError) as error:
         return "", f"not valid JSON ({error})"
     if not isinstance(refused, dict) or not {"source", "reason", "detail", "record"} <= refused.keys():
         return "", "a field is missing"
-    if refused["reason"] not in conversation.REASONS:
+    if not isinstance(refused["reason"], str) or refused["reason"] not in conversation.REASONS:
         return "", f"reason is {refused['reason']!r}, which is not known"
     return str(refused["reason"]), ""
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from ismdata import conversation, row_view, shards
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import INDEX_NAME, ShardFile, read_index
+from ismdata.folders import INDEX_NAME, ShardFile, load_index, read_index
 from ismdata.masks import ANSWER
 from ismdata.verify import VerifyReport
 
@@ -63,11 +63,7 @@ def summary(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         what = f"no {INDEX_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
         raise DataError(f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError, AttributeError):
-        found = None
-    if found == conversation.FORMAT:
+    if load_index(folder).get("format") == conversation.FORMAT:
         return _converted_summary(folder)
     return _packed_summary(folder)
 

@@ -10,6 +10,7 @@ from functools import cache
 import pyarrow as pa
 
 from ismdata import conversation, shards
+from ismdata.folders import write_index
 from tests import oracle
 
 SEQ_LEN = 256
@@ -45,10 +46,6 @@ def write_stream(path, schema, rows, **columns):
 def entry(folder, name, rows):
     data = (folder / name).read_bytes()
     return {"name": name, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def packed_row(documents, *, mask, weighted):
@@ -133,7 +130,7 @@ class PackedFolder:
         ]
         self.index["quarantine"] = entry(self.folder, "quarantine.jsonl", len(self.quarantine))
         self.index["files"] = [entry(self.folder, "tokenizer/tokenizer.json", 0)]
-        write_json(self.folder / "index.json", self.index)
+        write_index(self.folder, self.index)
 
 
 def message(role, content, **fields):
@@ -175,4 +172,4 @@ class ConvertedFolder:
             entry(self.folder, name, len(rows)) for name, rows in zip(names, self.rows, strict=True)
         ]
         self.index["quarantine"] = entry(self.folder, "quarantine.jsonl", len(self.quarantine))
-        write_json(self.folder / "index.json", self.index)
+        write_index(self.folder, self.index)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ismdata.cli import app
+from ismdata.folders import write_index
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
 
@@ -163,8 +164,7 @@ def test_overwrite_replaces_only_its_own_outputs(tmp_path: Path, monkeypatch: py
 def test_an_index_that_lacks_keys_is_named(packed: Path, smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     for kind in ("conversations", "packed"):
-        text = json.dumps({"format": f"ismdata.{kind}/1"})
-        (tmp_path / "broken" / "index.json").write_text(text, encoding="utf-8")
+        write_index(tmp_path / "broken", {"format": f"ismdata.{kind}/1"})
         refused(run("inspect", tmp_path / "broken"), 1, "index.json: lacks shards")
     refused(run("train", tmp_path / "broken", "--model", "tiny", "-o", tmp_path / "out"), 1, "lacks shards")
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.errors import DataError
 from ismdata.readers import READERS, detect, framing
+from ismdata.readers.base import Place
 from ismdata.readers.blocks import TableBlock
+from ismdata.readers.canonical import Rules
 from ismdata.readers.columnar import BLANKS
 from ismdata.readers.framing import ByteQueue, frame_document, frame_lines, frame_splits, frame_values, line_block
 from ismdata.readers.layout import framing_of
-from ismdata.readers.reading import Place, read_block, read_records
+from ismdata.readers.reading import read_block, read_records
 
 PLACE = Place(prefix="corpus.jsonl:", stem="corpus")
 
@@ -116,8 +118,8 @@ def assert_same(fast, general):
 
 
 def compare(block, name):
-    fast = read_block(block, READERS[name], PLACE, ROLE_NAMES)
-    general = read_records(block, READERS[name], PLACE, ROLE_NAMES)
+    fast = read_block(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
+    general = read_records(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
     assert_same(fast, general)
     assert len(fast.rows) + len(fast.quarantined) == len(block.numbers)
 
@@ -142,7 +144,7 @@ def test_both_roads_agree_on_a_hostile_line_among_sound_ones(name, hostile):
     sound = SOUND_LINES[name]
     block, _ = line_block(b"\n".join([sound, hostile, sound, hostile]), 1)
     compare(block, name)
-    fast = read_block(block, READERS[name], PLACE, ROLE_NAMES)
+    fast = read_block(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
     assert {"corpus.jsonl:1", "corpus.jsonl:3"} <= set(fast.rows["source"].to_pylist())
 
 
@@ -152,7 +154,7 @@ def test_rows_and_lines_stay_together_when_values_and_lines_do_not():
     whole = b'{"messages":[' + turn + b"]}"
     block, _ = line_block(b'{"messages":[\n' + turn + b"]}\n" + whole + whole, 1)
     compare(block, "messages")
-    assert read_block(block, READERS["messages"], PLACE, ROLE_NAMES).rows.num_rows == 0
+    assert read_block(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES)).rows.num_rows == 0
 
 
 @pytest.mark.parametrize("pair", [["q"], ["q", "a", "x"], [], ["q", None], None])
@@ -161,7 +163,7 @@ def test_a_ragged_history_does_not_shift_its_neighbours(pair):
     records.insert(1, {"instruction": "bad", "output": "a", "history": [["h", "b"], pair]})
     block, _ = line_block("\n".join(map(json.dumps, records)).encode(), 1)
     compare(block, "alpaca")
-    refused = read_block(block, READERS["alpaca"], PLACE, ROLE_NAMES).quarantined
+    refused = read_block(block, READERS["alpaca"], PLACE, Rules(roles=ROLE_NAMES)).quarantined
     assert [entry.source for entry in refused] == ["corpus.jsonl:2"]
 
 

@@ -16,6 +16,7 @@ from ismdata import train as training
 from ismdata.collate import IGNORE_INDEX, Collator
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
+from ismdata.folders import write_index
 from ismdata.presets import PRESETS, preset_model
 from ismdata.train import METRICS, train
 from tests.tiny import ANSWER, CONFIGS, QUERY, VOCABULARY, sample, tiny_model, write_packed
@@ -309,7 +310,7 @@ def test_shards_that_cannot_be_trained_on_are_refused(packed, tmp_path):
     with pytest.raises(DataError, match=r"tokenizer: no tokenizer files"):
         run(without, tmp_path / "out", model="tiny")
     index = json.loads((without / "index.json").read_text()) | {"shards": []}
-    (without / "index.json").write_text(json.dumps(index))
+    write_index(without, index)
     with pytest.raises(DataError, match="no sequences"):
         run(without, tmp_path / "out", model="tiny")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers import (
 
 from ismdata import masks, shards
 from ismdata.dataset import Sample
+from ismdata.folders import write_index
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
@@ -125,7 +125,7 @@ def write_packed(folder: Path, samples: list[Sample], *, rows_per_shard: int = 3
         "shards": entries,
         "tokenizer": {"vocab_size": vocab_size, "pad_id": 0, "eos_id": 2},
     }
-    (folder / "index.json").write_text(json.dumps(index))
+    write_index(folder, index)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.readers.base import Block, Columns, Draft, Refused, fields_of, kind_of, shown, take_id
+from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, fields_of, kind_of, shown, take_id
 from ismdata.readers.columnar import flat_list, held, mask, offsets_of, per_record
 
 _TEXTS = ("instruction", "input", "output", "system", "tools")
@@ -20,7 +21,7 @@ _NAMES = pa.array(["system", "user", "assistant"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alpaca:
+class Alpaca(Reader):
     """`instruction` and `input` (joined by a line break) are the user's, `output` is the assistant's."""
 
     expects: str = "instruction/input/output, history, system"
@@ -29,7 +30,7 @@ class Alpaca:
     def fits(self, record: Any) -> bool:
         return isinstance(record, dict) and {"instruction", "output"} <= record.keys()
 
-    def draft(self, record: Any) -> Draft:
+    def drafts(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         for name in ("instruction", "output"):
             if name not in fields:
@@ -46,7 +47,7 @@ class Alpaca:
         prompt = "\n".join(parts) if parts else texts["instruction"]
         messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["output"]}]
         tools = fields.pop("tools", None)
-        return Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)
+        return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
 
     def columns(self, block: Block) -> Columns | None:
         table = block.table(_SCHEMA)

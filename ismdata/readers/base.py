@@ -1,15 +1,16 @@
 """What a corpus format is: one object that recognises a record and turns it into a draft, one at a time or by columns.
 
-Two roads lead from raw records to canonical rows. `draft` is the general one: one record, plain Python, every quirk.
+Two roads lead from raw records to canonical rows. `drafts` is the general one: one record, plain Python, every quirk.
 `columns` is the fast one: a whole block at once, and it may decline the block or single rows of it, which then take the
 general road. Both give the same rows; the tests hold them to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,14 @@ ID_FIELDS = ("id", "conversation_id", "dialogue_id", "dialog_id", "uuid")
 
 #: How much of a found value an error message shows.
 _SHOWN = 80
+
+
+#: Which side of a talk between two people is trained; "both" makes one conversation for each side.
+Side = Literal["second", "first", "both"]
+#: Which answers of a pair of a better and a worse one are read.
+Preference = Literal["chosen", "rejected"]
+#: Which paths of a tree of messages are read: each from the root to a leaf, or the best-ranked one.
+Paths = Literal["all", "best"]
 
 
 class Refused(Exception):
@@ -51,6 +60,29 @@ class Draft:
     tools: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     ignored: Sequence[str] = ()
+    part: str = ""
+    kin: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the data leave open and the user decides. A reader with a field of the same name follows it.
+
+    `roles` maps role names in lower case to canonical roles.
+    """
+
+    roles: Mapping[str, str]
+    assistant: Side = "second"
+    tree: Paths = "all"
+    preference: Preference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """How the records of a source are called: `prefix` and number say where one stands, `stem` and number name it."""
+
+    prefix: str
+    stem: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +129,43 @@ class Block(Protocol):
         ...
 
 
-class Reader(Protocol):
-    """One corpus format."""
+class Reader(ABC):
+    """One corpus format; the subclasses are frozen dataclasses, whose fields are what a format can vary in."""
 
     @property
+    @abstractmethod
     def expects(self) -> str:
         """The shape in a few words, for the list of formats in an error message."""
-        ...
 
     @property
     def plain_text(self) -> bool:
         """Whether a record is a line of text rather than a JSON value."""
-        ...
+        return False
 
+    @abstractmethod
     def fits(self, record: Any) -> bool:
-        """Whether a record looks like one of this format."""
-        ...
+        """Whether a record looks like one of this format; where records are regrouped, whether a row of one does."""
 
-    def draft(self, record: Any) -> Draft:
-        """Take one record apart. Raises Refused."""
-        ...
+    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+        """Blocks of whole records, where a record of the source is only a row of a conversation."""
+        yield from blocks
+
+    @abstractmethod
+    def drafts(self, record: Any) -> Sequence[Draft]:
+        """Take one record apart: most hold one conversation. Raises Refused."""
 
     def columns(self, block: Block) -> Columns | None:
         """Take a block apart at once, or None where that is not possible."""
-        ...
+        return None
+
+
+AnyReader = TypeVar("AnyReader", bound=Reader)
+
+
+def following(reader: AnyReader, choices: Choices) -> AnyReader:
+    """The reader with the choices that concern its format."""
+    wanted = {one.name for one in fields(choices)} & {one.name for one in fields(reader)}  # type: ignore[arg-type]
+    return replace(reader, **{name: getattr(choices, name) for name in wanted})  # type: ignore[type-var]
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
@@ -30,14 +31,26 @@ def role_table(extra: Mapping[str, str]) -> dict[str, str]:
     return table
 
 
-def canonical(draft: Draft, roles: Mapping[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What both roads do alike with all formats.
+
+    `roles` maps role names in lower case to canonical roles. `join` makes one message of several that one side sends in
+    a row, a line break between them.
+    """
+
+    roles: Mapping[str, str]
+    join: bool = False
+
+
+def canonical(draft: Draft, rules: Rules) -> dict[str, Any]:
     """The row of `conversation.CONVERSATION_SCHEMA` without its `source`; `id` may be None. Raises Refused."""
     if not draft.messages:
         raise Refused("no_messages", "the conversation has no messages")
     for name in _MEDIA:
         if draft.extra.get(name):
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
-    messages = [_message(raw, number, roles) for number, raw in enumerate(draft.messages, 1)]
+    messages = [_message(raw, number, rules.roles) for number, raw in enumerate(draft.messages, 1)]
     row = {
         "id": None if draft.id is None else str(draft.id),
         "messages": messages,
@@ -47,9 +60,31 @@ def canonical(draft: Draft, roles: Mapping[str, str]) -> dict[str, Any]:
     for number, message in enumerate(messages, 1):
         for name, value in message.items():
             _check_text(value, f"message {number}'s {name}")
+    if rules.join:
+        row["messages"] = joined(messages)
     for name in ("id", "tools", "meta"):
         _check_text(row[name], f"the record's {name}")
     return row
+
+
+#: Roles whose messages in a row can be one.
+JOINED = ("user", "assistant")
+
+
+def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages that one side sends in a row as one, where they differ in their text alone; tool calls stay apart."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        last = result[-1] if result else None
+        if last is not None and message["role"] in JOINED and not message["tool_calls"] and _alike(last, message):
+            result[-1] = {**last, "content": f"{last['content']}\n{message['content']}"}
+        else:
+            result.append(message)
+    return result
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in one if name != "content")
 
 
 def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> dict[str, Any]:

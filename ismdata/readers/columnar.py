@@ -6,8 +6,6 @@ text, is marked as needing care and left to that file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,25 +13,28 @@ from numpy.typing import NDArray
 
 from ismdata.conversation import CONVERSATION_SCHEMA, MESSAGE_TYPE
 from ismdata.readers.base import Columns
+from ismdata.readers.canonical import JOINED, Rules
 
 #: All characters that `str.strip` takes away: the one definition of "blank" for both roads.
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x110000))))
 
-_ALTERNATING = pa.array(["user", "assistant"])
-
 
 def assemble(
-    columns: Columns, roles: Mapping[str, str], *, sources: pa.Array, own_ids: pa.Array
+    columns: Columns, rules: Rules, *, sources: pa.Array, own_ids: pa.Array
 ) -> tuple[pa.Table, NDArray[np.bool_]]:
     """Canonical rows of a block of N records, and bool[N]: which rows need care and hold nothing to be used.
 
     `sources` and `own_ids` are string[N]: where each record stands and what to call it when it has no id.
     """
     names = columns.roles.dictionary_encode() if not pa.types.is_dictionary(columns.roles.type) else columns.roles
-    mapped = pa.array([roles.get(name.lower()) for name in names.dictionary.to_pylist()], pa.string())
+    mapped = pa.array([rules.roles.get(name.lower()) for name in names.dictionary.to_pylist()], pa.string())
     role = mapped.take(names.indices)
     empty = pc.and_(pc.equal(role, "assistant"), pc.equal(pc.utf8_ltrim(columns.contents, BLANKS), ""))
     odd = mask(role.is_null()) | mask(pc.fill_null(empty, False))
+    if rules.join and len(role) > 1:
+        again = mask(pc.fill_null(pc.equal(role[1:], role[:-1]), False))
+        again[columns.offsets[1:-1][(columns.offsets[1:-1] > 0) & (columns.offsets[1:-1] < len(role))] - 1] = False
+        odd[1:] |= again & mask(pc.fill_null(pc.is_in(role[1:], pa.array(JOINED)), False))
     care = columns.care | per_record(odd, columns.offsets)
 
     count = len(columns.contents)
@@ -82,12 +83,6 @@ def per_record(odd: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np
         return np.zeros(len(offsets) - 1, np.bool_)
     total = offsets_of(odd.astype(np.int64))
     return total[offsets[1:]] > total[offsets[:-1]]
-
-
-def turns(offsets: NDArray[np.int64]) -> pa.Array:
-    """The role names of M messages whose speakers alternate within each record, the user first."""
-    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
-    return pa.DictionaryArray.from_arrays(pa.array(place & 1, pa.int8()), _ALTERNATING)
 
 
 def held(column: pa.ChunkedArray) -> NDArray[np.bool_]:

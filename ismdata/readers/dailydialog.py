@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.readers.base import Block, Columns, Draft, Refused, kind_of
-from ismdata.readers.columnar import BLANKS, flat_list, mask, offsets_of, turns
+from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, Side, kind_of
+from ismdata.readers.columnar import BLANKS, flat_list, mask, offsets_of
+from ismdata.readers.speakers import alternating, turns
 
 END_OF_UTTERANCE = "__eou__"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DailyDialog:
+class DailyDialog(Reader):
     """Blanks around an utterance go, and so does the empty piece after a last `__eou__`."""
 
     expects: str = "lines of text with __eou__ after each utterance"
     plain_text: bool = True
+    assistant: Side = "second"
 
     def fits(self, record: Any) -> bool:
         return isinstance(record, str) and END_OF_UTTERANCE in record and "\t" not in record
 
-    def draft(self, record: Any) -> Draft:
+    def drafts(self, record: Any) -> Sequence[Draft]:
         if not isinstance(record, str):
             raise Refused("not_an_object", f"the record is {kind_of(record)}; expected a line of text")
         if "\t" in record:  # labels beside the text, as XDailyDialog has them, are no utterances
@@ -34,12 +36,17 @@ class DailyDialog:
         pieces = [piece.strip() for piece in record.split(END_OF_UTTERANCE)]
         if not pieces[-1]:
             pieces.pop()
-        speakers = cycle(("user", "assistant"))
-        return Draft(messages=[{"role": next(speakers), "content": piece} for piece in pieces])
+        return [
+            Draft(
+                messages=[{"role": role, "content": piece} for role, piece in zip(roles, pieces, strict=True)],
+                part=part,
+            )
+            for part, roles in alternating(len(pieces), self.assistant)
+        ]
 
     def columns(self, block: Block) -> Columns | None:
         lines = block.texts()
-        if lines is None:
+        if lines is None or self.assistant == "both":
             return None
         offsets, pieces = flat_list(pa.chunked_array([pc.split_pattern(lines, END_OF_UTTERANCE)]))
         pieces = pc.utf8_trim(pieces, BLANKS)
@@ -50,7 +57,7 @@ class DailyDialog:
         return Columns(
             ids=None,
             offsets=offsets,
-            roles=turns(offsets),
+            roles=turns(offsets, self.assistant),
             contents=pieces.filter(pa.array(keep)),
             care=(np.diff(offsets) == 0) | mask(pc.match_substring(lines, "\t")),
         )

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ismdata.readers.base import Block, Columns, Draft, Refused, fields_of, kind_of, take_id
-from ismdata.readers.columnar import flat_list, mask, per_record, turns
+from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, Side, fields_of, kind_of, take_id
+from ismdata.readers.columnar import flat_list, mask, per_record
+from ismdata.readers.speakers import alternating, spoken, turns
 
-#: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read.
-_FIELDS = ("messages", "dialog", "dialogue", "conversation", "conversations", "utterances", "turns")
+#: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read. Not in
+#: "turns": benchmarks keep the questions of one speaker there.
+_FIELDS = ("messages", "dialog", "dialogue", "conversation", "conversations", "utterances")
 _SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lists:
+class Lists(Reader):
     """A record is a list of strings, or an object with such a list; the opener is the user."""
 
     expects: str = "[text, text, …], or an object with such a list as its dialog"
     plain_text: bool = False
+    assistant: Side = "second"
 
     def fits(self, record: Any) -> bool:
         listed = record if isinstance(record, list) else _listed(record)[1]
         return isinstance(listed, list) and bool(listed) and all(isinstance(text, str) for text in listed)
 
-    def draft(self, record: Any) -> Draft:
+    def drafts(self, record: Any) -> Sequence[Draft]:
         fields: dict[str, Any] = {}
         listed = record
         if not isinstance(record, list):
@@ -41,17 +44,19 @@ class Lists:
         for number, text in enumerate(listed, 1):
             if not isinstance(text, str):
                 raise Refused("invalid_content", f"message {number} is {kind_of(text)}; expected a string")
-        speakers = cycle(("user", "assistant"))
-        messages = [{"role": next(speakers), "content": text} for text in listed]
-        return Draft(messages=messages, id=take_id(fields), extra=fields)
+        own = take_id(fields)
+        return [
+            Draft(messages=spoken(roles, listed), id=own, extra=fields, part=part)
+            for part, roles in alternating(len(listed), self.assistant)
+        ]
 
     def columns(self, block: Block) -> Columns | None:
-        table = block.table(_SCHEMA, wrapped=True)
+        table = None if self.assistant == "both" else block.table(_SCHEMA, wrapped=True)
         if table is None:
             return None
         offsets, contents = flat_list(table["messages"])
         care = (np.diff(offsets) == 0) | per_record(mask(contents.is_null()), offsets)
-        return Columns(ids=None, offsets=offsets, roles=turns(offsets), contents=contents, care=care)
+        return Columns(ids=None, offsets=offsets, roles=turns(offsets, self.assistant), contents=contents, care=care)
 
 
 def _listed(fields: Any) -> tuple[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import cycle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.readers.base import Block, Columns, Draft, Refused, fields_of, kind_of, take_id
-from ismdata.readers.columnar import flat_list, held, mask, per_record, turns
+from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, Side, fields_of, kind_of, take_id
+from ismdata.readers.columnar import flat_list, held, mask, per_record
+from ismdata.readers.speakers import alternating, turns
 
 #: Message fields that keep their names in all formats, and the Arrow type that the fast road takes them as.
 _OPTIONAL = {
@@ -28,7 +29,7 @@ _ALIASES = {"loss_weight": "weight", "reasoning": "reasoning_content"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MessageLists:
+class MessageLists(Reader):
     """A record is an object whose field `messages` lists objects with `role` and `content`.
 
     Without a `role` the speakers alternate and the opener is the user. `system` names a record field whose text becomes
@@ -39,7 +40,7 @@ class MessageLists:
     role: str | None
     content: str
     system: str | None = None
-    plain_text: bool = False
+    assistant: Side = "second"
 
     @property
     def expects(self) -> str:
@@ -55,41 +56,49 @@ class MessageLists:
         first = next((message for message in listed if isinstance(message, dict)), None)
         return first is not None and (self.role or self.content) in first
 
-    def draft(self, record: Any) -> Draft:
+    def drafts(self, record: Any) -> Sequence[Draft]:
         fields = {self.messages: record} if isinstance(record, list) else dict(fields_of(record))
         if self.messages not in fields:
             raise Refused(
                 "missing_field", f"the record has no {self.messages!r}; it has {', '.join(fields) or 'nothing'}"
             )
-        listed = _rows(fields.pop(self.messages), self.messages)
-        speakers = cycle(("user", "assistant"))
-        messages: list[dict[str, Any]] = []
         ignored: list[str] = []
-        for number, message in enumerate(listed, 1):
-            if not isinstance(message, dict):
-                raise Refused("not_an_object", f"message {number} is {kind_of(message)}; expected an object")
-            draft = {} if self.role is not None else {"role": next(speakers)}
-            for name, value in message.items():
-                target = self._target(name)
-                if target is not None and draft.get(target) is None:
-                    draft[target] = value
-                elif value is not None:
-                    ignored.append(f"{self.messages}[].{name}")
-            messages.append(draft)
+        listed = [
+            self._message(message, number, ignored)
+            for number, message in enumerate(_rows(fields.pop(self.messages), self.messages), 1)
+        ]
         system = fields.pop(self.system, None) if self.system else None
         if system is not None and not isinstance(system, str):
             raise Refused("invalid_field", f"{self.system} is {kind_of(system)}; expected a string")
-        if system and messages:
-            messages.insert(0, {"role": "system", "content": system})
+        first = [{"role": "system", "content": system}] if system and listed else []
         tools = fields.pop("tools", None)
         functions = fields.pop("functions", None)
-        return Draft(
-            messages=messages,
+        whole = Draft(
+            messages=first + listed,
             id=take_id(fields),
             tools=functions if tools is None else tools,
             extra=fields,
             ignored=ignored,
         )
+        if self.role is not None:
+            return [whole]
+        return [
+            replace(whole, messages=first + _cast(listed, roles), part=part)
+            for part, roles in alternating(len(listed), self.assistant)
+        ]
+
+    def _message(self, message: Any, number: int, ignored: list[str]) -> dict[str, Any]:
+        """A message under our names for its fields; what has no place goes to `ignored`."""
+        if not isinstance(message, dict):
+            raise Refused("not_an_object", f"message {number} is {kind_of(message)}; expected an object")
+        draft: dict[str, Any] = {}
+        for name, value in message.items():
+            target = self._target(name)
+            if target is not None and draft.get(target) is None:
+                draft[target] = value
+            elif value is not None:
+                ignored.append(f"{self.messages}[].{name}")
+        return draft
 
     def _target(self, name: str) -> str | None:
         if name == self.role:
@@ -111,12 +120,13 @@ class MessageLists:
         return pa.schema(list(record.items()))
 
     def columns(self, block: Block) -> Columns | None:
-        table = block.table(self.schema())
+        both = self.role is None and self.assistant == "both"
+        table = None if both else block.table(self.schema())
         if table is None:
             return None
         offsets, messages = flat_list(table[self.messages])
         contents = messages.field(self.content)
-        roles = turns(offsets) if self.role is None else messages.field(self.role)
+        roles = turns(offsets, self.assistant) if self.role is None else messages.field(self.role)
         weight = messages.field("weight")
         optional = {name: messages.field(name) for name in _OPTIONAL}
         # A null message, role or content, and weights that are not numbers: the general road has the words for them.
@@ -135,6 +145,10 @@ class MessageLists:
             optional=optional,
             care=care,
         )
+
+
+def _cast(listed: list[dict[str, Any]], roles: list[str]) -> list[dict[str, Any]]:
+    return [{**message, "role": role} for message, role in zip(listed, roles, strict=True)]
 
 
 def _rows(value: Any, name: str) -> list[Any]:

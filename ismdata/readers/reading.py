@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,81 +12,101 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
-from ismdata.readers.base import Block, Reader, Refused
-from ismdata.readers.canonical import canonical
+from ismdata.readers.base import Block, Draft, Place, Reader, Refused
+from ismdata.readers.canonical import Rules, canonical
 from ismdata.readers.columnar import assemble
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """How the records of a source are called: `prefix` and number say where one stands, `stem` and number name it."""
-
-    prefix: str
-    stem: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What came of a block: read = len(rows) + len(quarantined)."""
+    """What came of a block: read = len(rows) + len(quarantined), in conversations.
+
+    `kin` is string[len(rows)]: what a split must keep on one side with the row, null where it is the row alone.
+    """
 
     rows: pa.Table
+    kin: pa.Array
     quarantined: list[Quarantined]
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def read_block(block: Block, reader: Reader, place: Place, roles: Mapping[str, str]) -> Reading:
+def read_block(block: Block, reader: Reader, place: Place, rules: Rules) -> Reading:
     """Rows of CONVERSATION_SCHEMA and refusals, both in the order of the records."""
     columns = reader.columns(block)
     if columns is None:
-        return read_records(block, reader, place, roles)
+        return read_records(block, reader, place, rules)
     numbers = pa.array(block.numbers).cast(pa.string())
     sources = pc.binary_join_element_wise(place.prefix, numbers, "")
     own_ids = pc.binary_join_element_wise(f"{place.stem}-", numbers, "")
-    rows, care = assemble(columns, roles, sources=sources, own_ids=own_ids)
+    rows, care = assemble(columns, rules, sources=sources, own_ids=own_ids)
     if not care.any():
-        return Reading(rows=rows, quarantined=[])
+        return Reading(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[])
     left = np.flatnonzero(care)
-    special = read_records(block, reader, place, roles, chosen=left)
-    refused = {entry.source for entry in special.quarantined}
+    special, counts = _read(block, reader, place, rules, left.tolist())
+    rows = rows.append_column("kin", pa.nulls(len(rows), pa.string()))
+    woven = _woven(rows, left.tolist(), counts, special.rows.append_column("kin", special.kin))
     return Reading(
-        rows=_woven(rows, left, [sources[int(row)].as_py() not in refused for row in left], special.rows),
+        rows=woven.drop_columns("kin"),
+        kin=woven["kin"].combine_chunks(),
         quarantined=special.quarantined,
         ignored=special.ignored,
     )
 
 
-def _woven(rows: pa.Table, left: Any, used: list[bool], special: pa.Table) -> pa.Table:
-    """`rows` with those at `left` replaced by the next of `special` where `used`, and left out elsewhere."""
+def _woven(rows: pa.Table, left: Sequence[int], counts: Sequence[int], special: pa.Table) -> pa.Table:
+    """`rows` with the one at each place of `left` replaced by the next `counts` rows of `special`."""
     pieces, done, taken = [], 0, 0
-    for at, replace in zip(left.tolist(), used, strict=True):
-        pieces.append(rows.slice(done, at - done))
-        if replace:
-            pieces.append(special.slice(taken, 1))
-            taken += 1
+    for at, count in zip(left, counts, strict=True):
+        pieces += [rows.slice(done, at - done), special.slice(taken, count)]
+        taken += count
         done = at + 1
     return pa.concat_tables([*pieces, rows.slice(done)]).combine_chunks()
 
 
-def read_records(
-    block: Block, reader: Reader, place: Place, roles: Mapping[str, str], *, chosen: Any = None
-) -> Reading:
-    """The general road for all records of a block, or for the `chosen` rows of it."""
+def read_records(block: Block, reader: Reader, place: Place, rules: Rules) -> Reading:
+    """The general road for all records of a block."""
+    return _read(block, reader, place, rules, range(len(block.numbers)))[0]
+
+
+def _read(block: Block, reader: Reader, place: Place, rules: Rules, chosen: Sequence[int]) -> tuple[Reading, list[int]]:
+    """The general road for the `chosen` records of a block, and how many rows came of each."""
     rows: list[dict[str, Any]] = []
+    kin: list[str | None] = []
     quarantined: list[Quarantined] = []
     ignored: Counter[str] = Counter()
-    for row in range(len(block.numbers)) if chosen is None else chosen.tolist():
-        number = block.numbers[row]
+    counts = []
+    for row in chosen:
+        number, before = block.numbers[row], len(rows)
         source = f"{place.prefix}{number}"
-        try:
-            draft = reader.draft(block.record(row))
-            conversation = canonical(draft, roles)
-        except Refused as refusal:
+
+        def refuse(refusal: Refused, row: int = row, source: str = source) -> None:
             quarantined.append(
                 Quarantined(source=source, reason=refusal.reason, detail=refusal.detail, record=block.raw(row))
             )
-            continue
-        if conversation["id"] is None:
-            conversation["id"] = f"{place.stem}-{number}"
-        rows.append({**conversation, "source": source})
-        ignored.update(draft.ignored)
-    return Reading(rows=pa.Table.from_pylist(rows, CONVERSATION_SCHEMA), quarantined=quarantined, ignored=ignored)
+
+        drafts: Sequence[Draft] = ()
+        try:
+            drafts = reader.drafts(block.record(row))
+            if not drafts:
+                raise Refused("no_messages", "the record holds no conversation")
+        except Refused as refusal:
+            refuse(refusal)
+        for draft in drafts:
+            try:
+                conversation = canonical(draft, rules)
+            except Refused as refusal:
+                refuse(refusal)
+                continue
+            own = f"{place.stem}-{number}" if conversation["id"] is None else conversation["id"]
+            conversation["id"] = f"{own}/{draft.part}" if draft.part else own
+            rows.append({**conversation, "source": source})
+            kin.append(draft.kin)
+            ignored.update(draft.ignored)
+        counts.append(len(rows) - before)
+    reading = Reading(
+        rows=pa.Table.from_pylist(rows, CONVERSATION_SCHEMA),
+        kin=pa.array(kin, pa.string()),
+        quarantined=quarantined,
+        ignored=ignored,
+    )
+    return reading, counts

@@ -1,0 +1,61 @@
+"""Flat files of fixed-size rows: written end to end, cut back to where an interrupted run was, read as memory maps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from ismdata.errors import DataError
+
+
+class Column:
+    """One flat file of rows, each `width` values of `dtype`. `append` in order, then `close`, then `map`.
+
+    keep: rows of an existing file to go on after; what follows them is cut off. Raises DataError where the file has
+    fewer.
+    """
+
+    def __init__(self, path: Path, dtype: DTypeLike, width: int = 1, *, keep: int = 0) -> None:
+        self.path, self.dtype, self.width = path, np.dtype(dtype), width
+        self.rows = keep
+        self._file = path.open("r+b" if keep and path.exists() else "wb")
+        kept, found = keep * self._row_bytes, self._file.seek(0, os.SEEK_END)
+        if found < kept:
+            self._file.close()
+            raise DataError(
+                f"{path}: {found} bytes; expected at least {kept}, which the interrupted run had written. "
+                "It was changed since; what is left is removed: run the same command again"
+            )
+        self._file.truncate(kept)
+        self._file.seek(kept)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.dtype.itemsize * self.width
+
+    def append(self, values: ArrayLike) -> None:
+        """Write rows: values of shape (n,), or (n, width) where the width is above 1."""
+        rows = np.ascontiguousarray(values, self.dtype)
+        if rows.size % self.width:
+            raise ValueError(f"{self.path.name}: {rows.size} values; expected whole rows of {self.width}")
+        self._file.write(rows.data)
+        self.rows += rows.size // self.width
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def map(self) -> NDArray[Any]:
+        """All rows, memory-mapped, read-only: shape (rows,), or (rows, width) where the width is above 1."""
+        shape = (self.rows, self.width) if self.width > 1 else (self.rows,)
+        if not self.rows:  # an empty file cannot be mapped
+            return np.empty(shape, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", shape=shape).view(np.ndarray)

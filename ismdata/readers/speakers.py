@@ -1,0 +1,79 @@
+"""Who plays which role where a corpus does not say: speakers that only alternate, and names that are nobody's role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata.readers.base import Refused, Side, shown
+
+#: One way to see a talk: what it is called among the ways to see the same talk, and the role of each speaker.
+Cast = tuple[str, dict[str, str]]
+
+_OPENER = {"second": "user", "first": "assistant"}
+_OTHER = {"user": "assistant", "assistant": "user"}
+
+
+def alternating(count: int, assistant: Side) -> list[tuple[str, list[str]]]:
+    """The roles of `count` utterances whose speakers take turns; two lists under "both", each with its name.
+
+    >>> alternating(3, "second")
+    [('', ['user', 'assistant', 'user'])]
+    """
+    sides: tuple[Side, ...] = ("second", "first") if assistant == "both" else (assistant,)
+    found: list[tuple[str, list[str]]] = []
+    for side in sides:
+        opener = _OPENER[side]
+        roles = [opener, _OTHER[opener]] * (count // 2) + [opener] * (count % 2)
+        found.append((side if assistant == "both" else "", roles))
+    return found
+
+
+def spoken(roles: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Messages of a draft: who says what."""
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
+def turns(offsets: NDArray[np.int64], assistant: Side) -> pa.Array:
+    """The roles of M messages whose speakers alternate within each record, as a dictionary array; not for "both"."""
+    opener = _OPENER[assistant]
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+    return pa.DictionaryArray.from_arrays(pa.array(place & 1, pa.int8()), pa.array([opener, _OTHER[opener]]))
+
+
+def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) -> list[Cast]:
+    """The role of each speaker of one talk; two casts under "both".
+
+    `speakers` names who speaks, message by message. Names that `roles` (lower case to canonical role) knows keep their
+    role; where there is no other assistant, one called the system is: so dialogue-state corpora call it. Of two unknown
+    names one is the user and one the assistant, as `assistant` says; one unknown name beside a known one is the other
+    side. Raises Refused for more unknown names than that.
+
+    >>> casts(["Ann", "Bo", "Ann"], {}, "second")
+    [('', {'Ann': 'user', 'Bo': 'assistant'})]
+    """
+    names = list(dict.fromkeys(speakers))
+    known = {name: roles[name.strip().lower()] for name in names if name.strip().lower() in roles}
+    unknown = [name for name in names if name not in known]
+    if not unknown and "assistant" not in known.values() and "user" in known.values():
+        known = {name: "assistant" if role == "system" else role for name, role in known.items()}
+    taken = {role for role in known.values() if role in _OTHER}
+    if len(unknown) > 2 - len(taken):
+        who = ", ".join(map(shown, names[:8]))
+        raise Refused(
+            "many_speakers",
+            f"{len(names)} speakers: {who}; expected two, or names whose roles are known. "
+            "Say who the assistant is with --role NAME=assistant, or in the [roles] of a mapping",
+        )
+    if not unknown:
+        return [("", known)]
+    if taken:
+        return [("", {**known, unknown[0]: _OTHER[taken.pop()]})]
+    found: list[Cast] = []
+    for part, order in alternating(2, assistant):
+        found.append((part, {**known, **dict(zip(unknown, order, strict=False))}))
+    return found
