@@ -177,10 +177,12 @@ def load(folder: str | Path, *, backend: str = "auto", mask: str | None = None, 
     """
     if not (Path(folder) / "config.json").is_file():
         raise DataError(f"{folder}: no config.json; expected a folder that `ismdata train` wrote")
+    refuse_pickles(Path(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: not a loadable model ({error}). Train it again, or name another folder") from error
+    except Exception as error:  # broken files make the libraries raise anything, from KeyError to SafetensorError
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder}: not a loadable model ({first}). Train it again, or name another folder") from error
     mask = mask or getattr(model.config, "ismdata_mask", None)
     if mask is None:
         raise UsageError(
@@ -188,6 +190,16 @@ def load(folder: str | Path, *, backend: str = "auto", mask: str | None = None, 
             "Name one: --mask causal for a model that was not trained with ismdata"
         )
     return attach(model, backend, mask)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise DataError where a folder has weights as pickles only, which could run any code when they are loaded."""
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"{folder}: the weights are a pickle ({pickles[0]}), which may run any code and is not loaded; expected "
+            "model.safetensors. If you trust it, load it with transformers; its save_pretrained writes safetensors"
+        )
 
 
 def weighted_loss(

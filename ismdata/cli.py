@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from ismdata.errors import IsmdataError, UsageError
+from ismdata.errors import IsmdataError, Terminated, UsageError
 from ismdata.terminal import StageProgress, note
 
 Returned = TypeVar("Returned")
@@ -36,6 +36,7 @@ app = typer.Typer(
 Mask = Literal["ism", "causal", "prefix"]
 OverLong = Literal["split", "drop", "truncate", "error"]
 History = Literal["append", "expand"]
+Side = Literal["second", "first", "both"]
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
@@ -56,6 +57,9 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
         except KeyboardInterrupt as interrupt:
             note("interrupted: nothing half-written is left")
             raise typer.Exit(130) from interrupt
+        except Terminated as end:
+            note("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
+            raise typer.Exit(143) from end
 
     return wrapped
 
@@ -64,14 +68,63 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
 @explained
 def convert(
     sources: Annotated[
-        list[str], typer.Argument(help="Files, folders or hub names: JSON Lines, JSON, Parquet, text, .gz, .zip.")
+        list[str],
+        typer.Argument(
+            help="Files, folders, globs, hub names or - (standard input): JSON Lines, JSON, CSV, TSV, YAML, Parquet, "
+            "text; plain, compressed (gz, zst, bz2, xz) or in archives (zip, tar)."
+        ),
     ],
-    output: Output,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", help="The corpus format, or auto to detect it from the content.")
     ] = "auto",
+    mapping: Annotated[
+        Path | None, typer.Option(help="A TOML file that says how to read any other shape; --explain writes one.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Write nothing: show the format, the first record, and a mapping.")
+    ] = False,
     role: Annotated[
         list[str] | None, typer.Option(help="Map a role name, as in bot=assistant. May be given several times.")
+    ] = None,
+    assistant: Annotated[
+        Side | None,
+        typer.Option(
+            help="Who is trained where two people talk and no one is the assistant: the second speaker (default), the "
+            "first, or both, a conversation for each."
+        ),
+    ] = None,
+    tree: Annotated[
+        Literal["all", "best"], typer.Option(help="Trees of messages: every path to a leaf, or the best-ranked one.")
+    ] = "all",
+    preference: Annotated[
+        Literal["chosen", "rejected"] | None, typer.Option(help="Which side of preference data (DPO, KTO) to read.")
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Make one message of several that one side sends in a row.")
+    ] = False,
+    dedup: Annotated[
+        Literal["exact", "near"] | None,
+        typer.Option(help="Drop conversations that repeat an earlier one: word for word, or nearly (MinHash)."),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Drop conversations that also stand in this corpus. Several times.")
+    ] = None,
+    min_turns: Annotated[int, typer.Option(help="Drop conversations with fewer user and assistant messages.")] = 0,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Drop conversations in which a message matches.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Keep this many conversations, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides what --sample draws.")] = 0,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Write train and validation (and test) as folders inside the output, as in 0.98/0.02. Equal "
+            "conversations fall to one side.",
+        ),
     ] = None,
     workers: Workers = 0,
     overwrite: Overwrite = False,
@@ -80,16 +133,40 @@ def convert(
     """Read raw corpora into one folder of conversations.
 
     Each record becomes a conversation, or a line of quarantine.jsonl that says why not: read = written + quarantined.
+    After a crash the same command goes on where it stopped.
     """
     from ismdata import view
+    from ismdata.cleaning import Cleaning
+    from ismdata.conversion import Selection
     from ismdata.convert import convert
 
+    if explain:
+        from ismdata.explain import explain_source
+
+        for source in sources:
+            _show(view.explanation(explain_source(source, format=format_, mapping=mapping)), as_json=as_json)
+        return
+    if output is None:
+        raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")
+    selection = Selection(
+        cleaning=Cleaning(dedup=dedup, min_turns=min_turns, exclude=tuple(exclude or ())),
+        against=tuple(against or ()),
+        sample=sample,
+        seed=seed,
+        split=split,
+    )
     with StageProgress() as progress:
         report = convert(
             sources,
             output,
             format=format_,
+            mapping=mapping,
             roles=_roles(role or []),
+            assistant=assistant,
+            tree=tree,
+            preference=preference,
+            join=join,
+            selection=selection,
             workers=workers,
             overwrite=overwrite,
             progress=lambda done, total: progress("convert", done, total),
@@ -286,11 +363,13 @@ def _show(shown: Any, *, as_json: bool) -> None:
 
 
 def _roles(pairs: list[str]) -> dict[str, str]:
-    roles = {}
+    roles: dict[str, str] = {}
     for pair in pairs:
         name, separator, role = pair.partition("=")
         if not separator or not name:
             raise UsageError(f"--role {pair}: expected NAME=ROLE, as in bot=assistant")
+        if roles.get(name, role) != role:
+            raise UsageError(f"--role {pair}: {name} was given as {roles[name]} before; expected one role a name")
         roles[name] = role
     return roles
 
@@ -303,9 +382,12 @@ def _date(text: str) -> datetime.date:
 
 
 def main() -> None:
-    # A polite end is an interruption too: what is half-written goes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     app()
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 if __name__ == "__main__":

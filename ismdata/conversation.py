@@ -13,6 +13,8 @@ import pyarrow as pa
 
 #: Format identifier of a converted folder's `index.json`.
 FORMAT = "ismdata.conversations/1"
+#: Format identifier of the `index.json` beside the parts of a split, each a converted folder.
+SPLIT_FORMAT = "ismdata.split/1"
 
 #: The roles a canonical message can have. Their positions are the integer codes used on the columnar road.
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,6 +29,11 @@ ROLE_NAMES: dict[str, str] = {
     "usr": "user",
     "prompter": "user",
     "customer": "user",
+    "client": "user",
+    "patient": "user",
+    "seeker": "user",
+    "student": "user",
+    "apprentice": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -37,6 +44,16 @@ ROLE_NAMES: dict[str, str] = {
     "claude": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "agent": "assistant",
+    "therapist": "assistant",
+    "counselor": "assistant",
+    "doctor": "assistant",
+    "supporter": "assistant",
+    "listener": "assistant",
+    "recommender": "assistant",
+    "teacher": "assistant",
+    "tutor": "assistant",
+    "wizard": "assistant",
     "tool": "tool",
     "function": "tool",
     "observation": "tool",

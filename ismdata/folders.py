@@ -230,6 +230,8 @@ def put_in_place(partial: Path, final: Path) -> None:
         sync_path(partial)
         sync_path(final.parent)
     if final.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
         final.replace(aside)
     partial.replace(final)
     sync_path(final.parent)
@@ -290,15 +292,15 @@ def output_folder(
             yield partial
             _sync(partial)
             put_in_place(partial, final)
-        except Terminated as end:
-            if resumable:
-                end.kept = partial
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
+            # An end from outside is like a crash; a run that was refused has not touched what another one left.
+            if resumable and not isinstance(error, (Exception, KeyboardInterrupt)):
+                if isinstance(error, Terminated):
+                    error.kept = partial
+                raise
             if before is None or before != _stamp(partial / JOURNAL_NAME):
                 shutil.rmtree(partial, ignore_errors=True)
+                _recover(partial, final)
             if not isinstance(error, OSError):
                 raise
             cause = os.strerror(error.errno) if error.errno else str(error)

@@ -40,8 +40,8 @@ class Journal:
     def open(cls, folder: Path, run: Mapping[str, Any], *, restart: bool) -> Journal:
         """Go on with the run that `folder` holds, or clear the folder and begin.
 
-        run: what makes two runs the same, as JSON: `sources`, a list of objects with a `name` and what tells a source's
-        content, beside the command, the version, the options and whatever else the output depends on.
+        run: what makes two runs the same, as JSON: `sources` (and `others`), lists of objects with a `name` and what
+        tells a file's content, beside the command, the version, the options and whatever else the output depends on.
         restart: begin anew where the folder holds another run. Otherwise raises DataError where a source is another
         one, UsageError where the call is; the folder is left as it is.
         """
@@ -139,15 +139,21 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
+#: What of a run is files.
+_FILES = ("sources", "others")
+
+#: Characters of an option's value in a message.
+_MOST_SHOWN = 100
+
 _GO_ON = "Give the same files and options again to go on with it, or --overwrite to start over"
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> DataError | UsageError | None:
     """What to say of the first thing in which two runs differ."""
-    for name, expected, found in _pairs(before.get("sources", []), now.get("sources", [])):
+    for name, expected, found in (pair for key in _FILES for pair in _pairs(before.get(key, []), now.get(key, []))):
         if expected is None or found is None:
-            change = "not among its sources" if expected is None else "among its sources, but not among these"
-            return UsageError(f"{name}: an interrupted run is to be gone on with, and this is {change}. {_GO_ON}")
+            change = "was not given to" if expected is None else "is not given now, but was to"
+            return UsageError(f"{name}: {change} the run that was interrupted. {_GO_ON}")
         if expected != found:
             return DataError(
                 f"{name}: changed since the run that was interrupted: found {_shown(found)}; "
@@ -159,8 +165,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> DataError 
             return UsageError(
                 f"{key} is {_value(new, key)}; the run that was interrupted had {_value(old, key)}. {_GO_ON}"
             )
-    if before.get("sources") != now.get("sources"):
-        return UsageError(f"the sources come in another order than in the run that was interrupted. {_GO_ON}")
+    if any(before.get(key) != now.get(key) for key in _FILES):
+        return UsageError(f"the sources are given in another order than in the run that was interrupted. {_GO_ON}")
     return None
 
 
@@ -189,15 +195,16 @@ def _shown(source: Mapping[str, Any]) -> str:
 
 
 def _flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a run but its sources: options by their names on the command line, the rest by its path."""
-    flat = {}
+    """All of a run but its files: options by their names on the command line, the rest by its path."""
+    flat: dict[str, Any] = {}
     for key, value in run.items():
         if key == "options":
             flat |= {f"--{name.replace('_', '-')}": of for name, of in value.items()}
-        elif key != "sources":
+        elif key not in _FILES:
             flat[f"the {key.replace('_', ' ')}"] = value
     return flat
 
 
 def _value(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key], ensure_ascii=False) if flat.get(key) is not None else "not given"
+    text = json.dumps(flat[key], ensure_ascii=False) if flat.get(key) is not None else "not given"
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "…"

@@ -31,9 +31,11 @@ def locked(final: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held, so that nobody can lock a file that is about to go.
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        try:
+            # Removed while it is held, so that nobody can lock a file that is about to go.
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def _acquire(path: Path, final: Path) -> int:

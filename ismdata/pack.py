@@ -1,19 +1,19 @@
 """`ismdata pack`: converted conversations to packed shards, top to bottom.
 
 Conversations are read in batches, made into documents, and spooled to disk; then the plan says which documents share a
-sequence, and the shards are gathered from the spool in that order.
+sequence, and the shards are gathered from the spool in that order. A journal records what is done: the batches that are
+spooled, the shards that are written. A run that was killed goes on from there.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +22,25 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import ismdata
-from ismdata import conversation, parity
-from ismdata.batch import ConversationBatch, conversation_batch
-from ismdata.conversation import Quarantined, Refusal
-from ismdata.documents import Made, Options, make_documents, wanted
+from ismdata.conversation import Quarantined
+from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, output_folder, read_index, write_index
+from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, output_folder, write_index
+from ismdata.journal import Journal
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.overlong import POLICIES, Policy
-from ismdata.packing import lower_bound, plan
+from ismdata.packing import plan
 from ismdata.sequences import sequences
 from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
-from ismdata.tokens import DocumentEncoder
+from ismdata.tokenizing import SPOOL_NAME, Progress, Quarantine, Source, tokenize
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
 _SHARD_TOKENS = 1 << 24
 _BATCH_TOKENS = 1 << 20
-
-#: Conversations and bytes of text that are tokenised at a time.
-_BATCH_CONVERSATIONS = 4096
-_BATCH_BYTES = 8 << 20
-
-#: Tells how far a stage has come: its name, done, total (0 where it is not known).
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +74,11 @@ def pack(
     notify: Callable[[str], None] = lambda note: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> PackReport:
-    """Pack converted folders into `output`.
+    """Pack converted folders into `output`, or go on with it where the same call was killed.
 
     workers: threads of the tokenizer, 0 for all cores; the output does not depend on it. Raises UsageError for options
-    that cannot be, DataError for what is wrong with the data; then no output folder is left.
+    that cannot be and for a call that differs from the one to go on with, DataError for what is wrong with the data;
+    then no output folder is left.
     """
     started = time.perf_counter()
     options = Options(
@@ -94,47 +87,108 @@ def pack(
     _check_options(options, workers)
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
-    sources = [_Source(folder) for folder in converted]
-    with output_folder(output, overwrite=overwrite, inputs=converted) as partial:
+    sources = [Source(folder) for folder in converted]
+    with output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial:
         encoding = set_up(
             tokenizer, chat_template=chat_template, history=history, arguments=template_arguments, date=template_date
         )
         for note in encoding.notes:
             notify(note)
-        try:
-            spool, quarantine, tally = _tokenize(sources, encoding, options, partial, progress)
-        except parity.ColumnsDiffer as found:
-            notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
-            shutil.rmtree(partial / "spool")
-            spool, quarantine, tally = _tokenize(sources, encoding, options, partial, progress, use_skeletons=False)
-        lengths = spool.seal()
-        if not len(lengths):
-            raise DataError(_nothing_left(sources, quarantine))
-        shards = _write_shards(partial, spool, lengths, encoding, options, tally, progress)
-        shutil.rmtree(partial / "spool")
-        (partial / "tokenizer").mkdir()
-        encoding.save(partial / "tokenizer")
-        totals = tally.totals(lengths, options)
-        read = sum(source.rows for source in sources)
-        counts = {
-            "read": read,
-            "packed": totals["conversations"],
-            "quarantined": dict(sorted(quarantine.reasons.items())),
-        }
-        lost = read - totals["conversations"] - sum(quarantine.reasons.values())
-        if lost:
-            raise AssertionError(f"{lost} of {read} conversations are neither packed nor quarantined")
-        index = _index(partial, encoding, options, counts, totals, shards, tally.weighted, sources)
-        index["quarantine"] = entries([describe_file(partial / QUARANTINE_NAME, sum(quarantine.reasons.values()))])[0]
+        with closing(Journal.open(partial, _run(sources, encoding, options), restart=overwrite)) as journal:
+            _check_finished(partial, journal)
+            _say_resumed(journal, sources, notify)
+            if "totals" not in (journal.state or {}):
+                _fill(partial, sources, encoding, options, journal, notify, progress)
+            assert journal.state is not None
+            counts, totals = journal.state["counts"], journal.state["totals"]
+            refusals = Quarantine(partial / QUARANTINE_NAME, journal.state["quarantine"]).first()
+            weighted = journal.state["tally"]["weighted"]
+            shards = [ShardFile(**entry) for entry in journal.finished]
+        for leftover in (partial / SPOOL_NAME, partial / "tokenizer"):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        _save(encoding, partial / "tokenizer")
+        index = _index(partial, encoding, options, counts, totals, shards, weighted, sources)
+        quarantined = describe_file(partial / QUARANTINE_NAME, sum(counts["quarantined"].values()))
+        index["quarantine"] = asdict(quarantined)
         write_index(partial, index)
     return PackReport(
         output=output,
         counts=counts,
         totals=totals,
         notes=encoding.notes,
-        first_refusals=tuple(quarantine.first.values()),
+        first_refusals=refusals,
         seconds=time.perf_counter() - started,
     )
+
+
+def _run(sources: Sequence[Source], encoding: Encoding, options: Options) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other: all that the output depends on."""
+    template = encoding.renderer.template
+    return {
+        "command": "pack",
+        "version": ismdata.__version__,
+        "sources": [{"name": str(source.folder), "rows": source.rows, "sha256": source.sha256} for source in sources],
+        "tokenizer": [Path(encoding.tokenizer.name).name, encoding.tokenizer.sha256],
+        "chat_template": [template.name, template.sha256],
+        "options": {
+            **asdict(options),
+            "template_arg": dict(template.arguments),
+            "template_date": template.date.isoformat(),
+        },
+    }
+
+
+def _check_finished(folder: Path, journal: Journal) -> None:
+    """Raise DataError unless the finished shards are there. By their sizes: they were on the disk before the journal
+    said so, and to read them all would cost a good part of what it spares.
+    """
+    for entry in journal.finished:
+        path = folder / entry["name"]
+        found = path.stat().st_size if path.is_file() else None
+        if found != entry["bytes"]:
+            raise DataError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}; expected {entry['bytes']} bytes, which "
+                "the interrupted run had written. It was changed since; what is left is removed: run the same command "
+                "again"
+            )
+
+
+def _say_resumed(journal: Journal, sources: Sequence[Source], notify: Callable[[str], None]) -> None:
+    if journal.state is not None:
+        done, total = journal.state.get("done", 0), sum(source.rows for source in sources)
+        notify(
+            f"Going on with the run that was interrupted: {done:,} of {total:,} conversations tokenized, "
+            f"shards written: {len(journal.finished):,}."
+        )
+
+
+def _fill(
+    folder: Path,
+    sources: Sequence[Source],
+    encoding: Encoding,
+    options: Options,
+    journal: Journal,
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> None:
+    """Tokenize what is not spooled yet, write the shards that are missing, and record the counts and totals."""
+    spool, quarantine, tally = tokenize(sources, encoding, options, folder, journal, notify=notify, progress=progress)
+    lengths = spool.seal()
+    if not len(lengths):
+        raise DataError(_nothing_left(sources, quarantine))
+    rows = _write_shards(folder, spool, lengths, encoding, options, tally.weighted, journal, progress)
+    read = sum(source.rows for source in sources)
+    lost = read - tally.conversations - sum(quarantine.reasons.values())
+    if lost:
+        raise AssertionError(f"{lost} of {read} conversations are neither packed nor quarantined")
+    counts = {
+        "read": read,
+        "packed": tally.conversations,
+        "quarantined": dict(sorted(quarantine.reasons.items())),
+    }
+    totals = tally.totals(lengths, options.seq_len, sequences=rows)
+    journal.record({**(journal.state or {}), "counts": counts, "totals": totals}, [])
 
 
 def _check_options(options: Options, workers: int) -> None:
@@ -160,155 +214,15 @@ def _check_options(options: Options, workers: int) -> None:
         raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
 
 
-class _Source:
-    """A converted folder, opened and checked by size."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.index = read_index(self.folder, conversation.FORMAT)
-        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
-        for file in self.files:
-            file.check_size(self.folder)
-        self.rows = sum(file.rows for file in self.files)
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The conversations in batches that are small enough to work on."""
-        for file in self.files:
-            path = self.folder / file.name
-            try:
-                with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-                    if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
-                        raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
-                    for batch in stream:
-                        yield from _small(batch)
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
-
-
-def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """A record batch in slices of bounded text. Where they are cut depends on the data alone."""
-    messages = batch.column("messages")
-    first = messages.offsets.to_numpy()
-    contents = messages.values.field("content").cast(pa.large_string())
-    ends = contents.offsets.to_numpy() if hasattr(contents, "offsets") else _string_offsets(contents)
-    text_before = ends[first] - ends[first[0]]
-    at = 0
-    while at < len(batch):
-        limit = int(np.searchsorted(text_before, text_before[at] + _BATCH_BYTES, side="right")) - 1
-        end = min(max(limit, at + 1), at + _BATCH_CONVERSATIONS, len(batch))
-        yield batch.slice(at, end - at)
-        at = end
-
-
-def _string_offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
-    buffer = texts.buffers()[1]
-    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-
-
-class _Quarantine:
-    """Refused conversations, written as they come and counted by reason."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.reasons: Counter[str] = Counter()
-        self.first: dict[str, Quarantined] = {}
-
-    def __enter__(self) -> _Quarantine:
-        self._file = self.path.open("w", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, batch: ConversationBatch, refused: Mapping[int, Refusal]) -> None:
-        for c, refusal in sorted(refused.items()):
-            record = batch.conversation(c)
-            line = Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
-            self._file.write(json.dumps(line.as_json(), ensure_ascii=False) + "\n")
-            self.reasons[refusal.reason] += 1
-            self.first.setdefault(refusal.reason, line)
-
-
-class _Tally:
-    """Totals gathered on the way."""
-
-    def __init__(self) -> None:
-        self.conversations = self.split = self.truncated = self.truncated_tokens = self.dropped = 0
-        self.target_tokens = 0
-        self.sequences = 0
-        self.weighted = False
-
-    def add(self, made: Made, *, conversations: int) -> None:
-        self.conversations += conversations
-        for name in ("target_tokens", "split", "truncated", "truncated_tokens", "dropped"):
-            setattr(self, name, getattr(self, name) + getattr(made, name))
-
-    def totals(self, lengths: NDArray[np.int32], options: Options) -> dict[str, int]:
-        tokens = int(lengths.sum(dtype=np.int64))
-        return {
-            "conversations": self.conversations,
-            "documents": len(lengths),
-            "sequences": self.sequences,
-            "tokens": tokens,
-            "target_tokens": self.target_tokens,
-            "padding_tokens": self.sequences * options.seq_len - tokens,
-            "lower_bound_sequences": lower_bound(lengths, options.seq_len),
-            "dropped": self.dropped,
-            "split": self.split,
-            "truncated": self.truncated,
-            "truncated_tokens": self.truncated_tokens,
-        }
-
-
-def _tokenize(
-    sources: Sequence[_Source],
-    encoding: Encoding,
-    options: Options,
-    folder: Path,
-    progress: Progress,
-    *,
-    use_skeletons: bool = True,
-) -> tuple[Spool, _Quarantine, _Tally]:
-    """Read, render, tokenise and spool everything. Raises parity.ColumnsDiffer where skeletons are of no use."""
-    spool, tally = Spool(folder / "spool"), _Tally()
-    encoder = DocumentEncoder(encoding.renderer, encoding.tokenizer, options.history, use_skeletons=use_skeletons)
-    with _Quarantine(folder / QUARANTINE_NAME) as quarantine:
-        _tokenize_all(sources, encoding, encoder, options, spool, quarantine, tally, progress)
-    return spool, quarantine, tally
-
-
-def _tokenize_all(
-    sources: Sequence[_Source],
-    encoding: Encoding,
-    encoder: DocumentEncoder,
-    options: Options,
-    spool: Spool,
-    quarantine: _Quarantine,
-    tally: _Tally,
-    progress: Progress,
-) -> None:
-    total = sum(source.rows for source in sources)
-    done = 0
-    for rows in (rows for source in sources for rows in source.batches()):
-        batch = conversation_batch(rows, encoding.sensitivity)
-        tally.weighted |= batch.weight is not None
-        encoder.begin(batch)
-        _check_parity(encoding, encoder, batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
-        made = make_documents(encoder, batch, options)
-        spool.append(made.documents, made.names)
-        quarantine.add(batch, made.refused)
-        tally.add(made, conversations=len(batch) - len(made.refused))
-        done += len(batch)
-        progress("tokenize", done, total)
-
-
-def _check_parity(
-    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, options: Options, count: int
-) -> None:
-    """Law 5 on a sample of the batch. Raises DataError, parity.ColumnsDiffer."""
-    requests = wanted(batch, options)
-    chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
-    parity.check(encoding, encoder, batch, requests.take(chosen))
+def _save(encoding: Encoding, folder: Path) -> None:
+    """Write the tokenizer into a new folder. Raises OSError."""
+    folder.mkdir()
+    try:
+        encoding.save(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # what tokenizers says of a full disk is nothing more specific
 
 
 def _write_shards(
@@ -317,19 +231,21 @@ def _write_shards(
     lengths: NDArray[np.int32],
     encoding: Encoding,
     options: Options,
-    tally: _Tally,
+    weighted: bool,
+    journal: Journal,
     progress: Progress,
-) -> list[ShardFile]:
-    """Plan the sequences and gather them into shards."""
+) -> int:
+    """Plan the sequences, gather into shards those that the journal does not have, and return how many there are."""
     planned = plan(lengths, seq_len=options.seq_len, seed=options.seed)
     row_documents = planned.row_documents.astype(np.int64)
-    tally.sequences = rows = len(row_documents)
+    rows = len(row_documents)
     begins = np.concatenate([[0], np.cumsum(row_documents)])
-    schema = packed_schema(options.seq_len, weighted=tally.weighted)
+    schema = packed_schema(options.seq_len, weighted=weighted)
     shard_rows = max(1, _SHARD_TOKENS // options.seq_len)
     batch_rows = max(1, _BATCH_TOKENS // options.seq_len)
-    shards = []
     for number, shard in enumerate(range(0, rows, shard_rows)):
+        if number < len(journal.finished):
+            continue
         path = folder / f"shard-{number:05d}.arrow"
         last = min(shard + shard_rows, rows)
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -347,8 +263,8 @@ def _write_shards(
                     )
                 )
                 progress("write", end, rows)
-        shards.append(describe_file(path, last - shard))
-    return shards
+        journal.finish(asdict(describe_file(path, last - shard)), [path])
+    return rows
 
 
 def _index(
@@ -359,7 +275,7 @@ def _index(
     totals: dict[str, int],
     shards: list[ShardFile],
     weighted: bool,
-    sources: Sequence[_Source],
+    sources: Sequence[Source],
 ) -> dict[str, Any]:
     tokenizer, template = encoding.tokenizer, encoding.renderer.template
     files = sorted(path for path in (folder / "tokenizer").rglob("*") if path.is_file())
@@ -403,9 +319,9 @@ def _index(
     }
 
 
-def _nothing_left(sources: Sequence[_Source], quarantine: _Quarantine) -> str:
+def _nothing_left(sources: Sequence[Source], quarantine: Quarantine) -> str:
     if not sum(source.rows for source in sources):
         return f"{', '.join(str(source.folder) for source in sources)}: no conversations; expected at least one"
-    first = next(iter(quarantine.first.values()))
+    first = quarantine.first()[0]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in quarantine.reasons.most_common())
     return f"no conversation can be packed ({reasons}). The first: {first.source}: {first.detail}. Nothing was written"

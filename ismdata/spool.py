@@ -1,98 +1,109 @@
 """Documents on their way from tokenizing to packing: on disk, in flat files that are read back as memory maps.
 
-In memory stay only the lengths: a few bytes a document, whatever the size of the corpus.
+Nothing of a document stays in memory, and what an interrupted run spooled is gone on with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.batch import IntArray
+from ismdata.columns import Column
 from ismdata.tokens import Documents, ragged_arange
 
-
-class _Column:
-    """One flat file of fixed-size rows."""
-
-    def __init__(self, path: Path, dtype: Any, width: int = 1) -> None:
-        self.path, self.dtype, self.width = path, np.dtype(dtype), width
-        self._file: IO[bytes] | None = path.open("wb")
-
-    def append(self, values: NDArray[Any]) -> None:
-        assert self._file is not None
-        self._file.write(np.ascontiguousarray(values, self.dtype).data)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def map(self) -> NDArray[Any]:
-        """The whole file as rows, memory-mapped."""
-        shape = (-1, self.width) if self.width > 1 else (-1,)
-        if self.path.stat().st_size == 0:
-            return np.empty(0, self.dtype).reshape(shape)
-        return np.memmap(self.path, self.dtype, "r").reshape(shape)
+#: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
+_FILES: dict[str, tuple[Any, int]] = {
+    "input_ids": (np.int32, 1),
+    "spans": (np.int32, 4),
+    "span_weights": (np.float32, 1),
+    "conversation_ids": (np.uint8, 1),
+    "lengths": (np.int32, 1),
+    "span_counts": (np.int32, 1),
+    "name_lengths": (np.int32, 1),
+    "id_starts": (np.int64, 1),
+    "span_starts": (np.int64, 1),
+    "name_starts": (np.int64, 1),
+}
 
 
 class Spool:
-    """Documents in the order in which they were made. `append` while tokenizing, then `seal`, then `gather`."""
+    """Documents in the order in which they were made. `append` while tokenizing, then `seal`, then `gather`.
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._ids = _Column(folder / "input_ids", np.int32)
-        self._spans = _Column(folder / "spans", np.int32, width=4)
-        self._weights = _Column(folder / "span_weights", np.float32)
-        self._names = _Column(folder / "conversation_ids", np.uint8)
-        self._lengths: list[NDArray[np.int32]] = []
-        self._span_counts: list[NDArray[np.int32]] = []
-        self._name_lengths: list[NDArray[np.int32]] = []
+    keep: the `rows` that an interrupted run recorded, to go on after them. Raises DataError where files have fewer.
+    """
+
+    def __init__(self, folder: Path, *, keep: Mapping[str, int] | None = None) -> None:
+        folder.mkdir(exist_ok=True)
+        self._columns = {
+            name: Column(folder / name, dtype, width, keep=keep[name] if keep else 0)
+            for name, (dtype, width) in _FILES.items()
+        }
+
+    @property
+    def columns(self) -> list[Column]:
+        """All files of the spool."""
+        return list(self._columns.values())
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows each file has."""
+        return {name: column.rows for name, column in self._columns.items()}
 
     def append(self, documents: Documents, names: list[str]) -> None:
         """Add documents and the conversation ids to write beside them."""
-        self._ids.append(documents.input_ids)
-        self._spans.append(documents.spans)
-        self._weights.append(documents.span_weights)
         encoded = [name.encode() for name in names]
-        self._names.append(np.frombuffer(b"".join(encoded), np.uint8))
-        self._lengths.append(documents.lengths.astype(np.int32))
-        self._span_counts.append(documents.span_counts.astype(np.int32))
-        self._name_lengths.append(np.array([len(name) for name in encoded], np.int32))
+        name_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        added: dict[str, NDArray[Any]] = {
+            "id_starts": self._starts("input_ids", documents.lengths),
+            "span_starts": self._starts("spans", documents.span_counts),
+            "name_starts": self._starts("conversation_ids", name_lengths),
+            "input_ids": documents.input_ids,
+            "spans": documents.spans,
+            "span_weights": documents.span_weights,
+            "conversation_ids": np.frombuffer(b"".join(encoded), np.uint8),
+            "lengths": documents.lengths,
+            "span_counts": documents.span_counts,
+            "name_lengths": name_lengths,
+        }
+        for name, values in added.items():
+            self._columns[name].append(values)
+
+    def _starts(self, name: str, lengths: IntArray) -> IntArray:
+        """Where the rows of each document to add will start in a file."""
+        return np.cumsum(lengths, dtype=np.int64) - lengths + self._columns[name].rows
+
+    def close(self) -> None:
+        for column in self._columns.values():
+            column.close()
 
     def seal(self) -> NDArray[np.int32]:
-        """End writing; the lengths of all documents, int32[D]."""
-        columns = (self._ids, self._spans, self._weights, self._names)
-        for column in columns:
-            column.close()
-        self._maps = [column.map() for column in columns]
-        self.lengths, self.span_counts, self.name_lengths = map(
-            _joined, (self._lengths, self._span_counts, self._name_lengths)
-        )
-        self._starts = [_starts(of) for of in (self.lengths, self.span_counts, self.name_lengths)]
-        return self.lengths
+        """End writing; the lengths of all documents, int32[D], memory-mapped."""
+        self.close()
+        self._maps = {name: column.map() for name, column in self._columns.items()}
+        return self._maps["lengths"]
 
     def gather(self, documents: IntArray) -> Gathered:
         """The documents numbered, in that order."""
-        ids, spans, weights, names = self._maps
-        id_starts, span_starts, name_starts = (starts[documents] for starts in self._starts)
-        lengths = self.lengths[documents].astype(np.int64)
-        span_counts = self.span_counts[documents].astype(np.int64)
-        name_lengths = self.name_lengths[documents].astype(np.int64)
-        span_rows = ragged_arange(span_starts, span_counts)
-        name_bytes = names[ragged_arange(name_starts, name_lengths)]
+        of = self._maps
+        lengths, span_counts, name_lengths = (
+            of[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
+        )
+        span_rows = ragged_arange(of["span_starts"][documents], span_counts)
+        name_bytes = of["conversation_ids"][ragged_arange(of["name_starts"][documents], name_lengths)]
         offsets = np.concatenate([[0], np.cumsum(name_lengths)]).astype(np.int32)
         return Gathered(
-            input_ids=ids[ragged_arange(id_starts, lengths)],
+            input_ids=of["input_ids"][ragged_arange(of["id_starts"][documents], lengths)],
             lengths=lengths,
             span_counts=span_counts,
-            spans=spans[span_rows],
-            span_weights=weights[span_rows],
+            spans=of["spans"][span_rows],
+            span_weights=of["span_weights"][span_rows],
             names=pa.StringArray.from_buffers(
                 len(documents), pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(name_bytes))
             ),
@@ -109,12 +120,3 @@ class Gathered:
     spans: NDArray[np.int32]
     span_weights: NDArray[np.float32]
     names: pa.StringArray
-
-
-def _joined(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    return np.concatenate([np.empty(0, np.int32), *parts])
-
-
-def _starts(lengths: NDArray[np.int32]) -> IntArray:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    return ends - lengths

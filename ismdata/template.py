@@ -1,9 +1,11 @@
 """A chat template: rendering it, fixing its date, and probing what it writes around each message.
 
-Rendering is transformers' own, sandbox included, so a template means here what it means everywhere. Probing renders
-marked conversations once and reads off what the rest of the road needs: the generation prompt, what closes an answer,
-what opens a user's turn, and whether the template is prefix-stable (rendering messages[:k] with the generation prompt
-is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
+Rendering is transformers' own, sandbox included, so a template means here what it means everywhere. A template is also
+a program from somewhere: there are limits to the time and memory that it takes, and to the text that it writes.
+
+Probing renders marked conversations once and reads off what the rest of the road needs: the generation prompt, what
+closes an answer, what opens a user's turn, and whether the template is prefix-stable (rendering messages[:k] with the
+generation prompt is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ismdata.control_tokens import ControlTokens, common_prefix_length
 from ismdata.errors import DataError, UsageError
+from ismdata.limits import limited
 
 #: What templates that print today's date are told, unless `--template-date` says otherwise. The date that Llama 3.1 and
 #: 3.2 write when they are given none.
@@ -31,6 +35,15 @@ DEFAULT_DATE = datetime.date(2024, 7, 26)
 BUILT_IN = ("chatml",)
 
 Message = dict[str, Any]
+
+#: What one rendering may take: time, in all and more for each message; memory on top of what is in use; and text, in
+#: all and more for each message and each character of one. Real templates stay far below.
+_SECONDS, _SECONDS_A_MESSAGE = 10.0, 0.01
+_MEMORY = 1 << 30
+_CHARACTERS, _CHARACTERS_A_MESSAGE, _TIMES_LONGER = 1 << 20, 1000, 10
+
+#: Characters of a template's own refusal that are passed on.
+_MOST_SAID = 500
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 #: Contents while probing; the private-use characters around them keep them apart from the template's own text.
@@ -94,7 +107,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, generation_prompt: bool = False
     ) -> str:
-        """The text that transformers' `apply_chat_template(tokenize=False)` gives. Raises TemplateRefused."""
+        """The text that transformers' `apply_chat_template(tokenize=False)` gives.
+
+        Raises TemplateRefused where the template does, and DataError where it goes beyond what a rendering may take.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         context: dict[str, Any] = dict(self.special_tokens) | dict(self.arguments)
@@ -104,19 +120,42 @@ class ChatTemplate:
         if self.text_arguments:
             shaped = [_with_text_arguments(message) for message in shaped]
         try:
-            rendered: Any = render_jinja_template(
-                [shaped],
-                tools=tools,
-                chat_template=self.dated_source,
-                add_generation_prompt=generation_prompt,
-                **context,
+            rendered: Any = limited(
+                lambda: render_jinja_template(
+                    [shaped],
+                    tools=tools,
+                    chat_template=self.dated_source,
+                    add_generation_prompt=generation_prompt,
+                    **context,
+                ),
+                seconds=_SECONDS + _SECONDS_A_MESSAGE * len(shaped),
+                memory=_MEMORY,
             )
+        except TimeoutError as error:
+            raise self._too_much(messages, str(error)) from error
+        except MemoryError as error:
+            raise self._too_much(messages, f"took more than {_MEMORY >> 30} GiB of memory") from error
         except Exception as error:
             # A template is a program that someone else wrote: whatever it raises is its way of refusing.
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
-            raise TemplateRefused(f"{type(error).__name__}{line}: {error}".removesuffix(": ")) from error
+            said = str(error)[:_MOST_SAID]
+            raise TemplateRefused(f"{type(error).__name__}{line}: {said}".removesuffix(": ")) from error
         texts, _ = rendered
-        return str(texts[0])
+        text = str(texts[0])
+        if len(text) > _CHARACTERS and len(text) > _most_characters(messages, tools):
+            raise self._too_much(messages, f"wrote {len(text):,} characters")
+        return text
+
+    def _too_much(self, messages: Sequence[Message], what: str) -> DataError:
+        return DataError(
+            f"chat template {self.name}: rendering {len(messages):,} messages {what}; expected one that lays messages "
+            "out and does little else. Pass another with --chat-template FILE"
+        )
+
+
+def _most_characters(messages: Sequence[Message], tools: list[Any] | None) -> int:
+    said = len(json.dumps([messages, tools], ensure_ascii=False, default=str))
+    return _CHARACTERS + _CHARACTERS_A_MESSAGE * len(messages) + _TIMES_LONGER * said
 
 
 def _typed(message: Message) -> Message:
@@ -177,6 +216,7 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
     A template that does not even render one user's question and one answer cannot be used at all. `markers` are the
     tokenizer's control tokens and the template's own markers.
     """
+    _refuse_powers(template)
     question, answer, second, last = _MARKERS
     user, reply = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
     try:
@@ -195,7 +235,7 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
     if question not in alone or answer not in answered:
         raise DataError(
             f"chat template {template.name}: its rendering does not contain what user and assistant said; "
-            f"rendered {answered!r}. Pass another with --chat-template FILE"
+            f"rendered {answered[:200]!r}. Pass another with --chat-template FILE"
         )
     close = answered[answered.index(answer) + len(answer) :]
     longer = [user, reply, {"role": "user", "content": second}, {"role": "assistant", "content": last}]
@@ -218,6 +258,26 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
         prefix_stable=difference is None,
         difference=difference,
     )
+
+
+def _refuse_powers(template: ChatTemplate) -> None:
+    """Raise DataError where a template takes powers: `9**9**9` is one step for ever, which no time limit reaches.
+
+    Only the template's words are looked at; it is neither compiled nor run.
+    """
+    before = ""
+    try:
+        for line, kind, word in ImmutableSandboxedEnvironment().lex(template.source):
+            if kind == "whitespace":
+                continue
+            if kind == "operator" and word == "**" and before not in ("(", ","):  # behind those it is **kwargs
+                raise DataError(
+                    f"chat template {template.name}: line {line} takes a power (**); expected plain text layout. "
+                    "Pass another with --chat-template FILE"
+                )
+            before = word
+    except TemplateSyntaxError:
+        return  # rendering says what is wrong, as transformers words it
 
 
 def _end_of_turn(close: str, later: str, controls: ControlTokens) -> str:

@@ -34,7 +34,7 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise DataError(f"{name}: no such file; expected a GGUF file with its own tokenizer")
-            loaded = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            loaded = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         elif path.is_file():
             raise DataError(f"{name}: is a file; expected a folder with tokenizer.json, a .gguf file or a hub name")
         elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
@@ -42,10 +42,12 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
         elif path.is_dir() and not (path / "tokenizer.json").is_file() and not any(path.glob("tokenizer*")):
             raise DataError(f"{name}: a folder without tokenizer.json; expected a saved tokenizer")
         else:
-            loaded = AutoTokenizer.from_pretrained(name)
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
-    except (OSError, ValueError, KeyError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # broken files make the libraries raise anything, bare Exceptions too
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{name}: no tokenizer could be loaded ({first}). "

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ismdata.attention import attach
+from ismdata.attention import attach, refuse_pickles
 from ismdata.collate import IGNORE_INDEX, Collator, check_mask
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
@@ -210,11 +210,12 @@ def _pretrained(name: str) -> PreTrainedModel:
         raise DataError(f"{name}: is a file; expected a preset, a model folder, a .gguf file or a hub name")
     else:
         source["use_safetensors"] = True
+        refuse_pickles(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # broken files make the libraries raise anything, from KeyError to SafetensorError
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name}: no model could be loaded ({first}). Expected a preset ({', '.join(PRESETS)}), a model folder "

@@ -3,8 +3,8 @@
 Nothing is trusted: the index is checked against its own SHA-256 and for its layout, files for size and SHA-256, shards
 for their schema and for what Arrow itself demands, then the content, whole runs of rows at a time (`invariants.py` for
 packed rows). What has the wrong size or hash is not read further: a damaged index says nothing about its files, and
-Arrow is given no bytes but those that were written. Every problem is one sentence that names file, row and place, what was found
-and what was expected.
+Arrow is given no bytes but those that were written. Every problem is one sentence that names file, row and place, what
+was found and what was expected.
 """
 
 from __future__ import annotations

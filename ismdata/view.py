@@ -39,6 +39,9 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 #: Histograms have a bar for each value up to this maximum, beyond it a bar for each doubling.
 _SINGLE_BARS = 12
 
+#: Files left aside that are named; of more there is only the number.
+_NAMED = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -346,11 +349,20 @@ def convert_report(report: ConvertReport) -> View:
         "read": report.read,
         "written": report.written,
         "quarantined": report.quarantined,
+        "duplicates": report.duplicates,
+        "parts": report.parts,
         "first_refusals": first,
         "sources": [
-            {"name": source.name, "layout": source.layout, "format": source.format, "records": source.records}
+            {
+                "name": source.name,
+                "layout": source.layout,
+                "format": source.format,
+                "records": source.records,
+                "left_aside": list(source.left_aside),
+            }
             for source in report.sources
         ],
+        "notes": list(report.notes),
         "ignored_fields": report.ignored_fields,
         "shards": report.shards,
         "seconds": report.seconds,
@@ -361,9 +373,21 @@ def convert_report(report: ConvertReport) -> View:
         _numbers(*sources),
         *_quarantine(facts),
     ]
+    if report.parts:
+        parts.append(_heading("parts", ", ".join(f"{name} {rows:,}" for name, rows in report.parts.items())))
+    if report.duplicates:
+        dropped = "" if {"duplicate", "near_duplicate"} & report.quarantined.keys() else "; --dedup exact drops them"
+        parts.append(_heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
+    if left := [name for source in report.sources for name in source.left_aside]:
+        parts.append(
+            _heading(
+                "files left aside", ", ".join(left[:8]) + (f" and {len(left) - 8:,} more" if len(left) > 8 else "")
+            )
+        )
     if report.ignored_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_fields.items())
         parts.append(_heading("fields left aside", names))
+    parts += [_heading("note", text) for text in report.notes]
     return View(facts=facts, drawing=Group(*parts))
 
 

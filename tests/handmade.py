@@ -48,13 +48,13 @@ def entry(folder, name, rows):
     return {"name": name, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def packed_row(documents, *, mask, weighted):
-    return deepcopy(_packed_row(tuple((name, tuple(spans)) for name, spans in documents), mask, weighted))
+def packed_row(documents, *, mask, weighted, seq_len=SEQ_LEN):
+    return deepcopy(_packed_row(tuple((name, tuple(spans)) for name, spans in documents), mask, weighted, seq_len))
 
 
 @cache  # the oracle is slow, and most folders have the same rows
-def _packed_row(documents, mask, weighted):
-    row = oracle.Row([spans for _, spans in documents], SEQ_LEN)
+def _packed_row(documents, mask, weighted, seq_len):
+    row = oracle.Row([spans for _, spans in documents], seq_len)
     loss_mask = row.loss_mask(mask)
     return {
         "input_ids": [PAD if d is None else 2 + t % 90 for t, d in enumerate(row.document_of)],
@@ -72,10 +72,12 @@ def _packed_row(documents, mask, weighted):
 class PackedFolder:
     """A packed folder that can be broken in one place and then signed again, so that only its content is at fault."""
 
-    def __init__(self, folder, *, mask="ism", weighted=False, packed=PACKED):
+    def __init__(self, folder, *, mask="ism", weighted=False, packed=PACKED, seq_len=SEQ_LEN):
         self.folder = folder
-        self.schema = shards.packed_schema(SEQ_LEN, weighted=weighted)
-        self.rows = [[packed_row(row, mask=mask, weighted=weighted) for row in shard] for shard in packed]
+        self.schema = shards.packed_schema(seq_len, weighted=weighted)
+        self.rows = [
+            [packed_row(row, mask=mask, weighted=weighted, seq_len=seq_len) for row in shard] for shard in packed
+        ]
         rows = [row for shard in self.rows for row in shard]
         ids = [name for row in rows for name in row["conversation_ids"]]
         names = [name for name in ids if "#" not in name or name.endswith("#0")]
@@ -83,7 +85,7 @@ class PackedFolder:
         self.index = {
             "format": shards.FORMAT,
             "version": "0.0.0",
-            "seq_len": SEQ_LEN,
+            "seq_len": seq_len,
             "block_size": 128,
             "mask": mask,
             "weighted": weighted,
@@ -94,8 +96,8 @@ class PackedFolder:
                 "sequences": len(rows),
                 "tokens": tokens,
                 "target_tokens": sum(sum(row["loss_mask"]) for row in rows),
-                "padding_tokens": len(rows) * SEQ_LEN - tokens,
-                "lower_bound_sequences": -(-tokens // SEQ_LEN),
+                "padding_tokens": len(rows) * seq_len - tokens,
+                "lower_bound_sequences": -(-tokens // seq_len),
                 "dropped": 0,
                 "split": 1,
                 "truncated": 0,

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ismdata"
 #: From the top down, in the order in which data flows. A file may import what stands in a line above its own, and in
 #: its own line what stands to its left.
 LAYERS = """
-errors terminal
+errors terminal limits
 conversation masks folders
 shards packing readers control_tokens template tokenizer turns skeleton sensitivity
 encoder batch tokens overlong spool documents sequences parity

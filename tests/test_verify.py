@@ -11,8 +11,8 @@ import pytest
 
 from ismdata import shards
 from ismdata.errors import DataError
-from ismdata.masks import MASKS
 from ismdata.folders import write_index
+from ismdata.masks import MASKS
 from ismdata.verify import verify
 from tests.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder, write_stream
 

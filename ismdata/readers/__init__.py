@@ -7,17 +7,42 @@ from typing import Any
 from ismdata.readers.alpaca import ALPACA
 from ismdata.readers.base import Reader
 from ismdata.readers.dailydialog import DAILYDIALOG
+from ismdata.readers.dialogue_rows import DIALOGUE_ROWS
+from ismdata.readers.kto import KTO
 from ismdata.readers.lists import LISTS
 from ismdata.readers.messages import KDCONV, OPENAI, SHAREGPT
+from ismdata.readers.moss import MOSS
+from ismdata.readers.pairs import PAIRS
+from ismdata.readers.personachat import PERSONACHAT
+from ismdata.readers.preference import PREFERENCE
+from ismdata.readers.prompt_completion import PROMPT_COMPLETION
+from ismdata.readers.separated import SEPARATED
+from ismdata.readers.trees import NESTED_TREES, TREE_ROWS
+from ismdata.readers.tsv_pairs import TSV_PAIRS
+from ismdata.readers.utterances import UTTERANCES
 
 #: Format names, as `--format` takes them, in the order in which detection asks.
 READERS: dict[str, Reader] = {
+    "oasst": TREE_ROWS,
+    "oasst_trees": NESTED_TREES,
+    # Before `messages`: their records have such a list too, and more to say about it.
+    "preference": PREFERENCE,
+    "kto": KTO,
+    "utterances": UTTERANCES,
     "messages": OPENAI,
     "sharegpt": SHAREGPT,
     "alpaca": ALPACA,
+    "moss": MOSS,
+    "pairs": PAIRS,
     "dailydialog": DAILYDIALOG,
     "kdconv": KDCONV,
     "lists": LISTS,
+    "dialogue_rows": DIALOGUE_ROWS,
+    "separated": SEPARATED,
+    # Single texts can stand beside anything, so they are asked last.
+    "prompt_completion": PROMPT_COMPLETION,
+    "personachat": PERSONACHAT,
+    "tsv_pairs": TSV_PAIRS,
 }
 
 

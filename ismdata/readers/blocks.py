@@ -1,10 +1,11 @@
-"""Blocks of complete records, as bytes or as Arrow tables, seen through the one interface of `base.Block`."""
+"""Blocks of complete records, as bytes, Arrow tables or Python values, under the one interface of `base.Block`."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -17,7 +18,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from ismdata.errors import DataError
-from ismdata.readers.base import Refused, shown
+from ismdata.readers.base import ID_FIELDS, Refused, shown
 from ismdata.readers.canonical import parse_json
 
 
@@ -25,8 +26,9 @@ from ismdata.readers.canonical import parse_json
 class LineBlock:
     """N records, each on a line of its own: record i is `data[starts[i]:ends[i]]`, blanks around it left out.
 
-    `plain_text` says that a record is the line itself, not a JSON value. `document` names the JSON array that the lines
+    `plain_text` says that a record is the line itself, not a JSON value. `document` names the JSON text that the lines
     were cut from: a syntax error in one is then an error of the whole, for what a broken array holds is a guess.
+    `keyed` says that a line is an entry of an object, `"key": record`.
     """
 
     data: bytes
@@ -35,6 +37,7 @@ class LineBlock:
     numbers: NDArray[np.int64]
     plain_text: bool = False
     document: str | None = None
+    keyed: bool = False
 
     def record(self, row: int) -> Any:
         try:
@@ -45,14 +48,15 @@ class LineBlock:
         if self.plain_text:
             return text
         try:
-            return parse_json(text)
+            return self._value(text)
         except json.JSONDecodeError as error:
             found = (
                 f"{error.msg} at character {error.pos + 1}, near {shown(text[max(0, error.pos - 20) : error.pos + 20])}"
             )
             if self.document is not None:
-                place = f"{self.document}:record {self.numbers[row]}"
-                raise DataError(f"{place}: {found}; expected a JSON array. Repair the file or get it again") from error
+                found = f"{self.document}:record {self.numbers[row]}: {found}"
+                wanted = "an entry, a key and its value" if self.keyed else "a JSON array"
+                raise DataError(f"{found}; expected {wanted}. Repair the file or get it again") from error
             raise Refused("invalid_json", f"{found}; expected one JSON value on the line") from error
         except ValueError as error:
             raise Refused("invalid_json", f"{error}; expected JSON that can be held in memory as it stands") from error
@@ -62,15 +66,21 @@ class LineBlock:
         if self.plain_text:
             return text
         try:
-            return parse_json(text)
+            return self._value(text)
         except ValueError:
             return text
+
+    def _value(self, text: str) -> Any:
+        if not self.keyed:
+            return parse_json(text)
+        ((key, value),) = parse_json(f"{{{text}}}").items()
+        return with_key(key, value)
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
         # Every line must be one value, for rows and lines to be the same: a value that spans two lines would have to
         # break inside of it after a closing bracket and go on with an opening one, which no JSON does.
         opening, closing = b"[]" if wrapped else b"{}"
-        if self.plain_text or not len(self.starts) or not self._is_utf8:
+        if self.plain_text or self.keyed or not len(self.starts) or not self._is_utf8:
             return None
         if (self._array[self.starts] != opening).any() or (self._array[self.ends - 1] != closing).any():
             return None
@@ -140,6 +150,56 @@ class TableBlock:
 
     def texts(self) -> pa.Array | None:
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """A record that could not be read: why, and what stands in its place."""
+
+    refusal: Refused
+    raw: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBlock:
+    """N records that are Python values already, from a table of text or a YAML file."""
+
+    values: Sequence[Any]
+    numbers: NDArray[np.int64]
+
+    def record(self, row: int) -> Any:
+        value = self.values[row]
+        if isinstance(value, Unread):
+            raise value.refusal
+        return value
+
+    def raw(self, row: int) -> Any:
+        value = self.values[row]
+        return value.raw if isinstance(value, Unread) else value
+
+    def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
+        return None
+
+    def texts(self) -> pa.Array | None:
+        return None
+
+
+def with_key(key: str, value: Any) -> Any:
+    """A record of an object by id, with its key: as its `id` where it has none, as `key` where it has another.
+
+    A list of messages becomes an object that holds it.
+
+    >>> with_key("d1", {"log": []})
+    {'id': 'd1', 'log': []}
+    """
+    if isinstance(value, list):
+        return {"id": key, "messages": value}
+    if not isinstance(value, dict):
+        return value
+    own = [value[name] for name in ID_FIELDS if value.get(name) not in (None, "")]
+    if not own:
+        return {"id": key, **{name: held for name, held in value.items() if name != "id"}}
+    return value if key in map(str, own) or "key" in value else {**value, "key": key}
 
 
 def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:

@@ -1,4 +1,4 @@
-"""Bytes to blocks of complete records: lines, JSON arrays, objects of arrays, values one after the other.
+"""Bytes to blocks of complete records: lines, JSON arrays, objects of arrays or records, values one after the other.
 
 A JSON array is scanned for the commas between its records, block by block and without building a value, and becomes
 lines: what reads JSON Lines then reads everything. Memory stays flat, and a file that breaks off is found out, with its
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ismdata.errors import DataError
-from ismdata.readers.blocks import LineBlock
+from ismdata.readers.blocks import LineBlock, ValueBlock
 
 #: How much is read at a time. Blocks are cut by content and this size alone, so shards do not depend on the workers.
 BLOCK_BYTES = 4 << 20
@@ -32,6 +32,10 @@ _IS_BLANK = np.isin(np.arange(256), list(BLANK))
 _DEPTH = np.zeros(256, np.int8)
 _DEPTH[list(b"[{")] = 1
 _DEPTH[list(b"]}")] = -1
+_CUT_OFF = (
+    "The download may be incomplete: get the file again. Or a closing quote or bracket is missing in that record: "
+    "repair the file"
+)
 _STRUCTURAL = np.isin(np.arange(256), list(b'[]{}",\n'))
 
 
@@ -39,7 +43,7 @@ _STRUCTURAL = np.isin(np.arange(256), list(b'[]{}",\n'))
 class Framed:
     """A block and, for an object of arrays, the name of the array that it was cut from."""
 
-    block: LineBlock
+    block: LineBlock | ValueBlock
     split: str | None = None
 
 
@@ -138,6 +142,19 @@ def frame_array(queue: ByteQueue, *, split: str | None = None) -> Iterator[Frame
     queue.skip_blanks()
     _expect(queue, b"[", "a JSON array")
     name = queue.name if split is None else f"{queue.name}:{split}"
+    yield from _frame_elements(queue, name=name, split=split, closing=b"]")
+
+
+def frame_entries(queue: ByteQueue) -> Iterator[Framed]:
+    """An object of records by id that is the whole file; each record has its key, see `blocks.with_key`."""
+    queue.skip_blanks()
+    _expect(queue, b"{", "an object of records")
+    yield from _frame_elements(queue, name=queue.name, split=None, closing=b"}")
+    _expect_end(queue)
+
+
+def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: bytes) -> Iterator[Framed]:
+    """The elements of an array or the entries of an object, from behind its opening bracket to behind `closing`."""
     number = 1
     while True:
         if not queue.data:
@@ -146,22 +163,26 @@ def frame_array(queue: ByteQueue, *, split: str | None = None) -> Iterator[Frame
         while not cut:
             buffer = np.frombuffer(queue.data, np.uint8)
             structure = _scan(buffer)
-            closing = structure.places[structure.depth < 0]
-            ended = bool(len(closing))
+            closed = structure.places[structure.depth < 0]
+            ended = bool(len(closed))
             borders = structure.places[(structure.depth == 0) & (structure.bytes == _COMMA)]
             if ended:
-                borders = np.append(borders[borders < closing[0]], closing[0])
+                borders = np.append(borders[borders < closed[0]], closed[0])
             if len(borders):
                 cut = int(borders[-1]) + 1
             elif not queue.more(max(BLOCK_BYTES, len(queue.data))):
-                raise _cut_off(queue, name, number)
-        if ended and queue.data[cut - 1 : cut] != b"]":
+                raise _cut_off(queue, name, number, closing)
+        found = queue.data[cut - 1 : cut]
+        if ended and found != closing:
             place = queue.offset + cut
-            raise DataError(f"{name}: found '}}' at byte {place}; expected ']' or another record. Repair the file")
-        block = _array_block(queue, buffer[:cut], structure, borders, name, number)
+            raise DataError(
+                f"{name}: found {found.decode()!r} at byte {place}; expected {closing.decode()!r} or another record. "
+                "Repair the file"
+            )
+        block = _array_block(queue, buffer[:cut], structure, borders, name, number, keyed=closing == b"}")
         if ended and number == len(borders) == 1 and not len(block.starts):
             queue.drop(cut)
-            return  # the empty array
+            return  # nothing inside
         _check_records(queue, block, borders, name, number)
         queue.drop(cut)
         number += len(borders)
@@ -207,6 +228,8 @@ def _array_block(
     borders: NDArray[np.int64],
     name: str,
     number: int,
+    *,
+    keyed: bool,
 ) -> LineBlock:
     """The records between `borders` as lines: line breaks inside them become blanks, the borders line breaks."""
     if 0 <= structure.broken < len(buffer):
@@ -223,7 +246,7 @@ def _array_block(
     starts, ends = _stripped(data, lines, np.append(0, borders[:-1] + 1), borders.copy())
     kept = starts < ends
     numbers = number + np.arange(len(borders))
-    return LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers[kept], document=name)
+    return LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers[kept], document=name, keyed=keyed)
 
 
 def _check_records(queue: ByteQueue, block: LineBlock, borders: NDArray[np.int64], name: str, number: int) -> None:
@@ -236,12 +259,13 @@ def _check_records(queue: ByteQueue, block: LineBlock, borders: NDArray[np.int64
         )
 
 
-def _cut_off(queue: ByteQueue, name: str, number: int) -> DataError:
+def _cut_off(queue: ByteQueue, name: str, number: int, closing: bytes) -> DataError:
     end = queue.offset + len(queue.data)
-    inside = f"record {number}" if queue.data.strip(BLANK) else "the array"
+    whole = "array" if closing == b"]" else "object"
+    inside = f"record {number}" if queue.data.strip(BLANK) else f"the {whole}"
     return DataError(
-        f"{name}: found the end of the file at byte {end}, inside {inside}; expected ']' at the end of the array "
-        f"({number - 1} records are complete). The download may be incomplete: get the file again"
+        f"{name}: found the end of the file at byte {end}, inside {inside}; expected {closing.decode()!r} at the "
+        f"end of the {whole} ({number - 1} records are complete). {_CUT_OFF}"
     )
 
 
@@ -298,7 +322,7 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
             if not queue.more(max(BLOCK_BYTES, len(queue.data))):
                 raise DataError(
                     f"{queue.name}: found the end of the file at byte {queue.offset + len(queue.data)}, inside record "
-                    f"{number}; expected its end. The download may be incomplete: get the file again"
+                    f"{number}; expected its end. {_CUT_OFF}"
                 )
             continue
         if 0 <= structure.broken < ends[-1]:

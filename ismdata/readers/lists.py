@@ -14,8 +14,10 @@ from ismdata.readers.columnar import flat_list, mask, per_record
 from ismdata.readers.speakers import alternating, spoken, turns
 
 #: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read. Not in
-#: "turns": benchmarks keep the questions of one speaker there.
+#: "turns", see below.
 _FIELDS = ("messages", "dialog", "dialogue", "conversation", "conversations", "utterances")
+#: Where benchmarks keep what one speaker says, the questions or the answers: half of a dialogue.
+_ONE_SIDED = ("turns", "choices")
 _SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
 
 
@@ -29,7 +31,7 @@ class Lists(Reader):
 
     def fits(self, record: Any) -> bool:
         listed = record if isinstance(record, list) else _listed(record)[1]
-        return isinstance(listed, list) and bool(listed) and all(isinstance(text, str) for text in listed)
+        return _are_texts(listed) or _one_sided(record) is not None
 
     def drafts(self, record: Any) -> Sequence[Draft]:
         fields: dict[str, Any] = {}
@@ -37,6 +39,13 @@ class Lists(Reader):
         if not isinstance(record, list):
             fields = dict(fields_of(record))
             name, listed = _listed(fields)
+            half = None if name else _one_sided(fields)
+            if half is not None:
+                raise Refused(
+                    "missing_role",
+                    f"{half!r} has only one speaker's turns, as the questions or the answers of a benchmark; expected "
+                    "both sides. Where the speakers alternate, call the list 'dialog'",
+                )
             if not isinstance(listed, list):
                 found = f"the record has {', '.join(fields) or 'no field'}"
                 raise Refused("missing_field", f"{found}; expected a list of strings in one of {', '.join(_FIELDS)}")
@@ -62,6 +71,25 @@ class Lists(Reader):
 def _listed(fields: Any) -> tuple[str, Any]:
     name = next((name for name in _FIELDS if name in fields), "") if isinstance(fields, dict) else ""
     return name, fields[name] if name else None
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _one_sided(record: Any) -> str | None:
+    """The name of the field that holds one side of a dialogue only: `turns`, or `choices` with such turns inside."""
+    for name in _ONE_SIDED:
+        held = record.get(name) if isinstance(record, dict) else None
+        if _are_texts(held) and name == "turns":
+            return name
+        if (
+            isinstance(held, list)
+            and held
+            and all(isinstance(one, dict) and _are_texts(one.get("turns")) for one in held)
+        ):
+            return name
+    return None
 
 
 LISTS = Lists()

@@ -1,110 +1,201 @@
-"""SOURCE arguments to things that can be read: files, members of archives, Parquet, saved datasets, hub names."""
+"""SOURCE arguments to things that can be read: files, archives, folders, globs, standard input, datasets, hub names."""
 
 from __future__ import annotations
 
-import gzip
+import glob
 import hashlib
 import io
+import os
 import re
+import stat
+import sys
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, BinaryIO
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from ismdata.errors import DataError
+from ismdata.readers.archives import (
+    EMPTY_ZIP,
+    ZIP,
+    NoCorpus,
+    Watched,
+    opened_zip,
+    parts_of,
+    unreadable,
+    zip_members,
+    zip_part,
+)
+from ismdata.readers.archives import Part as Part
+from ismdata.readers.selection import (
+    chosen,
+    expected,
+    is_archive,
+    is_corpus,
+    is_dialogues,
+    passed_over,
+    printable,
+    stem_of,
+)
 
-_GZIP, _ZIP, _PARQUET = b"\x1f\x8b", b"PK\x03\x04", b"PAR1"
-_EMPTY_ZIP = b"PK\x05\x06"
-#: What is read from a folder or an archive; a file that is named itself may be called anything.
-_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".json.gz", ".jsonl.gz", ".ndjson.gz")
-#: DailyDialog's texts, and beside them its labels, which are no dialogues.
-_DIALOGUES = re.compile(r"dialogues_(?!act|emotion|topic)\w+\.txt$")
+STANDARD_INPUT = "-"
+#: Archives that DailyDialog's splits lie in, beside them as files or not.
 _DIALOGUE_ARCHIVES = frozenset({"train.zip", "validation.zip", "test.zip"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
+#: Endings that no name on the hub has.
+_FILE_ENDING = re.compile(r"(?i)\.(txt|gz|zst|bz2|xz|zip|tar|tgz|jsonl?|ndjson|parquet|csv|tsv|ya?ml)$")
 _ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """One stream of records. `name` is what places in it are named after, `path` the file that is read and hashed."""
+class FileSource:
+    """A file, or one member of a zip archive. `name` is what reports call it, `path` the file that is read and hashed.
+
+    `passed_over` names what was left aside on the way to it: in its folder or zip archive (said at the first source of
+    these), and in the tar archive that it is (once its parts have been read). `found` says that it was not named but
+    found in a folder: an archive without a corpus is then passed over, not refused.
+    """
 
     name: str
     path: Path
-    member: str | None = None
+    member: zipfile.ZipInfo | None = None
+    archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
+    found: bool = False
+    passed_over: list[str] = field(default_factory=list, compare=False)
 
-    @property
-    def stem(self) -> str:
-        """The name without folders and endings: what records without an id are named after."""
-        name = Path(self.member or self.path.name).name
-        return re.sub(r"(?i)(\.(jsonl?|ndjson|txt|parquet|gz|zip))+$", "", name) or name
+    #: Whether it can be read only once; `bytes` and `sha256()` are then known only after that.
+    once = False
 
     @property
     def bytes(self) -> int:
-        return self.path.stat().st_size
+        return self._stat().st_size
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        """Of the file; of a member's archive. Raises DataError."""
+        found = self._stat()
+        return _sha256(self.path, self.name, found.st_size, found.st_mtime_ns)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells, without reading, whether it is still the same. Raises DataError."""
+        found = self._stat()
+        return {"name": self.name, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+    def parts(self) -> Iterator[Part]:
+        """What it holds, one after the other: itself, or the members of a tar archive. Raises DataError."""
+        try:
+            yield from self._parts(())
+        except NoCorpus as error:
+            # Texts are read where nothing else is there, which shows only at a tar archive's end.
+            texts = chosen(error.names)
+            if texts:
+                yield from self._parts(texts)
+            elif self.found:
+                self.passed_over.append(self.name)
+            else:
+                raise
+
+    def _parts(self, also: Any) -> Iterator[Part]:
+        if self.member is not None and self.archive is not None:
+            member, size = zip_part(self.archive, self.member, name=self.name), self.member.compress_size
+            yield from parts_of(
+                member.stream,
+                name=self.name,
+                stem=member.stem,
+                position=member.position,
+                packed=lambda: size,
+                left=self.passed_over,
+                also=also,
+            )
+            return
+        with _opened(self.name, self.path) as file:
+            yield from parts_of(
+                file,
+                name=self.name,
+                stem=stem_of(self.path.name),
+                position=file.tell,
+                packed=file.tell,
+                left=self.passed_over,
+                also=also,
+            )
+
+    def _stat(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except OSError as error:
+            raise unreadable(self.name, error) from error
+
+
+def _opened(name: str, path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(name, error) from error
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, name: str, size: int, mtime_ns: int) -> str:
+    """Read once for all members of an archive: size and time stand for the content."""
+    digest = hashlib.sha256()
+    with _opened(name, path) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSource:
+    """Standard input or a named pipe: read once, from the first byte to the last."""
+
+    name: str
+    stem: str
+    stream: BinaryIO = field(repr=False)
+    passed_over: list[str] = field(default_factory=list, compare=False)
+    _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
+    _count: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    _ended: list[bool] = field(default_factory=list, repr=False, compare=False)
+
+    once = True
 
     @property
-    def is_parquet(self) -> bool:
-        with self.open() as (stream, _):
-            return stream.read(4) == _PARQUET
+    def bytes(self) -> int:
+        """How much has been read so far."""
+        return self._count[0]
 
-    @contextmanager
-    def open(self) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-        """The unpacked bytes, and how far the file has been read. Raises DataError, while bytes are read too."""
-        try:
-            with self.path.open("rb") as file:
-                if self.member is not None:
-                    with (
-                        zipfile.ZipFile(file) as archive,
-                        archive.open(self.member) as stream,
-                        _gunzipped(stream) as plain,
-                    ):
-                        yield plain, file.tell
-                else:
-                    with _gunzipped(file) as plain:
-                        yield plain, file.tell
-        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"{self.name}: the compressed data is broken or cut off ({error}). The download may be incomplete: "
-                "get the file again"
-            ) from error
-        except (RuntimeError, NotImplementedError) as error:  # what zipfile raises for passwords and rare methods
-            raise DataError(
-                f"{self.name}: cannot be unpacked ({error}). Unpack the archive and name its files"
-            ) from error
+    def sha256(self) -> str:
+        """Of all bytes. Raises RuntimeError before its parts have been read to their end."""
+        if not self._ended:
+            raise RuntimeError(f"{self.name}: sha256() comes after parts()")
+        return str(self._digest.hexdigest())
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The rows of a Parquet file, some at a time. Raises DataError."""
-        import pyarrow.parquet
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": None, "mtime_ns": None}
 
-        with self.open() as (stream, _):
-            try:
-                file = pyarrow.parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-                for batch in file.iter_batches(batch_size=_ROWS):
-                    yield pa.Table.from_batches([batch])
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{self.name}: not a readable Parquet file ({error}). Get the file again") from error
+    def parts(self) -> Iterator[Part]:
+        """As `FileSource.parts`, once. Raises DataError."""
 
+        def reached() -> int:
+            return self.bytes
 
-@contextmanager
-def _gunzipped(stream: IO[bytes]) -> Iterator[BinaryIO]:
-    buffered = io.BufferedReader(stream)  # type: ignore[type-var]  # files and zip members both read into buffers
-    if buffered.peek(2)[:2] == _GZIP:
-        with gzip.GzipFile(fileobj=buffered) as unpacked:
-            yield unpacked  # type: ignore[misc]
-    else:
-        yield buffered
+        watched = Watched(self._read, self.name)
+        stream: io.BufferedReader = io.BufferedReader(watched)
+        yield from parts_of(
+            stream, name=self.name, stem=self.stem, position=reached, packed=reached, left=self.passed_over
+        )
+        while watched.read(1 << 20):  # what the parts did not need is part of the hash
+            pass
+        self._ended.append(True)
+
+    def _read(self, size: int) -> Any:
+        chunk = self.stream.read(size)
+        self._digest.update(chunk)
+        self._count[0] += len(chunk)
+        return chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +206,9 @@ class SavedDataset:
     stem: str
     path: Path | None
     dataset: Any
+    passed_over: list[str] = field(default_factory=list, compare=False)
+
+    once = False
 
     @property
     def bytes(self) -> int:
@@ -125,79 +219,164 @@ class SavedDataset:
         if self.path is None:
             return None
         digest = hashlib.sha256()
-        for path in sorted(self.path.rglob("*.arrow")):
-            digest.update(path.name.encode() + Source(name="", path=path).sha256().encode())
+        for source in self._files():
+            digest.update(source.path.name.encode() + source.sha256().encode())
         return digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What tells, without reading, whether it is still the same. Raises DataError."""
+        return {"name": self.name, "files": [source.identity() for source in self._files()]}
+
+    def _files(self) -> list[FileSource]:
+        found = [] if self.path is None else sorted(self.path.rglob("*.arrow"))
+        return [FileSource(name=printable(str(path)), path=path) for path in found]
 
     def tables(self) -> Iterator[pa.Table]:
         yield from self.dataset.with_format("arrow").iter(batch_size=_ROWS)
 
 
+Source = FileSource | StreamSource
+
+
 def expand(argument: str) -> list[Source | SavedDataset]:
     """What one SOURCE argument stands for. Raises DataError when it is nothing that can be read."""
+    if argument == STANDARD_INPUT:
+        return [StreamSource(name="<stdin>", stem="stdin", stream=sys.stdin.buffer)]
     path = Path(argument)
-    if path.is_dir():
-        return _saved(argument, path) or [*_folder(argument, path)]
-    if path.exists():
-        return list(_file(argument, path))
+    kind = _kind(argument, path)
+    if kind is not None:
+        return _named(argument, path, kind)
+    if glob.has_magic(argument):
+        return _globbed(argument)
     # The hub is asked only for what cannot be meant as a path: it takes its time where there is no network.
-    is_file_name = argument.endswith((*_SUFFIXES, ".txt", ".zip", ".gz")) or path.parent.is_dir()
-    if _HUB_NAME.match(argument) and not is_file_name:
+    if _HUB_NAME.match(argument) and not _FILE_ENDING.search(argument) and not path.parent.is_dir():
         return _from_hub(argument)
-    raise DataError(f"{argument}: no such file or folder; expected a corpus. See whether the name is right")
+    raise DataError(f"{printable(argument)}: no such file or folder; expected a corpus. See whether the name is right")
 
 
-def _file(name: str, path: Path) -> list[Source]:
+def _kind(name: str, path: Path) -> int | None:
+    """The file type bits of what a path leads to, None where there is nothing. Raises DataError."""
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        return stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror}); expected a readable file") from error
-    if magic not in (_ZIP, _EMPTY_ZIP):
-        return [Source(name=name, path=path)]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [entry for entry in archive.namelist() if not entry.endswith("/") and "__MACOSX" not in entry]
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{name}: not a readable zip archive ({error}). Get the file again") from error
-    chosen = [member for member in members if _DIALOGUES.search(member)]
-    chosen = chosen or [member for member in members if member.lower().endswith(_SUFFIXES)]
-    if not chosen and len(members) == 1:
-        chosen = members
-    if not chosen:
-        held = ", ".join(members[:5]) or "nothing"
-        raise DataError(f"{name}: the archive holds {held}; expected {_expected()}. Unpack it and name the files")
-    return [Source(name=f"{name}!{member}", path=path, member=member) for member in chosen]
+        raise unreadable(printable(name), error) from error
 
 
-def _folder(name: str, path: Path) -> list[Source]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    dialogues = {file.name: file for file in files if _DIALOGUES.search(file.name)}
-    archived = [
-        source
-        for file in files
-        if file.name in _DIALOGUE_ARCHIVES
-        for source in _file(str(Path(name) / file.relative_to(path)), file)
-        if _DIALOGUES.search(str(source.member)) and Path(str(source.member)).name not in dialogues
+def _named(name: str, path: Path, kind: int) -> list[Source | SavedDataset]:
+    if kind == stat.S_IFDIR:
+        return _saved(name, path) or [*_folder(name, path)]
+    if kind != stat.S_IFREG:
+        return [StreamSource(name=printable(name), stem=stem_of(path.name), stream=_opened(printable(name), path))]
+    return [*_file(printable(name), path)]
+
+
+def _globbed(pattern: str) -> list[Source | SavedDataset]:
+    """The files that a pattern names, each once, and the folders among the matches that no other match lies in."""
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  # the pattern may be absolute
+    inside = {str(parent) for match in matches for parent in Path(match).parents}
+    folders = [match for match in matches if Path(match).is_dir() and str(Path(match)) not in inside]
+    files: dict[str, str] = {}  # links may lead to a file twice
+    for match in matches:
+        if not Path(match).is_dir():
+            files.setdefault(os.path.realpath(match), match)
+    if not folders and not files:
+        raise DataError(f"{printable(pattern)}: no file or folder of such a name; expected corpora. See the pattern")
+    sources: list[Source | SavedDataset] = []
+    if pattern.endswith("*"):  # takes what a folder would give; `*.txt` names its files itself
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+        sources += _gathered(root, {os.path.relpath(match, root): Path(match) for match in files.values()}, [])
+    if not sources and not folders:
+        sources = [source for match in files.values() for source in expand(match)]
+    return sources + [source for match in folders for source in expand(match)]
+
+
+def _file(name: str, path: Path) -> list[FileSource]:
+    with _opened(name, path) as file:
+        try:
+            magic = file.read(4)
+        except OSError as error:
+            raise unreadable(name, error) from error
+    if magic not in (ZIP, EMPTY_ZIP):
+        return [FileSource(name=name, path=path)]
+    with ExitStack() as opened:
+        archive = opened_zip(opened.enter_context(_opened(name, path)), name)
+        members, left = zip_members(archive, name)
+        opened.pop_all()  # the members are read through it, as long as there are any
+    sources = [
+        FileSource(name=f"{name}!{printable(member.filename)}", path=path, member=member, archive=archive)
+        for member in members
     ]
-    if len(dialogues) + len(archived) > 1:
-        dialogues.pop("dialogues_text.txt", None)  # the splits together, once more
-    if dialogues or archived:
-        plain = [Source(name=str(Path(name) / file.relative_to(path)), path=file) for file in dialogues.values()]
-        return sorted([*plain, *archived], key=lambda source: source.name)
-    chosen = [file for file in files if file.name.lower().endswith(_SUFFIXES)]
-    if not chosen:
-        held = ", ".join(str(file.relative_to(path)) for file in files[:5]) or "nothing"
-        raise DataError(f"{name}: the folder holds {held}; expected {_expected()}, or a saved dataset. Name a file")
-    return [Source(name=str(Path(name) / file.relative_to(path)), path=file) for file in chosen]
+    sources[0].passed_over.extend(f"{name}!{other}" for other in left)
+    return sources
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _folder(name: str, path: Path) -> list[FileSource]:
+    files, left = _walked(Path(name), path)
+    sources = _gathered(Path(name), files, left)
+    if not sources:
+        held = ", ".join(map(printable, sorted(files)[:5])) or "nothing"
+        raise DataError(
+            f"{printable(name)}: the folder holds {held}; expected {expected()}, or a saved dataset. Name a file"
+        )
+    return sources
 
 
-def _expected() -> str:
-    return f"files ending in {', '.join(_SUFFIXES)}, or DailyDialog's dialogues_*.txt"
+def _gathered(root: Path, files: dict[str, Path], left: list[str]) -> list[FileSource]:
+    """What is read of `files`, whose names are relative to `root`; the first one says what is not, and `left`."""
+    found: dict[str, FileSource] = {}
+    tars: set[str] = set()
+    for file, path in sorted(files.items()):
+        shown = printable(str(root / file))
+        try:
+            members = _file(shown, path) if is_corpus(file) or is_archive(file) else []
+        except NoCorpus:
+            members = []
+        if is_archive(file) and members and members[0].member is None:
+            tars.add(file)
+            members[0] = replace(members[0], found=True)
+        for source in members or [FileSource(name=shown, path=path)]:
+            left += source.passed_over
+            source.passed_over.clear()
+            found[file if source.member is None else f"{file}!{source.member.filename}"] = source
+    # DailyDialog comes with its splits as archives and as files: each is read once.
+    plain = {PurePosixPath(file).name for file in files}
+    again = {key for key in found if key not in files and is_dialogues(key) and PurePosixPath(key).name in plain}
+    names = [key for key in found if key not in again and (is_dialogues(key) or not is_archive(key))]
+    taken = [*chosen(names, alone=not tars), *tars]
+    if not taken:
+        return []
+    left += [found[key].name for key in passed_over([*found], taken)]
+    sources = [found[key] for key in sorted(taken)]
+    sources[0].passed_over.extend(left)
+    return sources
+
+
+def _walked(name: Path, path: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files below a folder by their relative names, and what is there but cannot be read. Raises DataError.
+
+    Folders whose names begin with a dot are not entered, nor are links to folders.
+    """
+    files: dict[str, Path] = {}
+    others: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(printable(str(error.filename)), error) from error
+
+    for folder, inner, found in os.walk(path, onerror=refuse):
+        links = [each for each in inner if (Path(folder) / each).is_symlink()]
+        others += [
+            f"{printable(str(name / Path(folder, each).relative_to(path)))} (a link to a folder)" for each in links
+        ]
+        inner[:] = [each for each in inner if not each.startswith(".") and each not in links]
+        for each in found:
+            file = Path(folder) / each
+            if file.is_file():
+                files[file.relative_to(path).as_posix()] = file
+            else:
+                others.append(f"{printable(str(name / file.relative_to(path)))} (no file)")
+    return files, others
 
 
 def _saved(name: str, path: Path) -> list[Source | SavedDataset]:

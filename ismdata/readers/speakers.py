@@ -77,3 +77,23 @@ def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) ->
     for part, order in alternating(2, assistant):
         found.append((part, {**known, **dict(zip(unknown, order, strict=False))}))
     return found
+
+
+def played(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) -> list[tuple[str, list[str]]]:
+    """The role of each message of one talk, by `casts`: two lists under "both", each with its name. Raises Refused.
+
+    A speaker whom `roles` knows keeps the own name: the rules that all formats share map role names, and twice would be
+    wrong where a user swaps two.
+
+    >>> played(["Ann", "bot", "Ann"], {"bot": "assistant"}, "second")
+    [('', ['user', 'bot', 'user'])]
+    """
+    found = []
+    for part, cast in casts(speakers, roles, assistant):
+        own = {name: _own(name.strip(), role, roles) for name, role in cast.items()}
+        found.append((part, [own[name] for name in speakers]))
+    return found
+
+
+def _own(name: str, role: str, roles: Mapping[str, str]) -> str:
+    return name if roles.get(name.lower()) == role else role

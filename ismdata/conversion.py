@@ -1,0 +1,367 @@
+"""One conversion on its way: sources are read in order, cleaned and written, and the journal says how far that is."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata import __version__
+from ismdata.cleaning import Cleaner, Cleaning
+from ismdata.columns import Column
+from ismdata.conversation import FORMAT, SPLIT_FORMAT, Quarantined
+from ismdata.conversation_files import QuarantineWriter, ShardWriter
+from ismdata.digests import digests
+from ismdata.errors import DataError
+from ismdata.folders import QUARANTINE_NAME, describe_file, entries, write_index
+from ismdata.journal import Journal
+from ismdata.readers.base import Reader
+from ismdata.readers.blocks import LineBlock
+from ismdata.readers.canonical import Rules
+from ismdata.readers.opening import EMPTY, Format, Placed, opened
+from ismdata.readers.reading import Reading, read_block
+from ismdata.readers.sources import SavedDataset, Source
+from ismdata.sampling import SPLIT_NAMES, parse_split, sampled, split_of
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+#: Folders inside the unfinished one: what cleaning remembers, and what a sample is drawn from.
+_CLEANING, _CANDIDATES = "cleaning", "candidates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which of the conversations that can be used are wanted; all of them where nothing is said.
+
+    sample: how many to draw, by `seed`. split: what share goes to each part, as in "0.98/0.02". against: converted
+    folders or sources whose conversations are left out.
+    """
+
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    against: tuple[str, ...] = ()
+    sample: int | None = None
+    seed: int = 0
+    split: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """What was read from one source: `layout` and `format` are what its parts were taken for, `records` conversations.
+
+    `left_aside` names files of a folder or archive that were not read.
+    """
+
+    name: str
+    bytes: int
+    sha256: str | None
+    layout: str
+    format: str
+    records: int
+    left_aside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A folder of conversations that is being written: `name` is empty where there is no split."""
+
+    name: str
+    folder: Path
+    writer: ShardWriter
+
+
+@dataclass(kw_only=True)
+class _Mark:
+    """How far the sources are read: `reports` of finished ones; of the next one, the blocks, what they hold, and a
+    checksum of it.
+    """
+
+    reports: list[SourceReport] = field(default_factory=list)
+    blocks: int = 0
+    records: int = 0
+    checksum: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    drawing: bool = False
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Mark:
+        reports = [SourceReport(**{**one, "left_aside": tuple(one["left_aside"])}) for one in state["reports"]]
+        return cls(**{**state, "reports": reports, "ignored": Counter(state["ignored"])})
+
+
+class Conversion:
+    """One conversion: the files that are written, and how far they are."""
+
+    def __init__(
+        self, folder: Path, selection: Selection, against: NDArray[np.uint64] | None, journal: Journal
+    ) -> None:
+        state = journal.state or {}
+        self.folder, self.selection, self.journal = folder, selection, journal
+        self.fractions = parse_split(selection.split) if selection.split else (1.0,)
+        self.mark = _Mark.of(state["mark"]) if state else _Mark()
+        self.parts = []
+        for name in SPLIT_NAMES[: len(self.fractions)] if selection.split else [""]:
+            (folder / name).mkdir(exist_ok=True)
+            writer = ShardWriter(folder / name, state["parts"][name] if state else None)
+            self.parts.append(_Part(name=name, folder=folder / name, writer=writer))
+        self.quarantine = QuarantineWriter(self.parts[0].folder, state.get("quarantine"))
+        (folder / _CLEANING).mkdir(exist_ok=True)
+        self.cleaner = Cleaner(selection.cleaning, folder / _CLEANING, against=against, keep=state.get("cleaner"))
+        self.candidates: ShardWriter | None = None
+        if selection.sample is not None:
+            (folder / _CANDIDATES).mkdir(exist_ok=True)
+            self.candidates = ShardWriter(folder / _CANDIDATES, state.get("candidates"))
+        self.sides = Column(folder / _CLEANING / "sides", np.int8, keep=state.get("sides", 0))
+        self.duplicates = 0
+
+    @property
+    def written(self) -> int:
+        return sum(part.writer.rows for part in self.parts)
+
+    @property
+    def read_count(self) -> int:
+        return self.written + self.quarantine.reasons.total()
+
+    def read(
+        self,
+        sources: Sequence[Source | SavedDataset],
+        format: Format,
+        rules: Rules,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Read what is not read yet of all sources, block by block, and write what comes of it. Raises DataError."""
+        total = sum(source.bytes for source in sources)
+        done = sum(source.bytes for source in sources[: len(self.mark.reports)])
+        for source in [] if self.mark.drawing else sources[len(self.mark.reports) :]:
+            digest = None if source.once else pool.submit(source.sha256)
+            seen: list[tuple[str, str]] = []
+            blocks = self._unread(_blocks(source, format, seen, partial(_further, progress, done, total)), source.name)
+            for reading, checksum in _in_order(pool, partial(_read, rules=rules), blocks, ahead=2 * threads):
+                self.mark.checksum = _chained(self.mark.checksum, checksum)
+                self.mark.blocks += 1
+                self._add(reading)
+                if self.journal.due():
+                    self._record()
+            done += source.bytes
+            layouts, formats = (dict.fromkeys(names) for names in zip(*seen, strict=True))
+            formats.pop(EMPTY, None)
+            report = SourceReport(
+                name=source.name,
+                bytes=source.bytes,
+                sha256=digest.result() if digest else source.sha256(),
+                layout=", ".join(layouts),
+                format=", ".join(formats) or EMPTY,
+                records=self.mark.records,
+                left_aside=tuple(source.passed_over),
+            )
+            reports = [*self.mark.reports, report]
+            self.mark = _Mark(reports=reports, ignored=self.mark.ignored)
+        self._refuse_nothing()
+
+    def _unread(self, blocks: Iterable[_Sorted], name: str) -> Iterator[_Sorted]:
+        """The blocks after those that an earlier run has read, which must be what they were. Raises DataError."""
+        checksum, count, expected = 0, 0, self.mark.blocks
+        for one in blocks:
+            if count < expected:
+                checksum = _chained(checksum, _checksum(one[1]))
+                count += 1
+                if count < expected:
+                    continue
+                self._check_unchanged(checksum, name)
+            else:
+                yield one
+        if count < expected:
+            self._check_unchanged(None, name)
+
+    def _check_unchanged(self, checksum: int | None, name: str) -> None:
+        if checksum != self.mark.checksum:
+            raise DataError(
+                f"{name}: changed since the run that was interrupted; expected what it had read. "
+                "What it had written is removed: run the command again"
+            )
+
+    def _add(self, reading: Reading) -> None:
+        """Clean and write what came of a block."""
+        kept, dropped = self.cleaner.apply(reading.rows)
+        self.quarantine.add([*reading.quarantined, *dropped])
+        self.mark.ignored.update(reading.ignored)
+        self.mark.records += len(reading.rows) + len(reading.quarantined)
+        rows, kin = reading.rows, reading.kin
+        if dropped:
+            rows, kin = rows.filter(pa.array(kept)), kin.filter(pa.array(kept))
+        side = None
+        if len(self.parts) > 1:
+            side = split_of(digests(rows, roles=False), kin.to_pylist(), self.fractions)
+        if self.candidates is None:
+            self._write(rows, side)
+        else:
+            self.candidates.write(rows)
+            self.sides.append(np.zeros(len(rows), np.int8) if side is None else side)
+
+    def _write(self, rows: pa.Table, side: NDArray[np.integer] | None) -> None:
+        """Write rows to the part that `side` names, int[len(rows)]; None where there is one part."""
+        if side is None:
+            self.parts[0].writer.write(rows)
+            return
+        for number, part in enumerate(self.parts):
+            part.writer.write(rows.filter(pa.array(side == number)).combine_chunks())
+
+    def _record(self) -> None:
+        """Note in the journal how far everything is."""
+        writers = [part.writer for part in self.parts] + ([self.candidates] if self.candidates else [])
+        files: list[Column | IO[bytes] | Path] = [file for writer in writers for file in writer.files()]
+        files += [*self.quarantine.files(), *self.cleaner.columns.values(), self.sides]
+        self.journal.record(
+            {
+                "mark": asdict(self.mark),
+                "parts": {part.name: part.writer.state() for part in self.parts},
+                "candidates": self.candidates.state() if self.candidates else None,
+                "quarantine": self.quarantine.state(),
+                "cleaner": {name: column.rows for name, column in self.cleaner.columns.items()},
+                "sides": self.sides.rows,
+            },
+            files,
+        )
+
+    def _draw(self, size: int) -> None:
+        """The sample: of the candidates, as many as are asked for are written, the others are counted out."""
+        assert self.candidates is not None
+        self.candidates.close()
+        if not self.mark.drawing:
+            self.mark.drawing = True
+            self._record()
+        self.sides.close()
+        sides = self.sides.map()
+        drawn = sampled(self.candidates.rows, size, self.selection.seed)
+        detail = f"not among the {size:,} that were drawn of {self.candidates.rows:,}"
+        first = 0
+        for rows in self.candidates.read_back():
+            here = slice(first, first + len(rows))
+            first += len(rows)
+            chosen = drawn[here]
+            left = rows["source"].filter(pa.array(~chosen)).to_pylist()
+            self.quarantine.add(
+                [Quarantined(source=at, reason="not_sampled", detail=detail, record=None) for at in left]
+            )
+            side = None if len(self.parts) == 1 else sides[here][chosen]
+            self._write(rows.filter(pa.array(chosen)).combine_chunks(), side)
+
+    def finish(self, options: Mapping[str, Any]) -> None:
+        """Close all files and write the indexes. Raises DataError where a part of a split is left empty."""
+        if self.selection.sample is not None:
+            self._draw(self.selection.sample)
+        for part in self.parts:
+            part.writer.close()
+            if not part.writer.rows:
+                raise DataError(
+                    f"--split {self.selection.split}: none of {self.written} conversations falls to {part.name}; "
+                    "expected some in each part. Give it a larger share, or leave out --split"
+                )
+        self.quarantine.close()
+        self.duplicates = self.cleaner.duplicates()
+        self.sides.close()
+        for name in (_CLEANING, _CANDIDATES):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for part in self.parts:
+            write_index(part.folder, self._index(part, options))
+        if len(self.parts) > 1:
+            parts = {part.name: part.writer.rows for part in self.parts}
+            counts = self._counts(self.written, self.quarantine.reasons)
+            index = {"format": SPLIT_FORMAT, "version": __version__, "counts": counts, "parts": parts}
+            write_index(self.folder, {**index, "options": dict(options)})
+
+    def _index(self, part: _Part, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the `index.json` of a part says. What was refused stands with the first part of a split."""
+        reasons = self.quarantine.reasons if part is self.parts[0] else Counter[str]()
+        if part is not self.parts[0]:
+            (part.folder / QUARANTINE_NAME).touch()
+        return {
+            "format": FORMAT,
+            "version": __version__,
+            "counts": self._counts(part.writer.rows, reasons),
+            "duplicates": self.duplicates,
+            "shards": entries(part.writer.shards),
+            "quarantine": entries([describe_file(part.folder / QUARANTINE_NAME, reasons.total())])[0],
+            "sources": [asdict(report) for report in self.mark.reports],
+            "ignored_fields": dict(sorted(self.mark.ignored.items())),
+            "options": {**options, **({"part": part.name} if part.name else {})},
+        }
+
+    def _counts(self, written: int, reasons: Counter[str]) -> dict[str, Any]:
+        return {"read": written + reasons.total(), "written": written, "quarantined": dict(sorted(reasons.items()))}
+
+    def _refuse_nothing(self) -> None:
+        """Raise DataError when there is no conversation to write."""
+        kept = self.written + (self.candidates.rows if self.candidates else 0)
+        if kept:
+            return
+        if not self.quarantine.reasons:
+            names = ", ".join(report.name for report in self.mark.reports)
+            raise DataError(f"{names}: empty, no record found; expected a corpus. See whether it is the right file")
+        first = next(iter(self.quarantine.first.values()))
+        read = self.quarantine.reasons.total()
+        raise DataError(f"{first.source}: {first.detail} (none of {read} records can be used; this is the first)")
+
+
+#: A block with the reader it is for.
+_Sorted = tuple[Reader, Placed]
+
+
+def _blocks(
+    source: Source | SavedDataset, format: Format, seen: list[tuple[str, str]], progress: Callable[[int], None]
+) -> Iterator[_Sorted]:
+    """The blocks of all parts of a source; layout and format of each part go to `seen`."""
+    for part in opened(source, format):
+        seen.append((part.layout, part.format))
+        if part.reader is not None:
+            for placed in part.blocks:
+                yield part.reader, placed
+                progress(min(part.position(), source.bytes))
+
+
+def _further(progress: Callable[[int, int], None], done: int, total: int, here: int) -> None:
+    progress(done + here, total)
+
+
+def _read(one: _Sorted, *, rules: Rules) -> tuple[Reading, int]:
+    reader, (block, place) = one
+    return read_block(block, reader, place, rules), _checksum((block, place))
+
+
+def _checksum(placed: Placed) -> int:
+    """Of the text of a block; what is no text is told by the size and time of its file alone."""
+    block = placed[0]
+    return zlib.crc32(block.data) if isinstance(block, LineBlock) else 0
+
+
+def _chained(before: int, checksum: int) -> int:
+    return zlib.crc32(checksum.to_bytes(4, "little"), before)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], *, ahead: int
+) -> Iterator[_Result]:
+    """`map` over a pool that reads at most `ahead` items more than it has given back."""
+    waiting: deque[Future[_Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

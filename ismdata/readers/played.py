@@ -1,0 +1,1 @@
+from ismdata.readers.speakers import played as played

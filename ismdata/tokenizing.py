@@ -1,0 +1,244 @@
+"""The first stage of `pack`: converted folders to spooled documents, batch by batch, recorded on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata import conversation, parity
+from ismdata.batch import ConversationBatch, conversation_batch
+from ismdata.conversation import Quarantined, Refusal
+from ismdata.documents import Made, Options, make_documents, wanted
+from ismdata.encoder import Encoding
+from ismdata.errors import DataError
+from ismdata.folders import QUARANTINE_NAME, ShardFile, read_index
+from ismdata.journal import Journal
+from ismdata.packing import lower_bound
+from ismdata.spool import Spool
+from ismdata.tokens import DocumentEncoder
+
+#: Conversations and bytes of text that are tokenised at a time.
+_BATCH_CONVERSATIONS = 4096
+_BATCH_BYTES = 8 << 20
+
+SPOOL_NAME = "spool"
+
+#: Tells how far a stage has come: its name, done, total (0 where it is not known).
+Progress = Callable[[str, int, int], None]
+
+
+class Source:
+    """A converted folder, opened and checked by size. Raises DataError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder, conversation.FORMAT)
+        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
+        for file in self.files:
+            file.check_size(self.folder)
+        self.rows = sum(file.rows for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of the hashes of its shards, in order."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The conversations in batches that are small enough to work on."""
+        for file in self.files:
+            path = self.folder / file.name
+            try:
+                with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+                    if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
+                        raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
+                    for batch in stream:
+                        yield from _small(batch)
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+
+
+def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A record batch in slices of bounded text. Where they are cut depends on the data alone."""
+    messages = batch.column("messages")
+    first = messages.offsets.to_numpy()
+    contents = messages.values.field("content").cast(pa.large_string())
+    ends = contents.offsets.to_numpy() if hasattr(contents, "offsets") else _string_offsets(contents)
+    text_before = ends[first] - ends[first[0]]
+    at = 0
+    while at < len(batch):
+        limit = int(np.searchsorted(text_before, text_before[at] + _BATCH_BYTES, side="right")) - 1
+        end = min(max(limit, at + 1), at + _BATCH_CONVERSATIONS, len(batch))
+        yield batch.slice(at, end - at)
+        at = end
+
+
+def _string_offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+class Quarantine:
+    """Refused conversations, written as they come and counted by reason.
+
+    state: what `state` gave when an interrupted run recorded it; what was written later is cut off.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {"bytes": 0, "reasons": {}, "first": {}}
+        self.path = path
+        self.reasons: Counter[str] = Counter(state["reasons"])
+        self._first: dict[str, int] = dict(state["first"])  # where the first line of each reason starts
+        self.file = path.open("r+b" if path.exists() else "w+b")
+        if self.file.seek(0, os.SEEK_END) < state["bytes"]:
+            raise DataError(
+                f"{path}: shorter than the interrupted run had written it. "
+                "It was changed since; what is left is removed: run the same command again"
+            )
+        self.file.truncate(state["bytes"])
+        self.file.seek(state["bytes"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What there is so far, as JSON."""
+        return {"bytes": self.file.tell(), "reasons": dict(self.reasons), "first": self._first}
+
+    def add(self, batch: ConversationBatch, refused: Mapping[int, Refusal]) -> None:
+        for c, refusal in sorted(refused.items()):
+            record = batch.conversation(c)
+            line = Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
+            self._first.setdefault(refusal.reason, self.file.tell())
+            self.file.write(json.dumps(line.as_json(), ensure_ascii=False).encode() + b"\n")
+            self.reasons[refusal.reason] += 1
+
+    def first(self) -> tuple[Quarantined, ...]:
+        """The first refusal of each reason. Ends writing."""
+        self.file.close()
+        with self.path.open("rb") as file:
+            lines = []
+            for start in self._first.values():
+                file.seek(start)
+                lines.append(json.loads(file.readline()))
+        return tuple(Quarantined(**line) for line in lines)
+
+
+@dataclass
+class Tally:
+    """Totals gathered on the way."""
+
+    conversations: int = 0
+    target_tokens: int = 0
+    split: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    dropped: int = 0
+    weighted: bool = False
+
+    def add(self, made: Made, *, conversations: int) -> None:
+        self.conversations += conversations
+        for name in ("target_tokens", "split", "truncated", "truncated_tokens", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(made, name))
+
+    def totals(self, lengths: NDArray[np.int32], seq_len: int, *, sequences: int) -> dict[str, int]:
+        """What the index says: of documents of these lengths in so many sequences."""
+        tokens = int(lengths.sum(dtype=np.int64))
+        return {
+            "conversations": self.conversations,
+            "documents": len(lengths),
+            "sequences": sequences,
+            "tokens": tokens,
+            "target_tokens": self.target_tokens,
+            "padding_tokens": sequences * seq_len - tokens,
+            "lower_bound_sequences": lower_bound(lengths, seq_len),
+            "dropped": self.dropped,
+            "split": self.split,
+            "truncated": self.truncated,
+            "truncated_tokens": self.truncated_tokens,
+        }
+
+
+def tokenize(
+    sources: Sequence[Source],
+    encoding: Encoding,
+    options: Options,
+    folder: Path,
+    journal: Journal,
+    *,
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> tuple[Spool, Quarantine, Tally]:
+    """Read, render, tokenise and spool everything, or what the journal does not have yet. Raises DataError."""
+    try:
+        return _go_on(sources, encoding, options, folder, journal, progress)
+    except parity.ColumnsDiffer as found:
+        notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
+        # Recorded first: what was spooled counts for nothing before the files are cut.
+        journal.record({"skeletons": False}, [])
+        return _go_on(sources, encoding, options, folder, journal, progress)
+
+
+def _go_on(
+    sources: Sequence[Source],
+    encoding: Encoding,
+    options: Options,
+    folder: Path,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[Spool, Quarantine, Tally]:
+    """From where the journal is to the end. Raises parity.ColumnsDiffer where skeletons are of no use."""
+    state = journal.state or {}
+    spool = Spool(folder / SPOOL_NAME, keep=state.get("rows"))
+    quarantine = Quarantine(folder / QUARANTINE_NAME, state.get("quarantine"))
+    tally = Tally(**state.get("tally", {}))
+    skeletons, done = state.get("skeletons", True), state.get("done", 0)
+    total = sum(source.rows for source in sources)
+
+    def record() -> None:
+        state = {"skeletons": skeletons, "done": done, "rows": spool.rows}
+        state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
+        journal.record(state, [*spool.columns, quarantine.file])
+
+    encoder = DocumentEncoder(encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons)
+    for rows in _from((rows for source in sources for rows in source.batches()), done):
+        batch = conversation_batch(rows, encoding.sensitivity)
+        tally.weighted |= batch.weight is not None
+        encoder.begin(batch)
+        _check_parity(encoding, encoder, batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
+        made = make_documents(encoder, batch, options)
+        spool.append(made.documents, made.names)
+        quarantine.add(batch, made.refused)
+        tally.add(made, conversations=len(batch) - len(made.refused))
+        done += len(batch)
+        if journal.due():
+            record()
+        progress("tokenize", done, total)
+    if done > state.get("done", 0):
+        record()
+    spool.close()
+    return spool, quarantine, tally
+
+
+def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:
+    """The batches from row `start` on."""
+    for batch in batches:
+        if start < len(batch):
+            yield batch.slice(start)
+        start = max(0, start - len(batch))
+
+
+def _check_parity(
+    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, options: Options, count: int
+) -> None:
+    """Law 5 on a sample of the batch. Raises DataError, parity.ColumnsDiffer."""
+    requests = wanted(batch, options)
+    chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
+    parity.check(encoding, encoder, batch, requests.take(chosen))
