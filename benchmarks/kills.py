@@ -7,10 +7,10 @@ process group killed, and started again with the same words (the number of worke
 until it is done. Kills fall at random: somewhere in the time a whole run takes, somewhere in the time it works once it
 has begun, or just as it finishes. After every kill the output is absent or complete; at the end every byte is
 compared, and nothing may lie beside the output. Shards are small and records frequent here, so that a few megabytes
-have many of them.
+have many of them. Each run is a process forked from this one, which spares it the time to import libraries.
 
-Prints one JSON object for each command. `repeated`: the time that the runs worked, beyond that of an undisturbed run,
-for each kill, as a share of it; it holds going on as well as what is done twice.
+Prints one JSON object for each command. `repeated`: the processor time of the runs at work, beyond that of undisturbed
+ones, for each kill, as a share of one; it holds going on as well as what is done twice.
 """
 
 from __future__ import annotations
@@ -22,38 +22,23 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: The command line with small parts: `NAME=VALUE` words up to `--` are set on modules.
-CHILD = """
-import importlib, sys
-words = sys.argv[1 : sys.argv.index("--")]
-sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
-for word in words:
-    name, value = word.split("=")
-    module, _, attribute = name.rpartition(".")
-    owner = importlib.import_module(module)
-    assert hasattr(owner, attribute), name
-    setattr(owner, attribute, type(getattr(owner, attribute))(float(value)))
-from ismdata.cli import main
-main()
-"""
-SMALL = {
-    "convert": ["ismdata.conversation_files.SHARD_BYTES=1000000", "ismdata.journal._EVERY=0.05"],
-    "pack": [
-        "ismdata.pack._SHARD_TOKENS=500000",
-        "ismdata.pack._BATCH_TOKENS=100000",
-        "ismdata.tokenizing._BATCH_BYTES=200000",
-        "ismdata.journal._EVERY=0.05",
-    ],
-}
+import transformers
+
+from ismdata import cli, conversation_files, convert, journal, pack, tokenizing, view
+from ismdata.readers import framing
+
+#: Imported here for the runs to find them; `AutoTokenizer` is loaded late by its package.
+IMPORTED = (convert, view, transformers.AutoTokenizer)
+
 WORDS = [
     "the",
     "house",
@@ -81,7 +66,7 @@ class Tally:
     moments: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     resumed: int = 0
-    worked: float = 0.0
+    work: float = 0.0
     outputs: int = 0
 
 
@@ -109,21 +94,45 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def make_small() -> None:
+    """Many blocks, batches, records and shards in a few megabytes."""
+    framing.ByteQueue.more.__defaults__ = (100_000,)
+    conversation_files.SHARD_BYTES = 1_000_000
+    pack._SHARD_TOKENS, pack._BATCH_TOKENS = 200_000, 50_000
+    tokenizing._BATCH_BYTES = 100_000
+    journal._EVERY = 0.05
+
+
 class Command:
     """One command with its words, run into `output`."""
 
     def __init__(self, name: str, inputs: Sequence[str], output: Path, options: Sequence[str]) -> None:
         self.name, self.output = name, output
-        self.words = [*SMALL[name], "--", name, *inputs, "-o", str(output), *options]
+        self.words = [name, *inputs, "-o", str(output), *options]
+        self.said = output.parent.parent / "stderr"
         self.partial = output.parent / f".{output.name}.partial"
 
-    def start(self, workers: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", CHILD, *self.words, "--workers", str(workers)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def start(self, workers: int) -> int:
+        """Start it in a process and a process group of its own; the process id."""
+        self.said.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid:
+            return pid
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT, 0o666), 2)
+        code = 70
+        try:
+            make_small()
+            sys.argv = ["ismdata", *self.words, "--workers", str(workers)]
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
 
     def stamp(self) -> int:
         """Changes when a run begins to work: its first line in the journal, or that it goes on."""
@@ -135,55 +144,73 @@ class Command:
         return (self.partial / "index.json").exists() or self.output.exists()
 
 
-def measured(command: Command, workers: int) -> tuple[float, float]:
-    """Seconds of an undisturbed run, and those of them that it worked."""
-    started, began = time.monotonic(), 0.0
-    process = command.start(workers)
-    while process.poll() is None:
-        if not began and command.stamp():
-            began = time.monotonic()
+class Watch:
+    """A running command: since when it has worked, since when it has been finishing, what it has cost."""
+
+    def __init__(self, command: Command, workers: int) -> None:
+        self.command = command
+        self.before = command.stamp()
+        self.started, self.began, self.finishing = time.monotonic(), 0.0, 0.0
+        self.pid = command.start(workers)
+        self.code: int | None = None
+        self.cost = self.cost_before = 0.0
+
+    def running(self) -> bool:
+        """Look, and wait a moment. False once the process has ended."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        self.cost = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        if not self.began and self.command.stamp() != self.before:
+            self.began, self.cost_before = time.monotonic(), self.cost
+        if not self.finishing and self.command.finishing():
+            self.finishing = time.monotonic()
         time.sleep(0.002)
-    assert process.stderr is not None
-    if process.returncode:
-        raise SystemExit(process.stderr.read().decode())
-    ended = time.monotonic()
-    return ended - started, ended - began
+        return True
+
+    @property
+    def work(self) -> float:
+        """Seconds of processor time since it began to work."""
+        return self.cost - self.cost_before if self.began else 0.0
+
+    def end(self) -> str:
+        """What it said on stderr, once it has ended; `code` is its exit code, below 0 the signal that ended it."""
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.command.said.read_text() if self.command.said.exists() else ""
 
 
-def attempt(command: Command, workers: int, whole: float, work: float, draw: random.Random, tally: Tally) -> None:
+def undisturbed(command: Command, workers: int) -> Watch:
+    """A run that is left alone."""
+    watch = Watch(command, workers)
+    while watch.running():
+        pass
+    said = watch.end()
+    if watch.code:
+        raise SystemExit(said)
+    return watch
+
+
+def attempt(command: Command, workers: int, whole: float, working: float, draw: random.Random, tally: Tally) -> None:
     """Start the command, and kill it at a random moment unless it ends before."""
-    moment = draw.choice(["any", "any", "working", "working", "finishing"])
-    before = command.stamp()
-    started, began, finishing = time.monotonic(), 0.0, 0.0
-    delay = {"any": draw.uniform(0, whole), "working": draw.uniform(0, work), "finishing": draw.uniform(0, 0.05)}[
-        moment
-    ]
-    process = command.start(workers)
-    tally.runs += 1
-    resumed = before != 0
-    while process.poll() is None:
-        now = time.monotonic()
-        if not began and command.stamp() != before:
-            began = now
-            tally.resumed += resumed
-        if not finishing and command.finishing():
-            finishing = now
-        since = {"any": started, "working": began, "finishing": finishing}[moment]
-        if since and now - since >= delay:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    moment = draw.choice(["any", "any", "working", "working", "working", "finishing"])
+    delay = draw.uniform(0, {"any": whole, "working": working, "finishing": 0.05}[moment])
+    watch = Watch(command, workers)
+    while watch.running():
+        since = {"any": watch.started, "working": watch.began, "finishing": watch.finishing}[moment]
+        if since and time.monotonic() - since >= delay:
+            # Its group, unless it has not come to make one.
+            own = os.getpgid(watch.pid) == watch.pid
+            (os.killpg if own else os.kill)(watch.pid, signal.SIGKILL)
             break
-        time.sleep(0.001)
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    process.stderr.close()
-    if began:
-        tally.worked += time.monotonic() - began
-    if process.returncode == -signal.SIGKILL:
+    said = watch.end()
+    tally.runs += 1
+    tally.resumed += bool(watch.before and watch.began)
+    tally.work += watch.work
+    if watch.code == -signal.SIGKILL:
         tally.kills += 1
         tally.moments[moment] += 1
-    elif process.returncode:
-        raise SystemExit(f"{command.name} ended with {process.returncode}: {said}")
+    elif watch.code:
+        raise SystemExit(f"{command.name} ended with {watch.code}: {said}")
 
 
 def check(command: Command, expected: dict[str, bytes]) -> None:
@@ -194,20 +221,22 @@ def check(command: Command, expected: dict[str, bytes]) -> None:
 
 
 def torture(command: Command, kills: int, workers: Sequence[int], draw: random.Random) -> dict[str, object]:
-    whole, work = measured(command, workers[0])
+    first = undisturbed(command, workers[0])
+    whole = time.monotonic() - first.started
+    working = time.monotonic() - first.began
     expected = files_of(command.output)
     shutil.rmtree(command.output)
     tally = Tally()
     while tally.kills < kills:
         while not command.output.exists():
-            attempt(command, draw.choice(workers), whole, work, draw, tally)
+            attempt(command, draw.choice(workers), whole, working, draw, tally)
         check(command, expected)
         if [path.name for path in command.output.parent.iterdir()] != [command.output.name]:
             # Killed between the last rename and the end: the next run refuses, and tidies.
-            again = command.start(workers[0])
-            _, said = again.communicate()
-            if again.returncode != 2 or b"is in use" not in said:
-                raise SystemExit(f"{command.name} ended with {again.returncode}: {said.decode()}")
+            again = Watch(command, workers[0])
+            said = again.end()
+            if again.code != 2 or "is in use" not in said:
+                raise SystemExit(f"{command.name} ended with {again.code}: {said}")
             check(command, expected)
         beside = sorted(path.name for path in command.output.parent.iterdir())
         if beside != [command.output.name]:
@@ -226,8 +255,8 @@ def torture(command: Command, kills: int, workers: Sequence[int], draw: random.R
         "bytes": sum(map(len, expected.values())),
         "shards": sum(name.endswith(".arrow") for name in expected),
         "seconds undisturbed": round(whole, 2),
-        "of them at work": round(work, 2),
-        "repeated": round((tally.worked - tally.outputs * work) / work / tally.kills, 3),
+        "of them at work": round(working, 2),
+        "repeated": round((tally.work - tally.outputs * first.work) / first.work / tally.kills, 3),
     }
 
 
@@ -255,7 +284,7 @@ def main() -> None:
             print(json.dumps(torture(command, arguments.kills, workers, draw)), flush=True)
         if arguments.command != "convert":
             converted = base / "converted"
-            measured(Command("convert", sources, converted, []), workers[0])
+            undisturbed(Command("convert", sources, converted, []), workers[0])
             options = ["--tokenizer", arguments.tokenizer, "--seq-len", "1024"]
             command = Command("pack", [str(converted)], base / "pack" / "out", options)
             print(json.dumps(torture(command, arguments.kills, workers, draw)), flush=True)

@@ -138,13 +138,13 @@ def convert(
     from ismdata import view
     from ismdata.cleaning import Cleaning
     from ismdata.conversion import Selection
-    from ismdata.convert import convert
+    from ismdata.convert import convert, explained_sources
 
     if explain:
-        from ismdata.explain import explain_source
-
-        for source in sources:
-            _show(view.explanation(explain_source(source, format=format_, mapping=mapping)), as_json=as_json)
+        for explanation in explained_sources(
+            sources, format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant
+        ):
+            _show(view.explanation(explanation), as_json=as_json)
         return
     if output is None:
         raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")

@@ -5,9 +5,10 @@ chat template itself spells out, and added tokens of the shape `<|...|>`. Paired
 mark special (`<think>` and `</think>`, `<tool_call>` and `</tool_call>`) is no control token: answers rightly contain
 it.
 
-Rendering is the place where text could turn into a control token, so message text is escaped before it is rendered
-(each control token in it becomes one private-use character), the rendering is cut at the control tokens that remain,
-which are the template's own, and the pieces of plain text between them are unescaped.
+Rendering is the place where text could turn into a control token, so message text is escaped before it is rendered:
+each control token in it becomes one private-use character, and so does the `<` of a text that ends in `<|im_`, which
+the next text could complete. The rendering is cut at the control tokens that remain, which are the template's own, and
+the pieces of plain text between them are unescaped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ismdata.conversation import ROLES
 
 #: First characters of the ranges that escaping may use; the first range that a conversation does not use is taken.
 _PRIVATE_RANGES = (0xF0000, 0xF4000, 0xF8000, 0xFC000, 0x100000, 0x104000, 0x108000)
@@ -81,8 +84,12 @@ class ControlTokens:
         # Longest first: where one token's text begins another's, the longer one is meant, as in the tokenizer itself.
         ordered = sorted(self.tokens, key=lambda text: (-len(text), text))
         self.pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else re.compile(r"(?!)")
-        self._place = {text: place for place, text in enumerate(ordered)}
+        self._longest = max(map(len, ordered), default=0)
         self._ordered = ordered
+        # What a text may end or begin with that its neighbour could make a control token of.
+        self._heads = {text[:end] for text in ordered for end in range(1, len(text))}
+        self._tails = {text[start:] for text in ordered for start in range(1, len(text))}
+        self._edges = sorted({head[0] for head in self._heads} | {tail[-1] for tail in self._tails})
 
     def cut(self, text: str) -> list[str | AddedToken]:
         """Text as plain strings and control tokens, in order; empty strings are left out.
@@ -133,28 +140,50 @@ class ControlTokens:
         Raises ValueError when the text uses every private range, so that nothing unambiguous is left to escape with, or
         holds U+10FFFE or U+10FFFF, which are no characters and which this package marks places with.
         """
-        used = "".join(_strings(value))
+        texts = list(_strings(value))
+        used = "".join(texts)
         if "\U0010fffe" in used or "\U0010ffff" in used:
             raise ValueError("the text holds U+10FFFE or U+10FFFF, which are no characters; take them out")
-        if self.pattern.search(used) is None:
+        if self.pattern.search(used) is None and not any(map(self._open_ends, texts)):
             return value, Escapes(mapping={})
-        size = len(self._ordered)
+        size = len(self._ordered) + len(self._edges)
         for start in _PRIVATE_RANGES:
             taken = re.compile(f"[{chr(start)}-{chr(start + size)}]")
             if not taken.search(used):
-                mapping = {chr(start + place): text for text, place in self._place.items()}
+                mapping = {chr(start + place): text for place, text in enumerate([*self._ordered, *self._edges])}
                 inverse = {text: character for character, text in mapping.items()}
                 return self._replace(value, inverse), Escapes(mapping=mapping)
         raise ValueError("the text uses every private-use range, so control tokens in it cannot be escaped")
 
     def _replace(self, value: Any, characters: Mapping[str, str]) -> Any:
         if isinstance(value, str):
-            return self.pattern.sub(lambda match: characters[match.group()], value)
+            return self._replace_in(value, characters)
         if isinstance(value, list):
             return [self._replace(item, characters) for item in value]
         if isinstance(value, dict):
-            return {key: self._replace(item, characters) for key, item in value.items()}
+            return {
+                key if key in _KEYS else self._replace_in(key, characters): item
+                if key == "role" and item in ROLES
+                else self._replace(item, characters)
+                for key, item in value.items()
+            }
         return value
+
+    def _replace_in(self, text: str, characters: Mapping[str, str]) -> str:
+        text = self.pattern.sub(lambda match: characters[match.group()], text)
+        for place in self._open_ends(text):
+            text = text[:place] + characters[text[place]] + text[place + 1 :]
+        return text
+
+    def _open_ends(self, text: str) -> list[int]:
+        """The places of characters without which a text neither ends like the beginning of a control token nor begins
+        like the end of one. Blanks around it count for nothing: templates strip them.
+        """
+        end = len(text.rstrip())
+        first = len(text) - len(text.lstrip())
+        reach = range(1, min(self._longest, end - first + 1))
+        heads = (end - k for k in reach if text[end - k : end] in self._heads)
+        return [*heads, *(first + k - 1 for k in reach if text[first : first + k] in self._tails)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +211,13 @@ def common_prefix_length(*texts: str) -> int:
     return low
 
 
+#: Keys that templates look for.
+_KEYS = frozenset(
+    {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "id", "type", "function"}
+    | {"arguments", "description", "parameters", "properties", "required", "items", "enum"}
+)
+
+
 def _strings(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
@@ -189,5 +225,6 @@ def _strings(value: Any) -> Iterable[str]:
         for item in value:
             yield from _strings(item)
     elif isinstance(value, dict):
-        for item in value.values():
+        for key, item in value.items():
+            yield key
             yield from _strings(item)

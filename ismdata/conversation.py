@@ -113,9 +113,11 @@ REASONS: dict[str, str] = {
     "invalid_row": "a row of a table has more or fewer cells than its header",
     "many_speakers": "more speakers than two, and none is said to be the assistant",
     "broken_tree": "messages of a tree do not hang together: a parent is missing, or a message is its own ancestor",
+    "too_many_paths": "the paths of a tree come to more text than can be held",
+    "no_preference": "the record holds a better and a worse answer, and --preference does not say which to read",
     "rejected": "the record is marked as a bad answer",
     # convert, where cleaning is asked for
-    "duplicate": "the conversation repeats an earlier one (--dedup exact)",
+    "duplicate": "the conversation repeats an earlier one (--dedup)",
     "near_duplicate": "the conversation is nearly the same as an earlier one (--dedup near)",
     "too_few_turns": "the conversation has fewer turns than --min-turns",
     "excluded": "a message matches --exclude",

@@ -225,7 +225,7 @@ class Conversion:
         files += [*self.quarantine.files(), *self.cleaner.columns.values(), self.sides]
         self.journal.record(
             {
-                "mark": asdict(self.mark),
+                "mark": {**asdict(self.mark), "ignored": dict(self.mark.ignored)},  # asdict breaks a Counter
                 "parts": {part.name: part.writer.state() for part in self.parts},
                 "candidates": self.candidates.state() if self.candidates else None,
                 "quarantine": self.quarantine.state(),

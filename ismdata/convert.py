@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ismdata.conversation import Quarantined
 from ismdata.conversion import Conversion, Selection, SourceReport
 from ismdata.digests import Digests, digests
 from ismdata.errors import UsageError
+from ismdata.explain import Explanation, explain
 from ismdata.folders import INDEX_NAME, describe_file, output_folder
 from ismdata.journal import Journal
 from ismdata.mapping import load_mapping
@@ -33,6 +34,7 @@ from ismdata.readers.canonical import Rules, role_table
 from ismdata.readers.opening import Format, opened
 from ismdata.readers.reading import read_block
 from ismdata.readers.sources import SavedDataset, Source, expand
+from ismdata.sampling import parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,8 @@ def convert(
     broken, is of no known format, has changed since an interrupted run, or when no conversation at all comes of it.
     """
     started = time.perf_counter()
-    _check_call(sources, format, mapping, selection, workers)
+    _check_call(sources, format, mapping)
+    _check_selection(selection, workers)
     wanted, rules = _format(format, mapping, roles, assistant, tree, preference, join)
     threads = workers or os.cpu_count() or 1
     with (
@@ -138,17 +141,41 @@ def convert(
     )
 
 
-def _check_call(sources: Sequence[str], format: str, mapping: Path | None, selection: Selection, workers: int) -> None:
+def explained_sources(
+    sources: Sequence[str],
+    *,
+    format: str = "auto",
+    mapping: Path | None = None,
+    roles: Mapping[str, str] = MappingProxyType({}),
+    assistant: Side | None = None,
+) -> Iterator[Explanation]:
+    """What each source would be taken for and how its first record would be read; nothing is written.
+
+    Raises as `convert` does.
+    """
+    _check_call(sources, format, mapping)
+    wanted, _ = _format(format, mapping, roles, assistant, "all", None, False)
+    for argument in sources:
+        for source in expand(argument):
+            yield explain(source, wanted)
+
+
+def _check_call(sources: Sequence[str], format: str, mapping: Path | None) -> None:
     if format != "auto" and format not in READERS:
         raise UsageError(f"--format {format}: no such format; expected auto, {', '.join(READERS)}")
     if format != "auto" and mapping is not None:
         raise UsageError(f"--format {format} and --mapping exclude each other; leave one out")
     if not sources:
         raise UsageError("no source given; expected files, folders or hub names to convert")
+
+
+def _check_selection(selection: Selection, workers: int) -> None:
     if workers < 0:
         raise UsageError(f"--workers {workers}: expected 0 (one a core) or more")
     if selection.sample is not None and selection.sample < 1:
         raise UsageError(f"--sample {selection.sample}: expected 1 or more")
+    if selection.split is not None:
+        parse_split(selection.split)
 
 
 def _format(

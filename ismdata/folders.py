@@ -24,8 +24,10 @@ from ismdata.lock import locked
 INDEX_NAME = "index.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
-#: In a folder that is being written: what of it is finished. See journal.py.
+#: In a folder that is being written: what of it is finished (see journal.py), and a folder of what is needed until
+#: then. Neither is in the folder that comes of it.
 JOURNAL_NAME = "journal.jsonl"
+SCRATCH_NAME = "scratch"
 
 
 #: What readers of an index rely on.
@@ -221,45 +223,47 @@ def make_partial(partial: Path, final: Path) -> None:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; an older `final` is set aside first and removed last, so that one of them is
-    there. What a crash leaves in between, the next run puts right.
+    """Rename `partial`, without journal and scratch, to `final`; an older `final` is set aside first and removed last,
+    so that one of them is there. What a crash leaves in between, the next run puts right.
     """
-    aside, journal = _aside(final), _journal(final)
-    if (partial / JOURNAL_NAME).exists():
-        (partial / JOURNAL_NAME).replace(journal)
-        sync_path(partial)
-        sync_path(final.parent)
+    for name in (SCRATCH_NAME, JOURNAL_NAME):
+        if (partial / name).exists():
+            _remove(_beside(final, name))
+            (partial / name).replace(_beside(final, name))
+    sync_path(partial)
+    sync_path(final.parent)
+    aside = _beside(final, "replaced")
     if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
+        _remove(aside)
         final.replace(aside)
     partial.replace(final)
     sync_path(final.parent)
-    journal.unlink(missing_ok=True)
-    if aside.exists():
-        shutil.rmtree(aside)
+    for name in (JOURNAL_NAME, SCRATCH_NAME, "replaced"):
+        _remove(_beside(final, name))
 
 
 def _recover(partial: Path, final: Path) -> None:
     """Put right what a crash inside `put_in_place` left: all of it is taken back, or what is left of it is done."""
-    aside, journal = _aside(final), _journal(final)
+    aside = _beside(final, "replaced")
     if not final.exists() and aside.exists():
         aside.replace(final)
-    if journal.exists():
-        if partial.exists():
-            journal.replace(partial / JOURNAL_NAME)
-        else:
-            journal.unlink()
-    if aside.exists():
-        shutil.rmtree(aside)
+    for name in (JOURNAL_NAME, SCRATCH_NAME):
+        if partial.exists() and _beside(final, name).exists():
+            _beside(final, name).replace(partial / name)
+    for name in (JOURNAL_NAME, SCRATCH_NAME, "replaced"):
+        _remove(_beside(final, name))
 
 
-def _aside(final: Path) -> Path:
-    return final.parent / f".{final.name}.replaced"
+def _beside(final: Path, name: str) -> Path:
+    return final.parent / f".{final.name}.{name}"
 
 
-def _journal(final: Path) -> Path:
-    return final.parent / f".{final.name}.journal"
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder and all in it, where it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

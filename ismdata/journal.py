@@ -183,6 +183,8 @@ def _shown(source: Mapping[str, Any]) -> str:
     """What tells the content of a source, in words."""
     words = []
     for key, value in source.items():
+        if value is None:
+            continue
         if key == "bytes":
             words.append(f"{value} bytes")
         elif key == "mtime_ns":

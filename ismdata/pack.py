@@ -36,7 +36,7 @@ from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
-from ismdata.tokenizing import SPOOL_NAME, Progress, Quarantine, Source, tokenize
+from ismdata.tokenizing import Progress, Quarantine, Source, Tally, tokenize
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
 _SHARD_TOKENS = 1 << 24
@@ -97,19 +97,20 @@ def pack(
         with closing(Journal.open(partial, _run(sources, encoding, options), restart=overwrite)) as journal:
             _check_finished(partial, journal)
             _say_resumed(journal, sources, notify)
-            if "totals" not in (journal.state or {}):
-                _fill(partial, sources, encoding, options, journal, notify, progress)
-            assert journal.state is not None
-            counts, totals = journal.state["counts"], journal.state["totals"]
-            refusals = Quarantine(partial / QUARANTINE_NAME, journal.state["quarantine"]).first()
-            weighted = journal.state["tally"]["weighted"]
+            spool, quarantine, tally = tokenize(
+                sources, encoding, options, partial, journal, notify=notify, progress=progress
+            )
+            lengths = spool.seal()
+            if not len(lengths):
+                raise DataError(_nothing_left(sources, quarantine))
+            rows = _write_shards(partial, spool, lengths, encoding, options, tally.weighted, journal, progress)
             shards = [ShardFile(**entry) for entry in journal.finished]
-        for leftover in (partial / SPOOL_NAME, partial / "tokenizer"):
-            if leftover.exists():
-                shutil.rmtree(leftover)
         _save(encoding, partial / "tokenizer")
-        index = _index(partial, encoding, options, counts, totals, shards, weighted, sources)
-        quarantined = describe_file(partial / QUARANTINE_NAME, sum(counts["quarantined"].values()))
+        counts = _counts(sources, quarantine, tally)
+        totals = tally.totals(lengths, options.seq_len, sequences=rows)
+        refusals = quarantine.first()
+        index = _index(partial, encoding, options, counts, totals, shards, tally.weighted, sources)
+        quarantined = describe_file(partial / QUARANTINE_NAME, sum(quarantine.reasons.values()))
         index["quarantine"] = asdict(quarantined)
         write_index(partial, index)
     return PackReport(
@@ -120,6 +121,29 @@ def pack(
         first_refusals=refusals,
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_options(options: Options, workers: int) -> None:
+    if options.seq_len < BLOCK_SIZE or options.seq_len % BLOCK_SIZE:
+        near = max(1, round(options.seq_len / BLOCK_SIZE)) * BLOCK_SIZE
+        raise UsageError(
+            f"--seq-len {options.seq_len}: expected a positive multiple of {BLOCK_SIZE}, for instance {near}"
+        )
+    if options.seq_len // BLOCK_SIZE > np.iinfo(np.int16).max:
+        most = np.iinfo(np.int16).max * BLOCK_SIZE
+        raise UsageError(f"--seq-len {options.seq_len}: expected at most {most}, which block tables can number")
+    if options.mask not in MASKS:
+        raise UsageError(f"--mask {options.mask}: expected one of {', '.join(MASKS)}")
+    if options.over_long not in POLICIES:
+        raise UsageError(f"--over-long {options.over_long}: expected one of {', '.join(POLICIES)}")
+    if options.history not in ("append", "expand"):
+        raise UsageError(f"--history {options.history}: expected append or expand")
+    if options.prefix_every < 1:
+        raise UsageError(f"--prefix-every {options.prefix_every}: expected 1 or more")
+    if options.prefix_every > 1 and options.mask != "prefix":
+        raise UsageError(f"--prefix-every goes with --mask prefix, not with --mask {options.mask}")
+    if workers < 0:
+        raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
 
 
 def _run(sources: Sequence[Source], encoding: Encoding, options: Options) -> dict[str, Any]:
@@ -163,59 +187,19 @@ def _say_resumed(journal: Journal, sources: Sequence[Source], notify: Callable[[
         )
 
 
-def _fill(
-    folder: Path,
-    sources: Sequence[Source],
-    encoding: Encoding,
-    options: Options,
-    journal: Journal,
-    notify: Callable[[str], None],
-    progress: Progress,
-) -> None:
-    """Tokenize what is not spooled yet, write the shards that are missing, and record the counts and totals."""
-    spool, quarantine, tally = tokenize(sources, encoding, options, folder, journal, notify=notify, progress=progress)
-    lengths = spool.seal()
-    if not len(lengths):
-        raise DataError(_nothing_left(sources, quarantine))
-    rows = _write_shards(folder, spool, lengths, encoding, options, tally.weighted, journal, progress)
+def _counts(sources: Sequence[Source], quarantine: Quarantine, tally: Tally) -> dict[str, Any]:
+    """Conversations in = packed + quarantined."""
     read = sum(source.rows for source in sources)
     lost = read - tally.conversations - sum(quarantine.reasons.values())
     if lost:
         raise AssertionError(f"{lost} of {read} conversations are neither packed nor quarantined")
-    counts = {
-        "read": read,
-        "packed": tally.conversations,
-        "quarantined": dict(sorted(quarantine.reasons.items())),
-    }
-    totals = tally.totals(lengths, options.seq_len, sequences=rows)
-    journal.record({**(journal.state or {}), "counts": counts, "totals": totals}, [])
-
-
-def _check_options(options: Options, workers: int) -> None:
-    if options.seq_len < BLOCK_SIZE or options.seq_len % BLOCK_SIZE:
-        near = max(1, round(options.seq_len / BLOCK_SIZE)) * BLOCK_SIZE
-        raise UsageError(
-            f"--seq-len {options.seq_len}: expected a positive multiple of {BLOCK_SIZE}, for instance {near}"
-        )
-    if options.seq_len // BLOCK_SIZE > np.iinfo(np.int16).max:
-        most = np.iinfo(np.int16).max * BLOCK_SIZE
-        raise UsageError(f"--seq-len {options.seq_len}: expected at most {most}, which block tables can number")
-    if options.mask not in MASKS:
-        raise UsageError(f"--mask {options.mask}: expected one of {', '.join(MASKS)}")
-    if options.over_long not in POLICIES:
-        raise UsageError(f"--over-long {options.over_long}: expected one of {', '.join(POLICIES)}")
-    if options.history not in ("append", "expand"):
-        raise UsageError(f"--history {options.history}: expected append or expand")
-    if options.prefix_every < 1:
-        raise UsageError(f"--prefix-every {options.prefix_every}: expected 1 or more")
-    if options.prefix_every > 1 and options.mask != "prefix":
-        raise UsageError(f"--prefix-every goes with --mask prefix, not with --mask {options.mask}")
-    if workers < 0:
-        raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
+    return {"read": read, "packed": tally.conversations, "quarantined": dict(sorted(quarantine.reasons.items()))}
 
 
 def _save(encoding: Encoding, folder: Path) -> None:
-    """Write the tokenizer into a new folder. Raises OSError."""
+    """Write the tokenizer into `folder`; what a crash left there is removed. Raises OSError."""
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir()
     try:
         encoding.save(folder)

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, nodes
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ismdata.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
 from ismdata.template import TemplateRefused
@@ -26,6 +27,9 @@ BATTERY = (
     "- item\n- item", "123", "0", "true", "None", "http://a.b/c?d=e&f", "# Heading", "```code```", "\\n \\u0041",
     "{{ x }}", "{% x %}", "é ü 你好", "word " * 400,
 )  # fmt: skip
+
+#: Constants that are tried one by one, each in a few renderings. The longest real templates have some hundred.
+_MOST_CONSTANTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ def sensitivity(renderer: Renderer) -> Sensitivity:
         return False
 
     constants = _constants(renderer.template.source)
-    if constants is None or any(differs(content) for content in BATTERY):
+    if constants is None or len(constants) > _MOST_CONSTANTS or any(differs(content) for content in BATTERY):
         return Sensitivity(triggers=(), everything=True)
     # A constant that holds a control token never reaches the template from a message: it is escaped before.
     candidates = [text for text in constants if renderer.controls.pattern.search(text) is None]
@@ -80,7 +84,7 @@ def _constants(source: str) -> set[str] | None:
     """The string constants of a template, less blanks; None where it cannot be parsed here."""
     without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
+        tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
     except TemplateError:
         return None
     return {text for text in _strings(tree) if text.strip() and EM_SPACE not in text}

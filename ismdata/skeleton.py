@@ -65,6 +65,19 @@ class NotDecomposable(Exception):
     """The template does something to contents that slots cannot express; such conversations are rendered one by one."""
 
 
+class TooManyMessages(Exception):
+    """A conversation that would have to be rendered once or more for each answer, and is too long for that."""
+
+    def __init__(self, found: int) -> None:
+        super().__init__(
+            f"{found} messages, which the template can only render one answer at a time (tools, names, blank messages, "
+            f"or history that it rewrites); expected at most {MOST_MESSAGES}. Cut the conversation into several"
+        )
+
+
+#: Messages of a conversation that is rendered once or more for each answer: the time grows with their square.
+MOST_MESSAGES = 2000
+
 # Contents while probing: a marker between em spaces, which show whether blanks are stripped and are in no template. A
 # second rendering has line breaks outside the em spaces, one before and two behind, which shows whether line breaks
 # are stripped.
@@ -74,14 +87,14 @@ _MARKED = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
 
 def skeleton(renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], history: History) -> tuple[Piece, ...]:
     """The pieces of a document with messages of these roles. Raises TemplateRefused, HistoryRewritten,
-    NotDecomposable.
+    NotDecomposable, TooManyMessages.
     """
 
     def chunks(before: str, after: str) -> list[Chunk]:
         messages = [{"role": role, "content": f"{before}\ue000{k}\ue001{after}"} for k, role in enumerate(roles)]
         if history == "append" and len(messages) > _LONG and renderer.profile.prefix_stable:
             return _long_chunks(renderer, messages)
-        return renderer.append(messages) if history == "append" else renderer.expand(messages)
+        return _chunks(renderer, messages, None, history)
 
     plain = chunks(EM_SPACE, EM_SPACE)
     broken = chunks("\n" + EM_SPACE, EM_SPACE + "\n\n")
@@ -91,6 +104,13 @@ def skeleton(renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], his
         side for chunk, other in zip(plain, broken, strict=True) for side in _stripped(chunk.text, other.text)
     )
     return compile_chunks(plain, tokenizer, lambda text: _parts(text, newlines))
+
+
+def _chunks(renderer: Renderer, messages: Sequence[Message], tools: list[Any] | None, history: History) -> list[Chunk]:
+    """The reference's chunks. Raises as it does, and TooManyMessages."""
+    if len(messages) > MOST_MESSAGES:
+        raise TooManyMessages(len(messages))
+    return renderer.append(messages, tools) if history == "append" else renderer.expand(messages, tools)
 
 
 #: Conversations of more messages are cut in one rendering, not in two for each answer.
@@ -109,10 +129,10 @@ def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
     markers = {int(match[2]): match for match in _MARKED.finditer(text)}
     prompt = renderer.profile.generation_prompt
     if not answers or len(markers) != len(messages):
-        return renderer.append(messages)
+        return _chunks(renderer, messages, None, "append")
     around = _MARKED.split(answers[-1].text)[:: _MARKED.groups + 1]
     if len(around) != 2:  # the template writes a content twice, or not at all
-        return renderer.append(messages)
+        return _chunks(renderer, messages, None, "append")
     lead, trail = around
     chunks: list[Chunk] = []
     done = 0
@@ -122,7 +142,7 @@ def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
         start, end = markers[k].start() - len(lead), markers[k].end() + len(trail)
         behind_prompt = start > done and text.endswith(prompt, 0, start)
         if not (behind_prompt and text.startswith(lead, start) and text.startswith(trail, markers[k].end())):
-            return renderer.append(messages)
+            return _chunks(renderer, messages, None, "append")
         chunks += [Chunk(text=text[done:start], kind=QUERY), Chunk(text=text[start:end], kind=ANSWER, message=k)]
         done = end
     if text[done:]:
@@ -131,7 +151,7 @@ def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
         cut = len(beginning[0].text)
         chunks[:1] = [Chunk(text=chunks[0].text[:cut], kind=PROMPT), Chunk(text=chunks[0].text[cut:], kind=QUERY)]
     last = next(place for place, chunk in enumerate(beginning) if chunk.message == answers[-1].message)
-    return chunks if chunks[: last + 1] == beginning[: last + 1] else renderer.append(messages)
+    return chunks if chunks[: last + 1] == beginning[: last + 1] else _chunks(renderer, messages, None, "append")
 
 
 def marked_parts(template: ChatTemplate, roles: Sequence[str]) -> tuple[str | Slot, ...]:
@@ -162,10 +182,10 @@ def render_document(
     """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
     skeleton.
 
-    Raises TemplateRefused, HistoryRewritten, NotRendered, ValueError (text that cannot be escaped).
+    Raises TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError (text that cannot be escaped).
     """
     (messages, tools), escapes = tokenizer.controls.escape([list(messages), tools])
-    chunks = renderer.append(messages, tools) if history == "append" else renderer.expand(messages, tools)
+    chunks = _chunks(renderer, messages, tools, history)
     _check_calls(chunks if history == "append" else chunks[-2:], messages)  # earlier answers are no targets in expand
     if any(message["role"] == "tool" for message in messages):
         renderer.check_places(messages, tools, expand=history == "expand")

@@ -21,7 +21,7 @@ from ismdata.conversation import Quarantined, Refusal
 from ismdata.documents import Made, Options, make_documents, wanted
 from ismdata.encoder import Encoding
 from ismdata.errors import DataError
-from ismdata.folders import QUARANTINE_NAME, ShardFile, read_index
+from ismdata.folders import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
 from ismdata.journal import Journal
 from ismdata.packing import lower_bound
 from ismdata.spool import Spool
@@ -30,8 +30,6 @@ from ismdata.tokens import DocumentEncoder
 #: Conversations and bytes of text that are tokenised at a time.
 _BATCH_CONVERSATIONS = 4096
 _BATCH_BYTES = 8 << 20
-
-SPOOL_NAME = "spool"
 
 #: Tells how far a stage has come: its name, done, total (0 where it is not known).
 Progress = Callable[[str, int, int], None]
@@ -196,7 +194,7 @@ def _go_on(
 ) -> tuple[Spool, Quarantine, Tally]:
     """From where the journal is to the end. Raises parity.ColumnsDiffer where skeletons are of no use."""
     state = journal.state or {}
-    spool = Spool(folder / SPOOL_NAME, keep=state.get("rows"))
+    spool = Spool(folder / SCRATCH_NAME, keep=state.get("rows"))
     quarantine = Quarantine(folder / QUARANTINE_NAME, state.get("quarantine"))
     tally = Tally(**state.get("tally", {}))
     skeletons, done = state.get("skeletons", True), state.get("done", 0)

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.conversation import ROLES, Refusal
 from ismdata.masks import ANSWER
-from ismdata.skeleton import History, NotDecomposable, NotRendered, Piece, Slot, render_document, skeleton
+from ismdata.skeleton import (
+    History,
+    NotDecomposable,
+    NotRendered,
+    Piece,
+    Slot,
+    TooManyMessages,
+    render_document,
+    skeleton,
+)
 from ismdata.template import TemplateRefused
 from ismdata.tokenizer import Tokenizer
 from ismdata.turns import HistoryRewritten, Renderer
@@ -229,7 +238,7 @@ class DocumentEncoder:
                 pieces = skeleton(self.renderer, self.tokenizer, roles, self.history)
             except NotDecomposable:
                 found = None
-            except (TemplateRefused, HistoryRewritten) as error:
+            except (TemplateRefused, HistoryRewritten, TooManyMessages) as error:
                 found = _refusal(error)
             else:
                 found = self._tabulate(pieces)
@@ -368,7 +377,7 @@ class DocumentEncoder:
             pieces = render_document(
                 self.renderer, self.tokenizer, messages[:head] + messages[lo:hi], tools, self.history
             )
-        except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
+        except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
             refused[request] = _refusal(error)
             return None
         ids = [np.array(piece.ids, np.int32) for piece in pieces]
@@ -390,7 +399,11 @@ class DocumentEncoder:
 
 
 def _refusal(error: Exception) -> Refusal:
-    reasons = {HistoryRewritten: "history_rewritten", NotRendered: "not_rendered"}
+    reasons = {
+        HistoryRewritten: "history_rewritten",
+        NotRendered: "not_rendered",
+        TooManyMessages: "too_many_messages",
+    }
     return Refusal(reason=reasons.get(type(error), "template_refused"), detail=str(error))
 
 

@@ -30,6 +30,7 @@ from ismdata.verify import VerifyReport
 
 if TYPE_CHECKING:
     from ismdata.convert import ConvertReport
+    from ismdata.explain import Explanation
     from ismdata.pack import PackReport
     from ismdata.train import TrainReport
 
@@ -389,6 +390,11 @@ def convert_report(report: ConvertReport) -> View:
         parts.append(_heading("fields left aside", names))
     parts += [_heading("note", text) for text in report.notes]
     return View(facts=facts, drawing=Group(*parts))
+
+
+def explanation(found: Explanation) -> View:
+    """What a source would be taken for, its first record as it would be read, and a mapping to start from."""
+    return View(facts=found.as_json(), drawing=Text(found.text()))
 
 
 def pack_report(report: PackReport) -> View:

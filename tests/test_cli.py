@@ -99,8 +99,8 @@ def test_verify_exits_with_1_and_says_what_is_wrong(packed: Path, tmp_path: Path
         ("broken.jsonl", b'{"messages": [}\n', ["broken.jsonl:1"]),
         (
             "roles.jsonl",
-            GOOD.replace("assistant", "wizard").encode(),
-            ["roles.jsonl:1", "'wizard'", "--role wizard=assistant"],
+            GOOD.replace("assistant", "narrator").encode(),
+            ["roles.jsonl:1", "'narrator'", "--role narrator=assistant"],
         ),
         ("other.jsonl", b'{"a": 1}\n', ["other.jsonl"]),
     ],

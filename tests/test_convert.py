@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ismdata import convert as convert_module
+from ismdata import conversation_files, conversion
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.convert import convert
 from ismdata.errors import DataError, UsageError
@@ -355,10 +355,10 @@ SOUND = b'[{"messages": [{"role": "user", "content": "q"}]}'
         (SOUND + b', {"messages" 1}]', "record 2: .*expected a JSON array"),
         (SOUND, "end of the file at byte 49.*download may be incomplete"),
         (b'{"messages": [{"role": "x", "content": "q"}]}', r"corpus.jsonl:1: message 1 has role 'x'.*none of 1"),
-        (b'{"chosen": [], "rejected": []}', "has the fields 'chosen', 'rejected'; expected one of messages"),
-        (b"just\nprose\n", "first record is 'just'; expected one of messages"),
+        (b'{"better": [], "worse": []}', "has the fields 'better', 'worse'; expected one of "),
+        (b"just\nprose\n", "first record is 'just'; expected one of "),
         ('{"messages": []}'.encode("utf-16"), "found UTF-16; expected UTF-8"),
-        (b"\x28\xb5\x2f\xfd1234", "found Zstandard data.*unpack it first"),
+        (b"\x28\xb5\x2f\xfd1234", "compressed data is broken or cut off"),
         (b"\xff\x00\xff\x00", "corpus.jsonl:1: byte 1 of the record is 0xff; expected UTF-8"),
         (gzip.compress(b'["a", "b"]\n' * 1000, mtime=0)[:-20], "compressed data is broken or cut off.*get the file again"),
         (b"PK\x03\x04broken", "not a readable zip archive"),
@@ -383,7 +383,7 @@ def test_sources_that_are_none(tmp_path):
         convert([str(tmp_path / "folder")], out)
     with pytest.raises(UsageError, match="no source given"):
         convert([], out)
-    with pytest.raises(UsageError, match="no such format; expected auto, messages"):
+    with pytest.raises(UsageError, match="no such format; expected auto, oasst"):
         convert([str(tmp_path)], out, format="csv")
     (tmp_path / "corpus.jsonl").write_bytes(lines({"instruction": "q", "output": "a"}))
     with pytest.raises(DataError, match=r"found JSON Lines; expected lines of text.*Leave out --format dailydialog"):
@@ -403,13 +403,14 @@ def test_hub_names(tmp_path, monkeypatch):
             raise ConnectionError("no network\nat all")
         return datasets.DatasetDict({"train": datasets.Dataset.from_list([{"dialog": ["q", "a"]}])})
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     report = convert(["owner/talks"], tmp_path / "out")
     (row,) = rows_of(tmp_path / "out")
     assert (row["id"], row["source"], pairs(row)) == ("talks-train-1", "owner/talks!train:row 1", TALK)
     assert report.sources[0].sha256 is None
     with pytest.raises(
-        DataError, match=r"owner/other: no such file, and as the name of a hub dataset it gave: no network\."
+        DataError, match=r"owner/other: no such file, and as the name of a hub dataset it gave: no network\. See"
     ):
         convert(["owner/other"], tmp_path / "other")
     monkeypatch.chdir(tmp_path)
@@ -433,7 +434,7 @@ def test_an_output_in_use_is_refused(run, tmp_path):
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(framing, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(convert_module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(conversation_files, "SHARD_BYTES", 20_000)
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (2000,))
     bad = {"messages": [{"role": "narrator", "content": "q"}]}
     records = [
@@ -461,7 +462,7 @@ def test_blocks_are_not_read_far_ahead():
     given = []
     items = (given.append(n) or n for n in range(100))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for n, result in enumerate(convert_module._in_order(pool, lambda item: item * 2, items, ahead=3)):
+        for n, result in enumerate(conversion._in_order(pool, lambda item: item * 2, items, ahead=3)):
             assert result == 2 * n
             assert len(given) <= n + 4
     assert len(given) == 100

@@ -108,6 +108,8 @@ def test_tool_conversations_keep_their_calls(tmp_path):
                 assert message["content"] == turn["value"]
 
 
-def test_labels_beside_the_text_are_not_read_as_utterances(tmp_path):
-    with pytest.raises(DataError, match=r"expected one of messages"):
-        convert([str(DATA / "xdailydialog" / "en_dev_human.txt")], tmp_path / "out")
+def test_labels_beside_the_text_go_to_meta(tmp_path):
+    convert([str(DATA / "xdailydialog" / "en_dev_human.txt")], tmp_path / "out")
+    table = table_of(tmp_path / "out")
+    assert (len(table), pc.sum(pc.list_value_length(table["messages"])).as_py()) == (995, 8_025)
+    assert {len(json.loads(meta)["labels"]) for meta in table["meta"].to_pylist()} == {3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -19,15 +20,18 @@ from typing import Any
 
 import pytest
 
-import ismdata.columns
+import ismdata.conversation_files
 import ismdata.journal
 import ismdata.pack
 import ismdata.tokenizing
+from ismdata.cleaning import Cleaning
+from ismdata.conversion import Selection
 from ismdata.convert import convert
 from ismdata.encoder import set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import PackReport, pack
 from ismdata.parity import ColumnsDiffer
+from ismdata.readers import framing
 from ismdata.verify import verify
 from tests.test_pack import bytes_tokenizer as bytes_tokenizer
 
@@ -36,6 +40,18 @@ SEQ_LEN = 256
 
 class Death(BaseException):
     """The end of a process, as far as a test can have it inside its own."""
+
+
+class DeathAfter:
+    """Stands for os.fsync: dies when it is called once too often. What was not synced is not on the disk."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, handle: int) -> None:
+        if self.left == 0:
+            raise Death
+        self.left -= 1
 
 
 def talk(number: int) -> list[dict[str, Any]]:
@@ -64,14 +80,20 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "converted"
 
 
+def record_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record after each batch, and no wait for the disk: what was written outlives a death inside the process."""
+    monkeypatch.setattr(ismdata.journal, "_EVERY", 0.0)
+    monkeypatch.setattr(ismdata.journal, "_SHARE", 0)
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     """Many batches, checkpoints and shards in little data, and the tokenizer loaded once."""
     monkeypatch.setattr(ismdata.tokenizing, "_BATCH_CONVERSATIONS", 16)
     monkeypatch.setattr(ismdata.pack, "_SHARD_TOKENS", 8 * SEQ_LEN)
     monkeypatch.setattr(ismdata.pack, "_BATCH_TOKENS", 4 * SEQ_LEN)
-    monkeypatch.setattr(ismdata.journal, "_EVERY", 0.0)
-    monkeypatch.setattr(ismdata.journal, "_SHARE", 0)
+    record_always(monkeypatch)
     loaded = set_up(str(bytes_tokenizer))
     monkeypatch.setattr(ismdata.pack, "set_up", lambda *arguments, **options: loaded)
 
@@ -107,16 +129,8 @@ def test_death_at_every_sync(
     output = tmp_path / "out" / "packed"
     n, died = 0, True
     while died:
-        left = n
-
-        def sync(handle: int) -> None:
-            nonlocal left
-            if left == 0:
-                raise Death
-            left -= 1
-
         with monkeypatch.context() as patch:
-            patch.setattr("os.fsync", sync)
+            patch.setattr("os.fsync", DeathAfter(n))
             try:
                 packed(converted, output)
                 died = False
@@ -137,10 +151,9 @@ def test_death_at_every_sync(
 @contextmanager
 def death_at_line(number: int) -> Iterator[list[int]]:
     """Die at the n-th line run in the files that write; yields how many there were."""
-    files = {
-        module.__file__
-        for module in (ismdata.pack, ismdata.tokenizing, ismdata.journal, ismdata.columns, ismdata.folders)
-    } | {str(Path(ismdata.__file__).with_name("spool.py"))}
+    names = ["pack", "tokenizing", "journal", "columns", "folders", "spool"]
+    names += ["conversion", "conversation_files", "cleaning"]
+    files = {str(Path(ismdata.__file__).with_name(f"{name}.py")) for name in names}
     count = [0]
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -248,6 +261,83 @@ def test_the_decision_to_render_one_by_one_is_kept(
     assert files_of(output) == expected
 
 
+# ---- convert ----
+
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cleaned-and-split": {"selection": Selection(cleaning=Cleaning(dedup="exact"), split="0.7/0.3")},
+    "sampled": {"selection": Selection(sample=25, seed=1)},
+}
+
+
+@pytest.fixture
+def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two sources with broken and repeated records, to be read in many blocks and written to many shards."""
+    monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (4000,))
+    monkeypatch.setattr(ismdata.conversation_files, "SHARD_BYTES", 8000)
+    record_always(monkeypatch)
+    write_corpus(tmp_path / "a.jsonl", 60)
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[3], lines[20] = '{"messages": [\n', lines[1]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("".join(lines[30:50]))
+    return [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")]
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_convert_dies_at_every_sync_and_at_random_lines(
+    kind: str, corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(corpora, tmp_path / "direct", **CONVERSIONS[kind])
+    expected = files_of(tmp_path / "direct")
+    assert sum(name.endswith(".arrow") for name in expected) >= 2
+    output = tmp_path / "out" / "converted"
+    with death_at_line(0) as count:
+        convert(corpora, output, **CONVERSIONS[kind])
+    lines = count[0]
+    shutil.rmtree(output)
+    draw = random.Random(5)
+    n, died = 0, True
+    while died:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", DeathAfter(n))
+            try:
+                convert(corpora, output, **CONVERSIONS[kind])
+                died = False
+            except Death:
+                assert not output.exists() or files_of(output) == expected
+        while not output.exists():
+            with suppress(Death), death_at_line(draw.randrange(1, 2 * lines)):
+                convert(corpora, output, workers=1 + n % 2, **CONVERSIONS[kind])
+        if not alone(output):
+            with pytest.raises(UsageError, match="is in use"):
+                convert(corpora, output, **CONVERSIONS[kind])
+        assert files_of(output) == expected
+        assert alone(output)
+        shutil.rmtree(output)
+        n += 1 if n < 3 else 9
+    assert n > 20
+
+
+def test_convert_is_refused_a_source_that_changed(corpora: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out" / "converted"
+    with pytest.raises(Death), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", DeathAfter(12))
+        convert(corpora, output)
+    before = files_of(output.parent)
+    with pytest.raises(UsageError, match=r"b\.jsonl\.gz: is not given now"):
+        convert(corpora[:1], output)
+    with Path(corpora[0]).open("a", encoding="utf-8") as file:
+        file.write("{}\n")
+    with pytest.raises(DataError, match=r"a\.jsonl: changed since the run that was interrupted: found \d+ bytes"):
+        convert(corpora, output)
+    assert files_of(output.parent) == before
+    convert(corpora, output, overwrite=True)
+    assert verify(output).ok
+    assert alone(output)
+
+
 # ---- refusals ----
 
 
@@ -332,7 +422,7 @@ def test_an_interrupted_run_that_was_tampered_with(
     with monkeypatch.context() as patch, pytest.raises(Death):
         patch.setattr(ismdata.journal.Journal, "finish", once)
         packed(converted, output)
-    name = {"shard": "shard-00000.arrow", "spool": "spool/spans", "quarantine": "quarantine.jsonl"}[harm]
+    name = {"shard": "shard-00000.arrow", "spool": "scratch/spans", "quarantine": "quarantine.jsonl"}[harm]
     os.truncate(output.parent / ".packed.partial" / name, 4)
     with pytest.raises(DataError, match=rf"{Path(name).name}: .*run the same command again"):
         packed(converted, output)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,6 +21,7 @@ from ismdata.readers.framing import line_block
 from ismdata.readers.reading import read_block, read_records
 from tests.conftest import DATA, needs_data
 
+ROOT = Path(__file__).parents[1]
 PLACE = Place(prefix="corpus:", stem="corpus")
 FORMATS = ("preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated")
 FORMATS += ("prompt_completion", "personachat", "tsv_pairs")
@@ -57,6 +60,7 @@ def chat(*turns):
     return spoken("role", "content", *turns)
 
 
+HH = "Human: a\n\nAssistant: b"
 BY_NAME = [("Ann", "Hi"), ("Bo", "Hm"), ("Bo", "Hi")]
 IN_ORDER = [(U, "Hi"), (A, "Hm"), (A, "Hi")]
 
@@ -109,6 +113,9 @@ RECORDS = [
     ("preference", {"instruction": "a", "input": "b", "chosen": R, "rejected": ""}, [(U, "a\nb"), (A, R)], ()),
     ("preference", {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {R}", "rejected": ""}, QA, ()),
     ("preference", {"prompt": f"\n\nHuman: {Q}\n\nAssistant:", "chosen": f" {R}", "rejected": " No."}, QA, ()),
+    ("preference", {"prompt": f"Human: {Q}", "chosen": R, "rejected": "No."}, QA, ()),
+    ("preference", {"prompt": f"### Human: {Q}### Assistant: Until", "chosen": " six.", "rejected": ""}, QA, ()),
+    ("preference", {"prompt": Q, "chosen": HH, "rejected": ""}, [(U, Q), (A, HH)], ()),
     ("kto", {"messages": chat(*QA), "label": True}, QA, ("messages",)),
     ("kto", {"prompt": Q, "completion": R, "label": True}, QA, ("prompt_completion",)),
     ("kto", {"instruction": Q, "input": "", "output": R, "kto_tag": True}, QA, ("alpaca",)),
@@ -157,6 +164,30 @@ NOTHING = [
 @pytest.mark.parametrize("record", NOTHING, ids=repr)
 def test_what_is_no_conversation_is_taken_for_none(record):
     assert [name for name in FORMATS if READERS[name].fits(record)] == []
+
+
+# ---- what the documentation says ----
+
+SECTION = re.compile(r"^### `(\w+)`.*?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_documented_records_are_of_their_formats():
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("\n## Roles")[0]
+    found = SECTION.findall(text)
+    assert set(FORMATS) <= {name for name, *_ in found}
+    for name, language, body in found:
+        if language == "json" and name in {*FORMATS, "messages", "sharegpt", "alpaca", "kdconv"}:
+            record = json.loads(body)
+            whole = detect(record) == name
+            assert whole or {detect(one) for one in record} == {name}, name
+        elif language == "text" and name in FORMATS:
+            assert detect(body.partition("\n")[0]) == name
+
+
+def test_the_documented_roles_are_those_of_the_table():
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("\n## Roles")[2]
+    rows = re.findall(r"^\| `(system|user|assistant|tool)` \| (`.*`) \|$", text, re.MULTILINE)
+    assert {name: role for role, names in rows for name in re.findall(r"`(\w+)`", names)} == ROLE_NAMES
 
 
 # ---- who is the assistant ----
@@ -341,6 +372,8 @@ def test_commands(commands, names):
 def test_marks_go_at_the_ends_only():
     record = {"chat": {"turn_1": moss_turn("What does <eoh> mean?", "<|MOSS|>: is a mark <|1|> <eor>")}}
     assert read("moss", record) == [[(U, "What does <eoh> mean?"), (A, "<|MOSS|>: is a mark <|1|>")]]
+    bare = {"chat": {"turn_1": {"Human": "<|Human|>:<eoh>", "MOSS": "<|MOSS|>:<eoh><eoh>a <eom> \n<eor><eom>"}}}
+    assert read("moss", bare) == [[(U, ""), (A, "<eoh><eoh>a")]]
 
 
 # ---- PersonaChat ----
@@ -530,7 +563,7 @@ def test_there_and_back(name, pairs):
 
 
 @settings(deadline=None, max_examples=60)
-@given(turns=st.lists(st.tuples(st.sampled_from(["Ann", "Bo"]), plain), min_size=1, max_size=6))
+@given(turns=st.lists(st.tuples(st.sampled_from(["Ann", "Bo"]), plain), min_size=2, max_size=6))
 def test_neighbours_of_one_speaker_stay_apart_and_in_order(turns):
     opener = turns[0][0]
     expected = [(U if name == opener else A, text) for name, text in turns]

@@ -16,10 +16,12 @@ PACKAGE = Path(__file__).parents[1] / "ismdata"
 #: its own line what stands to its left.
 LAYERS = """
 errors terminal limits
-conversation masks folders
+conversation masks columns lock folders journal
+digests near sampling limits
 shards packing readers control_tokens template tokenizer turns skeleton sensitivity
 encoder batch tokens overlong spool documents sequences parity
-problems invariants convert pack verify
+mapping explain cleaning conversation_files conversion convert tokenizing pack
+problems invariants verify
 dataset collate canary attention presets train chat
 row_view view demo bench
 cli

@@ -338,6 +338,16 @@ def test_folders_are_read_to_the_bottom_and_nothing_is_left_out_unnamed(tree):
     ]
 
 
+def test_a_folder_without_a_corpus_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_bytes(b"notes")
+    (tmp_path / "README.txt").write_bytes(b"read me")
+    with pytest.raises(DataError, match=r"the folder holds README\.txt, notes\.md; expected files ending in \.json"):
+        expand(str(tmp_path))
+    (tmp_path / "talk.txt").write_bytes(TALK)
+    (source,) = expand(str(tmp_path))
+    assert (source.path.name, short(source.passed_over, tmp_path)) == ("talk.txt", ["README.txt", "notes.md"])
+
+
 def test_globs(tree):
     def names(pattern):
         return short([content[0] for content in read_all(f"{tree}/{pattern}")], tree)

@@ -224,7 +224,7 @@ def _train(value: Any, number: int) -> bool | None:
 
 
 #: Weights are stored as float32 in shards.
-_MOST_WEIGHT = 3.4e38
+MOST_WEIGHT = 3.4e38
 
 
 def _weight(value: Any, number: int) -> float | None:
@@ -235,7 +235,7 @@ def _weight(value: Any, number: int) -> float | None:
             weight = float(value)
         except OverflowError:
             weight = math.inf
-        if 0 <= weight <= _MOST_WEIGHT:
+        if 0 <= weight <= MOST_WEIGHT:
             return weight
     raise Refused(
         "invalid_field", f"message {number} has weight {shown(value)}; expected a number from 0 up, finite as float32"

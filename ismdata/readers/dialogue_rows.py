@@ -11,7 +11,7 @@ from typing import Any
 from ismdata.conversation import ROLE_NAMES
 from ismdata.readers.base import Block, Draft, Place, Reader, Refused, Side, fields_of, kind_of, shown
 from ismdata.readers.grouping import by_key, in_order
-from ismdata.readers.played import played
+from ismdata.readers.speakers import played
 
 #: The usual names of the columns, without regard to case and to what is no letter; the first one present is read.
 _DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "sessionid", "threadid")

@@ -22,6 +22,8 @@ from ismdata.readers.blocks import LineBlock, ValueBlock
 
 #: How much is read at a time. Blocks are cut by content and this size alone, so shards do not depend on the workers.
 BLOCK_BYTES = 4 << 20
+#: How much of it is searched for structure at a time.
+_WINDOW = 1 << 18
 #: A single record beyond this is taken for a broken file: Arrow's offsets end at 2 GiB.
 MAX_RECORD_BYTES = 1 << 30
 
@@ -66,7 +68,7 @@ class ByteQueue:
                 f"{self.name}: the record at byte {self.offset + 1} is longer than {MAX_RECORD_BYTES:,} bytes; "
                 "expected smaller records. Split it, or see whether a quote or a bracket is missing there"
             )
-        chunk = self.stream.read(size)
+        chunk = self.stream.read(min(size, MAX_RECORD_BYTES + 1 - len(self.data)))
         self.ended = not chunk
         self.data = self.data + chunk if self.data else chunk
         return not self.ended
@@ -193,7 +195,10 @@ def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: 
 
 @dataclass(frozen=True, kw_only=True)
 class _Structure:
-    """The brackets, commas and line breaks outside strings: their places, bytes, and the depth after each."""
+    """What lies outside strings and at the outermost level, and all line breaks outside strings.
+
+    The places of these bytes, the bytes, and the depth after each.
+    """
 
     places: NDArray[np.int64]
     bytes: NDArray[np.uint8]
@@ -202,23 +207,55 @@ class _Structure:
 
 
 def _scan(buffer: NDArray[np.uint8]) -> _Structure:
-    places = np.flatnonzero(_STRUCTURAL[buffer])
-    found = buffer[places]
-    quote = found == _QUOTE
-    escapes = np.flatnonzero(buffer == _BACKSLASH)
-    if len(escapes):
-        # The byte after a run of backslashes is escaped when the run is odd.
-        last = np.flatnonzero(np.append(np.diff(escapes) != 1, True))
-        lengths = np.diff(last, prepend=-1)
-        escaped = np.zeros(len(buffer) + 1, np.bool_)
-        escaped[escapes[last[lengths % 2 == 1]] + 1] = True
-        quote &= ~escaped[places]
-    inside = (np.cumsum(quote) & 1).astype(np.bool_)
-    torn = places[inside & (found == _LINE_BREAK)]
-    outside = ~inside & (found != _QUOTE)
-    places, found = places[outside], found[outside]
-    depth = np.cumsum(_DEPTH[found], dtype=np.int64)
-    return _Structure(places=places, bytes=found, depth=depth, broken=int(torn[0]) if len(torn) else -1)
+    """The structure of JSON that begins outside a string, at depth 0.
+
+    Found window by window: what lies deeper is forgotten at once, so that a record of any size costs little more than
+    its bytes.
+    """
+    found: list[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]] = []
+    broken, depth, inside, escaped = -1, 0, False, False
+    for start in range(0, max(len(buffer), 1), _WINDOW):
+        window = buffer[start : start + _WINDOW]
+        places = np.flatnonzero(_STRUCTURAL[window])
+        kinds = window[places]
+        quote = kinds == _QUOTE
+        quoted, escaped = _escaped(window, escaped)
+        if quoted is not None:
+            quote &= ~quoted[places]
+        within = (np.cumsum(quote) + inside) & 1 == 1
+        inside = bool(within[-1]) if len(within) else inside
+        if broken < 0:
+            torn = places[within & (kinds == _LINE_BREAK)]
+            broken = start + int(torn[0]) if len(torn) else -1
+        outside = ~within & (kinds != _QUOTE)
+        places, kinds = places[outside], kinds[outside]
+        levels = depth + np.cumsum(_DEPTH[kinds], dtype=np.int64)
+        depth = int(levels[-1]) if len(levels) else depth
+        kept = (levels <= 0) | (kinds == _LINE_BREAK)
+        found.append((start + places[kept], kinds[kept], levels[kept]))
+    return _Structure(
+        places=np.concatenate([places for places, _, _ in found]),
+        bytes=np.concatenate([kinds for _, kinds, _ in found]),
+        depth=np.concatenate([levels for _, _, levels in found]),
+        broken=broken,
+    )
+
+
+def _escaped(window: NDArray[np.uint8], first: bool) -> tuple[NDArray[np.bool_] | None, bool]:
+    """Which bytes stand behind an odd run of backslashes, None where none does; and whether the next window's first.
+
+    `first`: the window's first byte does.
+    """
+    escapes = np.flatnonzero(window == _BACKSLASH)
+    if not len(escapes) and not first:
+        return None, False
+    if first:
+        escapes = np.insert(escapes + 1, 0, 0)  # as if the backslash before the window were its first byte
+    last = np.flatnonzero(np.append(np.diff(escapes) != 1, True))
+    lengths = np.diff(last, prepend=-1)
+    escaped = np.zeros(len(window) + 1 + first, np.bool_)
+    escaped[escapes[last[lengths % 2 == 1]] + 1] = True
+    return escaped[first:], bool(escaped[-1])
 
 
 def _array_block(
@@ -298,7 +335,7 @@ def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
         if key is None:
             _expect(queue, b'"', "the name of a split")
             raise DataError(f"{queue.name}: found a broken name at byte {queue.offset}; expected the name of a split")
-        split = str(json.loads(key.group()))
+        split = _text(queue, key.group())
         queue.drop(key.end())
         queue.skip_blanks()
         _expect(queue, b":", f"the value of {split!r}")
@@ -309,6 +346,17 @@ def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
             _expect_end(queue)
             return
         _expect(queue, b",", "another split, or '}'")
+
+
+def _text(queue: ByteQueue, key: bytes) -> str:
+    """A JSON string that comes next, as text that UTF-8 can hold. Raises DataError."""
+    try:
+        return str(json.loads(key)).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    except ValueError as error:
+        raise DataError(
+            f"{queue.name}: found the broken name {key[:80]!r} at byte {queue.offset + 1} ({error}); expected a JSON "
+            "string in UTF-8. Repair the file"
+        ) from error
 
 
 def frame_values(queue: ByteQueue) -> Iterator[Framed]:

@@ -26,7 +26,7 @@ _BLOCK_ROWS = 4096
 
 @dataclass(kw_only=True)
 class Group:
-    """The rows of one record as (block, row) pairs; `refusal` is set for a row that stands alone for that reason."""
+    """The rows of one record as (block, row) pairs; `refusal` is set where they are no record, and says why."""
 
     rows: list[tuple[Block, int]]
     refusal: Refused | None = None
@@ -56,7 +56,7 @@ class GroupBlock:
     def raw(self, row: int) -> Any:
         group = self.groups[row]
         values = [block.raw(at) for block, at in group.rows]
-        return values if group.refusal is None else values[0]
+        return values[0] if group.refusal is not None and len(values) == 1 else values
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
         return None
@@ -106,7 +106,7 @@ def by_key(
     `columns` names the fields that `key` looks at, None for all.
 
     The rows of a record may lie far apart, so the blocks of a whole place are held, as bytes or as Arrow tables, and
-    about 150 bytes for each row beside them.
+    about 200 bytes for each row beside them.
     """
     found: dict[Hashable, Group] = {}
     waiting: list[Group] = []

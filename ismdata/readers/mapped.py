@@ -12,8 +12,7 @@ from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
 from ismdata.readers.base import Block, Draft, Place, Reader, Refused, Side, fields_of, kind_of, shown, take_id
 from ismdata.readers.dialogue_rows import cell_id, group_of, shared, speaker_of
 from ismdata.readers.grouping import by_key, in_order
-from ismdata.readers.played import played
-from ismdata.readers.speakers import alternating
+from ismdata.readers.speakers import alternating, played
 
 #: The path of a record itself.
 WHOLE = "."
@@ -90,18 +89,26 @@ class Mapped(Reader):
         else:
             yield from by_key(blocks, partial(_row_group, column=self.group))
 
+    def said(self, record: Any) -> list[Said]:
+        """The messages of a record before they have roles. Raises Refused."""
+        return self._apart(record, [])[0]
+
+    def _apart(self, record: Any, ignored: list[str]) -> tuple[list[Said], dict[str, Any]]:
+        """The messages of a record and its other fields; names of fields that are left out go to `ignored`."""
+        if self.group is not None:
+            return self._of_rows(record, self.group, ignored)
+        if self.text is not None:
+            return self._of_text(_required(record, self.text)), without(record, self.text)
+        listed = _required(record, self.messages)
+        said = self._of_elements(self._elements(listed), f"{self.messages}[]", ignored)
+        fields = without(record, self.messages)
+        if listed is record:  # one exchange: the other fields of the record say something of all of it
+            fields = {name: value for name, value in fields.items() if name not in self._inside}
+        return said, fields
+
     def drafts(self, record: Any) -> Sequence[Draft]:
         ignored: list[str] = []
-        if self.group is not None:
-            said, fields = self._of_rows(record, self.group, ignored)
-        elif self.text is not None:
-            said, fields = self._of_text(_required(record, self.text)), without(record, self.text)
-        else:
-            listed = _required(record, self.messages)
-            said = self._of_elements(self._elements(listed), f"{self.messages}[]", ignored)
-            fields = without(record, self.messages)
-            if listed is record:  # one exchange: the other fields of the record say something of all of it
-                fields = {name: value for name, value in fields.items() if name not in self._inside}
+        said, fields = self._apart(record, ignored)
         first, fields = self._system(fields)
         tools, fields = _taken(fields, self.tools or "tools")
         own, fields = (take_id(fields), fields) if self.id is None else _taken(fields, self.id)

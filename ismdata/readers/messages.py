@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, Side, fields_of, kind_of, take_id
+from ismdata.readers.canonical import MOST_WEIGHT
 from ismdata.readers.columnar import flat_list, held, mask, per_record
 from ismdata.readers.speakers import alternating, turns
 
@@ -129,10 +130,12 @@ class MessageLists(Reader):
         roles = turns(offsets, self.assistant) if self.role is None else messages.field(self.role)
         weight = messages.field("weight")
         optional = {name: messages.field(name) for name in _OPTIONAL}
-        # A null message, role or content, and weights that are not numbers: the general road has the words for them.
+        # A null message, role or content, and weights out of range: the general road has the words for them.
         odd = mask(messages.is_null()) | mask(roles.is_null()) | mask(contents.is_null())
         if weight.null_count < len(weight):
-            odd |= ~mask(pc.fill_null(pc.and_(pc.is_finite(weight), pc.greater_equal(weight, 0.0)), True))
+            # NaN is in no range.
+            sound = pc.and_(pc.greater_equal(weight, 0.0), pc.less_equal(weight, MOST_WEIGHT))
+            odd |= ~mask(pc.fill_null(sound, True))
         care = (np.diff(offsets) == 0) | per_record(odd, offsets)
         for name in ("tools", self.system):
             if name is not None:

@@ -11,7 +11,7 @@ from ismdata.readers.base import Draft, Reader, Refused, fields_of, kind_of, sho
 
 _TURN = re.compile(r"turn_([0-9]{1,9})")
 _OPENING = re.compile(r"\s*<\|(Human|Inner Thoughts|Commands|Tool Responses|Results|MOSS)\|>:?")
-_CLOSING = re.compile(r"<eo[htcrm]>\s*\Z")
+_CLOSINGS = ("<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>")
 #: What a channel says that is not used, with or without words on why.
 _UNUSED = re.compile(r"None?(?!\w)")
 _CALL = re.compile(r'(\w+)\("([^"]*)"\)[\s,]*')
@@ -97,10 +97,13 @@ def _channel(value: Any, place: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise Refused("invalid_content", f"{place} is {kind_of(value)}; expected a string")
-    text = value[match.end() :] if (match := _OPENING.match(value)) else value
-    while match := _CLOSING.search(text):
-        text = text[: match.start()]
-    return text.strip()
+    match = _OPENING.match(value)
+    start, end = match.end() if match else 0, len(value.rstrip())
+    while value.endswith(_CLOSINGS, start, end):
+        end -= len(_CLOSINGS[0])
+        while end > start and value[end - 1].isspace():
+            end -= 1
+    return value[start:end].strip()
 
 
 def _used(text: str | None) -> str | None:

@@ -10,7 +10,7 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.readers.base import Draft, Preference, Reader, Refused, fields_of, kind_of, take_id
 from ismdata.readers.messages import OPENAI, SHAREGPT
 from ismdata.readers.pairs import system_of
-from ismdata.readers.separated import turns_of
+from ismdata.readers.separated import marked_turns
 from ismdata.readers.speakers import spoken
 
 #: The two answers, as corpora name them.
@@ -61,10 +61,8 @@ class PreferencePairs(Reader):
     def _messages(self, side: Any, name: str, fields: dict[str, Any], ignored: list[str]) -> _Messages:
         """The conversation of one side; the fields that are part of it are taken out of `fields`."""
         if isinstance(side, str):
-            opened = fields.get("prompt") if isinstance(fields.get("prompt"), str) else ""
-            turns = turns_of(f"{opened}{side}")
+            turns = _marked(side, fields)
             if turns:
-                fields.pop("prompt", None)
                 return spoken([speaker for speaker, _ in turns], [text for _, text in turns])
         answer = _side(side, "assistant", name, ignored)
         if not self._has_user(answer):
@@ -98,6 +96,23 @@ def _names_of(record: Any) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
     return next((names for names in _SIDES if names[0] in record and names[1] in record), None)
+
+
+def _marked(side: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """The turns of texts such as "Human: … Assistant: …"; empty where a side is not, or does not go on, such a text.
+
+    Beside a prompt of another kind an answer is an answer, whatever it looks like.
+    """
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str) and (turns := marked_turns(prompt)):
+        del fields["prompt"]
+        if turns[-1][0] == "Assistant":
+            return marked_turns(prompt + side)
+        return [*turns, ("Assistant", side.strip())]
+    if any(fields.get(name) is not None for name in (*_EARLIER, *_PROMPTS)):
+        return []
+    turns = marked_turns(side)
+    return turns if len({speaker for speaker, _ in turns}) > 1 else []
 
 
 def _is_opening(prompt: Any, side: Any) -> bool:

@@ -28,7 +28,7 @@ def frame_rows(queue: ByteQueue, *, delimiter: str) -> Iterator[Framed]:
     """
     rows = _cells(_lines(queue), delimiter, queue.name)
     _, header = next(rows, (0, []))
-    names = column_names(header)
+    names = column_names([_shown(cell) for cell in header])
     values: list[Any] = []
     numbers: list[int] = []
     held = 0  # characters in `values`

@@ -47,19 +47,20 @@ def is_hidden(name: str) -> bool:
     return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def chosen(names: Sequence[str], *, alone: bool = True) -> list[str]:
-    """Which of a folder's or an archive's files are read, in their order.
+def chosen(names: Sequence[str], *, texts: bool = True, only: bool = True) -> list[str]:
+    """Which of a folder's or an archive's files are read, in their order: all corpora and DailyDialog's texts.
 
-    All corpora and DailyDialog's texts; where there are none, and they are `alone`, texts; else the only file.
+    Where there are none: `texts` of other names, and without those the `only` file, whatever it is called.
     """
     dialogues = [name for name in names if is_dialogues(name)]
     if len(dialogues) > 1:  # `dialogues_text.txt` holds the splits together, once more
         dialogues = [name for name in dialogues if PurePosixPath(name).name != "dialogues_text.txt"]
-    corpora = [name for name in names if is_corpus(name) or name in dialogues]
-    if corpora or not alone:
-        return corpora
-    texts = [name for name in names if is_text(name)]
-    return texts or [name for name in names if len(names) == 1 and not is_hidden(name)]
+    read = [name for name in names if is_corpus(name) or name in dialogues]
+    if not read and texts:
+        read = [name for name in names if is_text(name)]
+    if not read and only:
+        read = [name for name in names if len(names) == 1 and not is_hidden(name)]
+    return read
 
 
 def passed_over(names: Sequence[str], read: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from ismdata.readers.speakers import played, spoken
 #: Where a record keeps its dialogue; the first one that holds a string is read.
 _FIELDS = ("conversation", "dialogue", "dialog", "text")
 _SEPARATOR = "|EOM|"
-_NAMED = re.compile(r"\s*([^:\n]{1,64}):")
+_NAMED = re.compile(r"([^:\n]{1,64}):")
 #: How turns open where nothing stands between them. The first turn opens the text, blanks aside.
 _OPENINGS = (
     re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"),
@@ -67,6 +67,11 @@ def turns_of(text: str) -> list[tuple[str, str]]:
     if _SEPARATOR in text:
         pieces = text.split(_SEPARATOR)
         return [_named(piece, number) for number, piece in enumerate(pieces if pieces[-1].strip() else pieces[:-1], 1)]
+    return marked_turns(text)
+
+
+def marked_turns(text: str) -> list[tuple[str, str]]:
+    """As `turns_of`, of texts such as "Human: …" and "### Human: …" alone."""
     for opening in _OPENINGS:
         found = list(opening.finditer(text))
         if found and not text[: found[0].start()].strip():
@@ -76,6 +81,7 @@ def turns_of(text: str) -> list[tuple[str, str]]:
 
 
 def _named(piece: str, number: int) -> tuple[str, str]:
+    piece = piece.strip()
     match = _NAMED.match(piece)
     if match is None:
         raise Refused("missing_role", f"turn {number} is {shown(piece)}; expected `Name: text`")

@@ -11,7 +11,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -50,6 +50,8 @@ _DIALOGUE_ARCHIVES = frozenset({"train.zip", "validation.zip", "test.zip"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
 #: Endings that no name on the hub has.
 _FILE_ENDING = re.compile(r"(?i)\.(txt|gz|zst|bz2|xz|zip|tar|tgz|jsonl?|ndjson|parquet|csv|tsv|ya?ml)$")
+#: How long the hub has for an answer.
+_HUB_SECONDS = 10
 _ROWS = 1000
 
 
@@ -283,13 +285,16 @@ def _globbed(pattern: str) -> list[Source | SavedDataset]:
             files.setdefault(os.path.realpath(match), match)
     if not folders and not files:
         raise DataError(f"{printable(pattern)}: no file or folder of such a name; expected corpora. See the pattern")
-    sources: list[Source | SavedDataset] = []
+    sources: list[Source | SavedDataset] = []  # of the files
     if pattern.endswith("*"):  # takes what a folder would give; `*.txt` names its files itself
         root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
         sources += _gathered(root, {os.path.relpath(match, root): Path(match) for match in files.values()}, [])
     if not sources and not folders:
-        sources = [source for match in files.values() for source in expand(match)]
-    return sources + [source for match in folders for source in expand(match)]
+        return [source for match in files.values() for source in expand(match)]
+    left = [] if sources else files.values()
+    sources += [source for match in folders for source in expand(match)]
+    sources[0].passed_over.extend(map(printable, left))
+    return sources
 
 
 def _file(name: str, path: Path) -> list[FileSource]:
@@ -344,7 +349,7 @@ def _gathered(root: Path, files: dict[str, Path], left: list[str]) -> list[FileS
     plain = {PurePosixPath(file).name for file in files}
     again = {key for key in found if key not in files and is_dialogues(key) and PurePosixPath(key).name in plain}
     names = [key for key in found if key not in again and (is_dialogues(key) or not is_archive(key))]
-    taken = [*chosen(names, alone=not tars), *tars]
+    taken = [*chosen(names, texts=not tars, only=False), *tars]
     if not taken:
         return []
     left += [found[key].name for key in passed_over([*found], taken)]
@@ -403,13 +408,20 @@ def _saved(name: str, path: Path) -> list[Source | SavedDataset]:
 
 def _from_hub(name: str) -> list[Source | SavedDataset]:
     import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
+        # `load_dataset` takes half a minute to give up a hub that it cannot reach, and logs each try: ask once first.
+        # Told to stay offline, it takes what was downloaded before.
+        with suppress(OfflineModeIsEnabled):
+            huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS)
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, permission, unknown name: each library below has its own kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name}: no such file, and as the name of a hub dataset it gave: {reason}. See whether the name is right"
+            f"{name}: no such file, and as the name of a hub dataset it gave: {reason}. See whether the name is right; "
+            "without a network, HF_HUB_OFFLINE=1 reads what was downloaded before"
         ) from error
     return [
         SavedDataset(name=f"{name}!{split}", stem=f"{name.rsplit('/')[-1]}-{split}", path=None, dataset=dataset)

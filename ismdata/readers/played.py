@@ -1,1 +1,0 @@
-from ismdata.readers.speakers import played as played
