@@ -60,8 +60,10 @@ WORDS = [
 
 @dataclass
 class Tally:
-    """What happened to one command."""
+    """What happened to one command. `whole`, `working`: seconds of the last run that nothing happened to."""
 
+    whole: float
+    working: float
     kills: int = 0
     moments: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -173,6 +175,12 @@ class Watch:
         """Seconds of processor time since it began to work."""
         return self.cost - self.cost_before if self.began else 0.0
 
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """How long it has run, and worked."""
+        now = time.monotonic()
+        return now - self.started, now - (self.began or now)
+
     def end(self) -> str:
         """What it said on stderr, once it has ended; `code` is its exit code, below 0 the signal that ended it."""
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -190,10 +198,10 @@ def undisturbed(command: Command, workers: int) -> Watch:
     return watch
 
 
-def attempt(command: Command, workers: int, whole: float, working: float, draw: random.Random, tally: Tally) -> None:
+def attempt(command: Command, workers: int, draw: random.Random, tally: Tally) -> None:
     """Start the command, and kill it at a random moment unless it ends before."""
     moment = draw.choice(["any", "any", "working", "working", "working", "finishing"])
-    delay = draw.uniform(0, {"any": whole, "working": working, "finishing": 0.05}[moment])
+    delay = draw.uniform(0, {"any": tally.whole, "working": tally.working, "finishing": 0.05}[moment])
     watch = Watch(command, workers)
     while watch.running():
         since = {"any": watch.started, "working": watch.began, "finishing": watch.finishing}[moment]
@@ -211,6 +219,8 @@ def attempt(command: Command, workers: int, whole: float, working: float, draw: 
         tally.moments[moment] += 1
     elif watch.code:
         raise SystemExit(f"{command.name} ended with {watch.code}: {said}")
+    elif not watch.before:  # how long a run takes changes with what else the machine does
+        tally.whole, tally.working = watch.seconds
 
 
 def check(command: Command, expected: dict[str, bytes]) -> None:
@@ -222,14 +232,13 @@ def check(command: Command, expected: dict[str, bytes]) -> None:
 
 def torture(command: Command, kills: int, workers: Sequence[int], draw: random.Random) -> dict[str, object]:
     first = undisturbed(command, workers[0])
-    whole = time.monotonic() - first.started
-    working = time.monotonic() - first.began
+    whole, working = first.seconds
     expected = files_of(command.output)
     shutil.rmtree(command.output)
-    tally = Tally()
+    tally = Tally(whole=whole, working=working)
     while tally.kills < kills:
         while not command.output.exists():
-            attempt(command, draw.choice(workers), whole, working, draw, tally)
+            attempt(command, draw.choice(workers), draw, tally)
         check(command, expected)
         if [path.name for path in command.output.parent.iterdir()] != [command.output.name]:
             # Killed between the last rename and the end: the next run refuses, and tidies.

@@ -13,8 +13,6 @@ import pyarrow as pa
 
 #: Format identifier of a converted folder's `index.json`.
 FORMAT = "ismdata.conversations/1"
-#: Format identifier of the `index.json` beside the parts of a split, each a converted folder.
-SPLIT_FORMAT = "ismdata.split/1"
 
 #: The roles a canonical message can have. Their positions are the integer codes used on the columnar road.
 ROLES = ("system", "user", "assistant", "tool")
@@ -126,6 +124,7 @@ REASONS: dict[str, str] = {
     # pack
     "template_refused": "the chat template refused the conversation",
     "not_rendered": "the chat template leaves a tool call out",
+    "too_many_messages": "the conversation can only be rendered one answer at a time and is too long for that",
     "history_rewritten": "the chat template rewrites an earlier turn beyond what append can follow",
     "no_target": "no answer of the conversation is to be trained",
     "over_long": "the conversation does not fit the sequence length",

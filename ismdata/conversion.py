@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,25 +18,25 @@ from numpy.typing import NDArray
 from ismdata import __version__
 from ismdata.cleaning import Cleaner, Cleaning
 from ismdata.columns import Column
-from ismdata.conversation import FORMAT, SPLIT_FORMAT, Quarantined
+from ismdata.conversation import FORMAT, Quarantined
 from ismdata.conversation_files import QuarantineWriter, ShardWriter
 from ismdata.digests import digests
 from ismdata.errors import DataError
-from ismdata.folders import QUARANTINE_NAME, describe_file, entries, write_index
+from ismdata.folders import QUARANTINE_NAME, SCRATCH_NAME, SPLIT_FORMAT, describe_file, entries, write_index
 from ismdata.journal import Journal
 from ismdata.readers.base import Reader
 from ismdata.readers.blocks import LineBlock
 from ismdata.readers.canonical import Rules
-from ismdata.readers.opening import EMPTY, Format, Placed, opened
+from ismdata.readers.opening import EMPTY, UNKNOWN, Format, Placed, UnknownFormat, opened
 from ismdata.readers.reading import Reading, read_block
-from ismdata.readers.sources import SavedDataset, Source
+from ismdata.readers.sources import FileSource, SavedDataset, Source
 from ismdata.sampling import SPLIT_NAMES, parse_split, sampled, split_of
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-#: Folders inside the unfinished one: what cleaning remembers, and what a sample is drawn from.
-_CLEANING, _CANDIDATES = "cleaning", "candidates"
+#: What is gathered before it is cleaned and written: bytes of rows, or blocks. The shards' batches follow from these.
+_BATCH_BYTES, _BATCH_BLOCKS = 1 << 20, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +114,17 @@ class Conversion:
             writer = ShardWriter(folder / name, state["parts"][name] if state else None)
             self.parts.append(_Part(name=name, folder=folder / name, writer=writer))
         self.quarantine = QuarantineWriter(self.parts[0].folder, state.get("quarantine"))
-        (folder / _CLEANING).mkdir(exist_ok=True)
-        self.cleaner = Cleaner(selection.cleaning, folder / _CLEANING, against=against, keep=state.get("cleaner"))
+        scratch = folder / SCRATCH_NAME  # goes when the folder is in place
+        scratch.mkdir(exist_ok=True)
+        self.cleaner = Cleaner(selection.cleaning, scratch, against=against, keep=state.get("cleaner"))
         self.candidates: ShardWriter | None = None
         if selection.sample is not None:
-            (folder / _CANDIDATES).mkdir(exist_ok=True)
-            self.candidates = ShardWriter(folder / _CANDIDATES, state.get("candidates"))
-        self.sides = Column(folder / _CLEANING / "sides", np.int8, keep=state.get("sides", 0))
+            self.candidates = ShardWriter(scratch, state.get("candidates"))
+        self.sides = Column(scratch / "sides", np.int8, keep=state.get("sides", 0))
         self.duplicates = 0
+        self.unknown: list[str] = []
+        self._waiting: list[Reading] = []
+        self._waiting_bytes = 0
 
     @property
     def written(self) -> int:
@@ -147,12 +149,14 @@ class Conversion:
         for source in [] if self.mark.drawing else sources[len(self.mark.reports) :]:
             digest = None if source.once else pool.submit(source.sha256)
             seen: list[tuple[str, str]] = []
-            blocks = self._unread(_blocks(source, format, seen, partial(_further, progress, done, total)), source.name)
+            blocks = self._unread(
+                self._blocks(source, format, seen, partial(_further, progress, done, total)), source.name
+            )
             for reading, checksum in _in_order(pool, partial(_read, rules=rules), blocks, ahead=2 * threads):
                 self.mark.checksum = _chained(self.mark.checksum, checksum)
                 self.mark.blocks += 1
                 self._add(reading)
-                if self.journal.due():
+                if not self._waiting and self.journal.due():
                     self._record()
             done += source.bytes
             layouts, formats = (dict.fromkeys(names) for names in zip(*seen, strict=True))
@@ -168,7 +172,33 @@ class Conversion:
             )
             reports = [*self.mark.reports, report]
             self.mark = _Mark(reports=reports, ignored=self.mark.ignored)
+        self._flush()
         self._refuse_nothing()
+
+    def _blocks(
+        self,
+        source: Source | SavedDataset,
+        format: Format,
+        seen: list[tuple[str, str]],
+        progress: Callable[[int], None],
+    ) -> Iterator[_Sorted]:
+        """The blocks of all parts of a source; layout and format of each part go to `seen`.
+
+        A file that was not named but found in a folder is left aside when its first part is of no known format.
+        """
+        try:
+            for part in opened(source, format):
+                seen.append((part.layout, part.format))
+                if part.reader is not None:
+                    for placed in part.blocks:
+                        yield part.reader, placed
+                        progress(min(part.position(), source.bytes))
+        except UnknownFormat as error:
+            if seen or not (isinstance(source, FileSource) and source.found):
+                raise
+            seen.append((UNKNOWN, UNKNOWN))
+            source.passed_over.append(source.name)
+            self.unknown.append(f"left aside: {error}")
 
     def _unread(self, blocks: Iterable[_Sorted], name: str) -> Iterator[_Sorted]:
         """The blocks after those that an earlier run has read, which must be what they were. Raises DataError."""
@@ -193,14 +223,26 @@ class Conversion:
             )
 
     def _add(self, reading: Reading) -> None:
-        """Clean and write what came of a block."""
-        kept, dropped = self.cleaner.apply(reading.rows)
-        self.quarantine.add([*reading.quarantined, *dropped])
+        """Take what came of a block; small blocks are gathered, so that many small files make no small batches."""
         self.mark.ignored.update(reading.ignored)
         self.mark.records += len(reading.rows) + len(reading.quarantined)
-        rows, kin = reading.rows, reading.kin
+        self._waiting.append(reading)
+        self._waiting_bytes += reading.rows.nbytes
+        if self._waiting_bytes >= _BATCH_BYTES or len(self._waiting) >= _BATCH_BLOCKS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Clean and write what waits."""
+        if not self._waiting:
+            return
+        rows = pa.concat_tables([reading.rows for reading in self._waiting]).combine_chunks()
+        kin = pa.chunked_array([reading.kin for reading in self._waiting]).combine_chunks()
+        refused = [one for reading in self._waiting for one in reading.quarantined]
+        self._waiting, self._waiting_bytes = [], 0
+        kept, dropped = self.cleaner.apply(rows)
+        self.quarantine.add([*refused, *dropped])
         if dropped:
-            rows, kin = rows.filter(pa.array(kept)), kin.filter(pa.array(kept))
+            rows, kin = rows.filter(pa.array(kept)).combine_chunks(), kin.filter(pa.array(kept))
         side = None
         if len(self.parts) > 1:
             side = split_of(digests(rows, roles=False), kin.to_pylist(), self.fractions)
@@ -272,8 +314,6 @@ class Conversion:
         self.quarantine.close()
         self.duplicates = self.cleaner.duplicates()
         self.sides.close()
-        for name in (_CLEANING, _CANDIDATES):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
         for part in self.parts:
             write_index(part.folder, self._index(part, options))
         if len(self.parts) > 1:
@@ -307,6 +347,8 @@ class Conversion:
         kept = self.written + (self.candidates.rows if self.candidates else 0)
         if kept:
             return
+        if not self.quarantine.reasons and self.unknown:
+            raise DataError(self.unknown[0].removeprefix("left aside: "))
         if not self.quarantine.reasons:
             names = ", ".join(report.name for report in self.mark.reports)
             raise DataError(f"{names}: empty, no record found; expected a corpus. See whether it is the right file")
@@ -317,18 +359,6 @@ class Conversion:
 
 #: A block with the reader it is for.
 _Sorted = tuple[Reader, Placed]
-
-
-def _blocks(
-    source: Source | SavedDataset, format: Format, seen: list[tuple[str, str]], progress: Callable[[int], None]
-) -> Iterator[_Sorted]:
-    """The blocks of all parts of a source; layout and format of each part go to `seen`."""
-    for part in opened(source, format):
-        seen.append((part.layout, part.format))
-        if part.reader is not None:
-            for placed in part.blocks:
-                yield part.reader, placed
-                progress(min(part.position(), source.bytes))
 
 
 def _further(progress: Callable[[int, int], None], done: int, total: int, here: int) -> None:

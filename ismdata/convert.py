@@ -135,7 +135,7 @@ def convert(
         first=job.quarantine.first,
         sources=tuple(job.mark.reports),
         ignored_fields=dict(sorted(job.mark.ignored.items())),
-        notes=_notes(job.mark.reports, assistant, tree, preference),
+        notes=(*job.unknown, *_notes(job.mark.reports, assistant, tree, preference)),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
     )
@@ -205,7 +205,7 @@ def _notes(
     return tuple(
         f"--{name} had no effect: {', '.join(sorted(formats))} leaves nothing open there"
         for name, given in asked.items()
-        if given and formats and not any(hasattr(READERS[one], name) for one in formats)
+        if given and formats and not any(READERS[one].heeds(name) for one in formats)
     )
 
 

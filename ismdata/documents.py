@@ -16,7 +16,7 @@ from ismdata.batch import ConversationBatch, IntArray
 from ismdata.conversation import Refusal
 from ismdata.errors import DataError
 from ismdata.overlong import Policy, split
-from ismdata.skeleton import History
+from ismdata.skeleton import MOST_MESSAGES, History, TooManyMessages
 from ismdata.tokens import DocumentEncoder, Documents, Requests, ragged_arange
 
 
@@ -85,6 +85,11 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
     """The documents of a batch. `encoder` must have begun it. Raises DataError under `--over-long error`."""
     requests = wanted(batch, options)
     refused = _without_targets(batch, requests, options)
+    if options.one_an_answer:
+        sizes = np.diff(batch.first)
+        for c in np.flatnonzero(sizes > MOST_MESSAGES).tolist():
+            refused.setdefault(c, Refusal(reason="too_many_messages", detail=str(TooManyMessages(int(sizes[c])))))
+        requests = requests.take(np.flatnonzero(~np.isin(requests.conversation, list(refused))))
     layout = encoder.lay_out(requests)
     for r, refusal in layout.refused.items():
         refused.setdefault(int(requests.conversation[r]), refusal)

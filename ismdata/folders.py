@@ -22,6 +22,8 @@ from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.lock import locked
 
 INDEX_NAME = "index.json"
+#: Format identifier of the index beside the parts of a split, each of them a converted folder.
+SPLIT_FORMAT = "ismdata.split/1"
 QUARANTINE_NAME = "quarantine.jsonl"
 
 #: In a folder that is being written: what of it is finished (see journal.py), and a folder of what is needed until
@@ -92,6 +94,9 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         raise DataError(f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote")
     index = load_index(folder)
     found_format = index.get("format")
+    if found_format == SPLIT_FORMAT and isinstance(index.get("parts"), dict):
+        parts = " or ".join(str(folder / str(part)) for part in index["parts"])
+        raise DataError(f"{folder}: holds the parts of a split; expected one folder of conversations. Name {parts}")
     if found_format != expected_format:
         raise DataError(f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes")
     missing = [key for key in _REQUIRED[expected_format.partition("/")[0]] if key not in index]

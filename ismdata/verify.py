@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from ismdata import conversation, shards
 from ismdata.errors import DataError
-from ismdata.folders import INDEX_NAME, QUARANTINE_NAME, ShardFile, leaves_folder, load_index
+from ismdata.folders import INDEX_NAME, QUARANTINE_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
 from ismdata.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.problems import Problems
@@ -67,6 +67,8 @@ def verify(folder: str | Path) -> VerifyReport:
         counts = _verify_converted(folder, index, problems)
     elif format_ == shards.FORMAT:
         counts = _verify_packed(folder, index, problems)
+    elif format_ == SPLIT_FORMAT:
+        counts = _verify_parts(folder, index, problems)
     elif index:
         problems.add(
             f"{folder / INDEX_NAME}: format is {format_!r}; expected {conversation.FORMAT} or {shards.FORMAT}. "
@@ -74,6 +76,23 @@ def verify(folder: str | Path) -> VerifyReport:
         )
         format_ = ""
     return VerifyReport(folder=folder, format=format_ or "", problems=problems.sentences(), counts=counts)
+
+
+def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
+    """Check each part of a split, and that together they hold what its index says."""
+    totals: Counter[str] = Counter()
+    for name, rows in index["parts"].items():
+        if not (folder / name).is_dir():
+            problems.add(f"{folder / name}: missing; {INDEX_NAME} lists it. Restore it or make the folder again")
+            continue
+        report = verify(folder / name)
+        for sentence in report.problems:
+            problems.add(sentence)
+        totals.update(report.counts)
+        if report.ok and report.counts["conversations"] != rows:
+            found = report.counts["conversations"]
+            problems.add(f"{folder / INDEX_NAME}: {name} has {rows} conversations; expected {found}, which it holds")
+    return dict(totals)
 
 
 # ---- the index and the files it lists ----

@@ -42,6 +42,8 @@ _SINGLE_BARS = 12
 
 #: Files left aside that are named; of more there is only the number.
 _NAMED = 8
+#: Sources that are listed; of more there is only the sum.
+_LISTED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +370,9 @@ def convert_report(report: ConvertReport) -> View:
         "shards": report.shards,
         "seconds": report.seconds,
     }
-    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources]
+    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED]]
+    if rest := report.sources[_LISTED:]:
+        sources.append((f"… and {len(rest):,} more sources", sum(one.records for one in rest), ""))
     parts = [
         _title(str(report.output), f"{report.read:,} read, {report.written:,} written in {report.seconds:.1f} s"),
         _numbers(*sources),

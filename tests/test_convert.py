@@ -435,6 +435,7 @@ def test_an_output_in_use_is_refused(run, tmp_path):
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(framing, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(conversation_files, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(conversion, "_BATCH_BYTES", 2000)
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (2000,))
     bad = {"messages": [{"role": "narrator", "content": "q"}]}
     records = [

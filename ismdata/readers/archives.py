@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -186,14 +187,16 @@ class Part:
                 raise DataError(f"{self.name}: not a readable Parquet file ({error}). Get the file again") from error
 
 
-def seekable(stream: io.BufferedReader) -> BinaryIO:
-    """The stream itself where it can be read in any order, else a copy of it in a temporary file."""
+@contextmanager
+def seekable(stream: io.BufferedReader) -> Iterator[BinaryIO]:
+    """The stream itself, left open, where it can be read in any order, else a copy of it in a temporary file."""
     if stream.seekable():
-        return stream
-    copy = tempfile.TemporaryFile()  # noqa: SIM115  # closed by who asks for it
-    shutil.copyfileobj(stream, copy, 1 << 20)
-    copy.seek(0)
-    return copy
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy, 1 << 20)
+        copy.seek(0)
+        yield copy
 
 
 def parts_of(

@@ -142,6 +142,10 @@ class Reader(ABC):
         """Whether a record is a line of text rather than a JSON value."""
         return False
 
+    def heeds(self, choice: str) -> bool:
+        """Whether a field of `Choices` makes a difference to this format."""
+        return choice in {one.name for one in fields(self)}  # type: ignore[arg-type]
+
     @abstractmethod
     def fits(self, record: Any) -> bool:
         """Whether a record looks like one of this format; where records are regrouped, whether a row of one does."""

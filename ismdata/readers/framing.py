@@ -23,7 +23,7 @@ from ismdata.readers.blocks import LineBlock, ValueBlock
 #: How much is read at a time. Blocks are cut by content and this size alone, so shards do not depend on the workers.
 BLOCK_BYTES = 4 << 20
 #: How much of it is searched for structure at a time.
-_WINDOW = 1 << 18
+_WINDOW = 4 << 20
 #: A single record beyond this is taken for a broken file: Arrow's offsets end at 2 GiB.
 MAX_RECORD_BYTES = 1 << 30
 

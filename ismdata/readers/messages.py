@@ -48,6 +48,9 @@ class MessageLists(Reader):
         names = self.content if self.role is None else f"{self.role}/{self.content}"
         return f"{self.messages}[].{names}"
 
+    def heeds(self, choice: str) -> bool:
+        return super().heeds(choice) and (choice != "assistant" or self.role is None)
+
     def fits(self, record: Any) -> bool:
         listed = record.get(self.messages) if isinstance(record, dict) else record
         if isinstance(listed, dict):

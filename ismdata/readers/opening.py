@@ -10,18 +10,27 @@ import numpy as np
 
 from ismdata.errors import DataError
 from ismdata.readers import READERS, detect
+from ismdata.readers.archives import Part
 from ismdata.readers.base import Block, Choices, Place, Reader, Refused, following, shown
 from ismdata.readers.blocks import TableBlock
 from ismdata.readers.framing import ByteQueue, Framed
-from ismdata.readers.layout import JSON_LINES, TEXT_LINES, framing_of, skip_mark
-from ismdata.readers.sources import Part, SavedDataset, Source
+from ismdata.readers.layout import LINE_LAYOUTS, TEXT_LINES, framing_of, skip_mark
+from ismdata.readers.sources import SavedDataset, Source
 
 Placed = tuple[Block, Place]
 
 #: What a part is called that holds no record.
 EMPTY = "empty"
+#: What a file of a folder is called that is left aside, for it is of no known format.
+UNKNOWN = "unknown"
+#: Fields that tell a format although the list in them is empty.
+_EMPTY_LISTS = {"messages": "messages", "conversations": "sharegpt"}
 #: Records that detection looks at before it gives up.
 _LOOKED_AT = 100
+
+
+class UnknownFormat(DataError):
+    """No record of a part looks like one of any format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,7 @@ class Opened:
 def opened(source: Source | SavedDataset, format: Format) -> Iterator[Opened]:
     """The parts of a source, one after the other: each is to be read to its end before the next is asked for.
 
-    Raises DataError when a part cannot be read, or is of no known format.
+    Raises DataError when a part cannot be read, UnknownFormat when it is of no known format.
     """
     if isinstance(source, SavedDataset):
         yield _known(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
@@ -87,7 +96,7 @@ def _check_layout(name: str, layout: str, format: Format, queue: ByteQueue) -> N
 
 
 def _line_blocks(framed: Iterable[Framed], part: Part, layout: str) -> Iterator[Placed]:
-    unit = "" if layout in (JSON_LINES, TEXT_LINES) else "record "
+    unit = "" if layout in LINE_LAYOUTS else "record "
     for one in framed:
         prefix, stem = part.name, part.stem
         if one.split is not None:
@@ -105,7 +114,7 @@ def _table_blocks(source: Part | SavedDataset) -> Iterator[Placed]:
 
 
 def _known(blocks: Iterator[Placed], name: str, layout: str, format: Format, position: Callable[[], int]) -> Opened:
-    """The part with the format of its first record that is of one. Raises DataError when none is."""
+    """The part with the format of its first record that is of one. Raises UnknownFormat when none is."""
     head = list(islice(blocks, 1))
     if not head:
         return Opened(name=name, layout=layout, format=EMPTY, reader=None, blocks=(), position=position)
@@ -134,11 +143,14 @@ def _detected(placed: Placed, name: str, format: Format) -> tuple[str, Reader]:
     if first is None:
         raise DataError(refusal)
     if isinstance(first, dict):
+        for field, known_name in _EMPTY_LISTS.items():
+            if first.get(field) == []:
+                return known_name, following(READERS[known_name], format.choices)
         seen = f"the first record has the fields {', '.join(map(repr, first)) or '(none)'}"
     else:
         seen = f"the first record is {shown(first)}"
     known = "; ".join(f"{key} ({reader.expects})" for key, reader in READERS.items())
-    raise DataError(
+    raise UnknownFormat(
         f"{name}: {seen}; expected one of {known}. Say how to read it with --mapping FILE: "
         f"`ismdata convert --explain {name}` writes one to start from"
     )

@@ -25,6 +25,7 @@ from ismdata.readers.archives import (
     EMPTY_ZIP,
     ZIP,
     NoCorpus,
+    Part,
     Watched,
     opened_zip,
     parts_of,
@@ -32,7 +33,6 @@ from ismdata.readers.archives import (
     zip_members,
     zip_part,
 )
-from ismdata.readers.archives import Part as Part
 from ismdata.readers.selection import (
     chosen,
     expected,
@@ -61,7 +61,7 @@ class FileSource:
 
     `passed_over` names what was left aside on the way to it: in its folder or zip archive (said at the first source of
     these), and in the tar archive that it is (once its parts have been read). `found` says that it was not named but
-    found in a folder: an archive without a corpus is then passed over, not refused.
+    found in a folder: an archive without a corpus or a file of no known format is then passed over, not refused.
     """
 
     name: str
@@ -340,11 +340,11 @@ def _gathered(root: Path, files: dict[str, Path], left: list[str]) -> list[FileS
             members = []
         if is_archive(file) and members and members[0].member is None:
             tars.add(file)
-            members[0] = replace(members[0], found=True)
         for source in members or [FileSource(name=shown, path=path)]:
             left += source.passed_over
             source.passed_over.clear()
-            found[file if source.member is None else f"{file}!{source.member.filename}"] = source
+            key = file if source.member is None else f"{file}!{source.member.filename}"
+            found[key] = replace(source, found=True)
     # DailyDialog comes with its splits as archives and as files: each is read once.
     plain = {PurePosixPath(file).name for file in files}
     again = {key for key in found if key not in files and is_dialogues(key) and PurePosixPath(key).name in plain}

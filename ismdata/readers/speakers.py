@@ -49,20 +49,24 @@ def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) ->
     """The role of each speaker of one talk; two casts under "both".
 
     `speakers` names who speaks, message by message. Names that `roles` (lower case to canonical role) knows keep their
-    role; where there is no other assistant, one called the system is: so dialogue-state corpora call it. Of two unknown
-    names one is the user and one the assistant, as `assistant` says; one unknown name beside a known one is the other
-    side. Raises Refused for more unknown names than that.
+    role; where there is no other assistant, one called the system is: so dialogue-state corpora call it. Beside a known
+    assistant all unknown names are users; one unknown name beside a known user is the assistant. Of two unknown names
+    one is the user and one the assistant, as `assistant` says. Raises Refused where the unknown names are more.
 
     >>> casts(["Ann", "Bo", "Ann"], {}, "second")
     [('', {'Ann': 'user', 'Bo': 'assistant'})]
+    >>> casts(["Ann", "Cy", "Bo"], {"bo": "assistant"}, "second")
+    [('', {'Bo': 'assistant', 'Ann': 'user', 'Cy': 'user'})]
     """
     names = list(dict.fromkeys(speakers))
     known = {name: roles[name.strip().lower()] for name in names if name.strip().lower() in roles}
     unknown = [name for name in names if name not in known]
     if not unknown and "assistant" not in known.values() and "user" in known.values():
         known = {name: "assistant" if role == "system" else role for name, role in known.items()}
-    taken = {role for role in known.values() if role in _OTHER}
-    if len(unknown) > 2 - len(taken):
+    if "assistant" in known.values():
+        return [("", {**known, **dict.fromkeys(unknown, "user")})]
+    taken = "user" in known.values()
+    if len(unknown) > 2 - taken:
         who = ", ".join(map(shown, names[:8]))
         raise Refused(
             "many_speakers",
@@ -72,7 +76,7 @@ def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) ->
     if not unknown:
         return [("", known)]
     if taken:
-        return [("", {**known, unknown[0]: _OTHER[taken.pop()]})]
+        return [("", {**known, unknown[0]: "assistant"})]
     found: list[Cast] = []
     for part, order in alternating(2, assistant):
         found.append((part, {**known, **dict(zip(unknown, order, strict=False))}))
