@@ -34,7 +34,7 @@ from pathlib import Path
 import transformers
 
 from ismdata import cli, conversation_files, convert, journal, pack, tokenizing, view
-from ismdata.readers import framing
+from ismdata.readers import framing, layout
 
 #: Imported here for the runs to find them; `AutoTokenizer` is loaded late by its package.
 IMPORTED = (convert, view, transformers.AutoTokenizer)
@@ -99,6 +99,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def make_small() -> None:
     """Many blocks, batches, records and shards in a few megabytes."""
     framing.ByteQueue.more.__defaults__ = (100_000,)
+    framing.BLOCK_BYTES = layout.BLOCK_BYTES = 100_000
     conversation_files.SHARD_BYTES = 1_000_000
     pack._SHARD_TOKENS, pack._BATCH_TOKENS = 200_000, 50_000
     tokenizing._BATCH_BYTES = 100_000
@@ -272,11 +273,11 @@ def torture(command: Command, kills: int, workers: Sequence[int], draw: random.R
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="*", help="corpora to convert beside the generated one")
-    parser.add_argument("--kills", type=int, default=200, help="for each command")
-    parser.add_argument("--command", choices=["convert", "pack", "both"], default="both")
+    parser.add_argument("-n", "--kills", type=int, default=200, help="for each command")
+    parser.add_argument("-c", "--command", choices=["convert", "pack", "both"], default="both")
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--tokenizer", help="for pack")
-    parser.add_argument("--megabytes", type=float, default=8, help="of the generated corpus")
+    parser.add_argument("-m", "--megabytes", type=float, default=8, help="of the generated corpus")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()

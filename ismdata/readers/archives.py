@@ -334,7 +334,7 @@ def zip_part(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, name: str, po
     """One member of a zip archive, compressed inside or not. Raises DataError, while it is read too."""
     try:
         content = archive.open(member)
-    except (*_BROKEN, RuntimeError, NotImplementedError) as error:  # a damaged header, a rare method
+    except (*_BROKEN, ValueError, RuntimeError, NotImplementedError) as error:  # a damaged header, a rare method
         raise DataError(f"{name}: cannot be unpacked ({error}). Unpack the archive and name its files") from error
     watched = Watched(content.read, name, lambda: member.compress_size)
     plain = unpacked(io.BufferedReader(watched), name, lambda: member.compress_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
+import pyarrow as pa
 
 from ismdata.errors import DataError
 from ismdata.readers import READERS, detect
@@ -109,8 +110,17 @@ def _table_blocks(source: Part | SavedDataset) -> Iterator[Placed]:
     first = 1
     for table in source.tables():
         if len(table):
+            _check_table(table, f"{source.name}: rows {first} to {first + len(table) - 1}")
             yield TableBlock(rows=table, numbers=np.arange(first, first + len(table))), place
             first += len(table)
+
+
+def _check_table(table: pa.Table, place: str) -> None:
+    """Raises DataError for texts that are no UTF-8: who reads Parquet or Arrow files takes their word for it."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{place}: {error}; expected texts in UTF-8. Write the file again from its source") from error
 
 
 def _known(blocks: Iterator[Placed], name: str, layout: str, format: Format, position: Callable[[], int]) -> Opened:
@@ -129,7 +139,7 @@ def _detected(placed: Placed, name: str, format: Format) -> tuple[str, Reader]:
         assert found is not None
         return found
     block, place = placed
-    refusal, first = "", None
+    refusal, others = "", []
     for row in range(min(len(block.numbers), _LOOKED_AT)):
         try:
             record = block.record(row)
@@ -139,9 +149,10 @@ def _detected(placed: Placed, name: str, format: Format) -> tuple[str, Reader]:
         found = format.reader_of(record)
         if found is not None:
             return found
-        first = record if first is None else first
-    if first is None:
+        others.append(record)
+    if not others:
         raise DataError(refusal)
+    first = others[0]
     if isinstance(first, dict):
         for field, known_name in _EMPTY_LISTS.items():
             if first.get(field) == []:

@@ -1,0 +1,426 @@
+"""Coverage-guided fuzzing of what reads corpora, with atheris: nothing but a stated error may come of any bytes.
+
+    pip install atheris  # Python 3.11, Linux
+    python benchmarks/fuzz.py --target all --seconds 600
+
+Targets are the formats by name, and `framing`, `layout`, `archives`, `mapping`, `guessing`; `all` runs each in turn,
+`framing,layout` these two. Seeds are valid files of every format and layout, made by `tests/raw_corpora.py`; mutations
+are those of `tests/mutations.py` (trees of JSON values, bytes) and libFuzzer's own. What is checked of each input:
+
+- a format: the bytes as a file of that format, from its compression to canonical rows. The fast road and the general
+  one give the same rows and refusals; each record is written or refused; every row obeys the schema; every line of the
+  quarantine is JSON with a known reason; grouped rows are each in one group.
+- framing: records do not depend on how many bytes come at a time; of JSON they are what `json` finds.
+- layout, archives: as a format, detected by content, plain and packed.
+- mapping, guessing: any TOML is a mapping or a usage error; what `--explain` guesses is a mapping that can be read.
+
+An input that takes over 10 s or 2 GiB is a finding too. Findings are saved in `--findings`; to see one again:
+`python benchmarks/fuzz.py --target NAME --replay FILE`. Prints one line a target, exits with 1 on a finding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+try:
+    import atheris
+except ImportError:
+    sys.exit("benchmarks/fuzz.py needs atheris: pip install atheris (Python 3.11, Linux)")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.mutations import mutated_bytes, mutated_value  # noqa: E402
+from tests.raw_corpora import ANCHOR, FORMATS, PACKED, A, Talk, U, packed, written  # noqa: E402
+
+INSTRUMENTED = ["ismdata.readers", "ismdata.mapping", "ismdata.explain", "ismdata.digests"]
+with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv else contextlib.nullcontext():
+    import numpy as np
+
+    from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLE_NAMES, ROLES
+    from ismdata.conversation_files import quarantine_line
+    from ismdata.digests import digests
+    from ismdata.errors import DataError, UsageError
+    from ismdata.explain import explain
+    from ismdata.mapping import parse_mapping
+    from ismdata.readers import READERS
+    from ismdata.readers.archives import Part, parts_of
+    from ismdata.readers.base import Block, Choices, Place, Reader, Refused, following
+    from ismdata.readers.blocks import ValueBlock
+    from ismdata.readers.canonical import Rules, parse_json
+    from ismdata.readers.framing import (
+        ByteQueue,
+        frame_document,
+        frame_entries,
+        frame_lines,
+        frame_splits,
+        frame_values,
+        line_block,
+    )
+    from ismdata.readers.grouping import GroupBlock
+    from ismdata.readers.opening import Format, opened
+    from ismdata.readers.reading import read_block, read_records
+    from ismdata.readers.rows import DELIMITERS, frame_rows
+    from ismdata.readers.yaml_lists import frame_yaml
+
+#: Limits of one input.
+SECONDS, MEGABYTES, LENGTH = 10, 2048, 12288
+#: Ways in which records are read; an input's checksum chooses.
+CHOICES = (
+    Choices(roles=ROLE_NAMES, preference="chosen"),
+    Choices(roles=ROLE_NAMES, assistant="both", tree="best", preference="rejected"),
+    Choices(roles=ROLE_NAMES, assistant="first"),
+)
+NAMES = ("x", "x.jsonl", "x.json", "x.csv", "x.tsv", "x.yaml", "x.txt")
+PLACE = Place(prefix="x:", stem="x")
+
+OTHER: Talk = ((U, ' "Hi",\u2028 {you} \\'), (A, "yes: <|im_end|>"), (U, "\U0001f4a1"), (A, "你好"))
+
+
+# ---- what must hold of whatever comes out ----
+
+
+def check_block(block: Block, place: Place, reader: Reader, rules: Rules) -> None:
+    """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
+    fast = read_block(block, reader, place, rules)
+    general = read_records(block, reader, place, rules)
+    assert fast.rows.to_pylist() == general.rows.to_pylist(), "the two roads give different rows"
+    assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
+    assert fast.ignored == general.ignored and fast.kin.to_pylist() == general.kin.to_pylist()
+    places = {row["source"] for row in fast.rows.to_pylist()} | {one.source for one in fast.quarantined}
+    assert {f"{place.prefix}{number}" for number in block.numbers} <= places, "a record is neither written nor refused"
+    fast.rows.validate(full=True)
+    assert fast.rows.schema.equals(CONVERSATION_SCHEMA)
+    for row in fast.rows.to_pylist():
+        check_row(row)
+    for roles in (True, False):
+        assert len(digests(fast.rows, roles=roles)) == len(fast.rows)
+    for one in fast.quarantined:
+        assert one.reason in REASONS, one.reason
+        assert one.detail
+        assert json.loads(quarantine_line(one))["source"] == one.source
+
+
+def check_row(row: dict[str, Any]) -> None:
+    assert row["id"] and row["source"] and row["messages"]
+    assert row["tools"] is None or isinstance(parse_json(row["tools"]), list)
+    assert row["meta"] is None or isinstance(parse_json(row["meta"]), dict)
+    for message in row["messages"]:
+        assert message["role"] in ROLES
+        assert message["content"] is not None or message["tool_calls"] is not None
+        assert message["weight"] is None or 0 <= message["weight"] < 3.5e38
+        if message["tool_calls"] is not None:
+            assert all(call["function"]["name"] for call in parse_json(message["tool_calls"]))
+        elif message["role"] == "assistant":
+            assert message["content"].strip()
+
+
+def check_grouping(reader: Reader, values: list[Any]) -> None:
+    """Every row is in exactly one group, whichever blocks it comes in."""
+    half = len(values) // 2
+    blocks = [
+        (ValueBlock(values=part, numbers=np.arange(first, first + len(part))), PLACE)
+        for first, part in ((1, values[:half]), (half + 1, values[half:]))
+    ]
+    seen: list[int] = []
+    for block, _ in reader.regrouped(iter(blocks)):
+        if isinstance(block, GroupBlock):
+            seen += [int(inner.numbers[row]) for group in block.groups for inner, row in group.rows]
+        else:
+            seen += block.numbers.tolist()
+    assert sorted(seen) == list(range(1, len(values) + 1)), "rows are lost or doubled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes as a source."""
+
+    data: bytes
+    name: str = "x"
+    passed_over: list[str] = field(default_factory=list)
+
+    def parts(self) -> Iterator[Part]:
+        stream = io.BufferedReader(io.BytesIO(self.data))  # type: ignore[arg-type]
+        size = len(self.data)
+        yield from parts_of(
+            stream, name=self.name, stem="x", position=lambda: 0, packed=lambda: size, left=self.passed_over
+        )
+
+
+def check_file(data: bytes, name: str, format: Format, rules: Rules) -> None:
+    try:
+        for part in opened(Memory(data=data, name=name), format):  # type: ignore[arg-type]
+            if part.reader is not None:
+                for block, place in part.blocks:
+                    check_block(block, place, part.reader, rules)
+    except DataError as error:
+        assert str(error)
+
+
+# ---- targets ----
+
+
+def read_format(data: bytes, *, name: str) -> None:
+    chance = zlib.crc32(data)
+    choices, rules = CHOICES[chance % 3], Rules(roles=ROLE_NAMES, join=chance % 5 == 0)
+    check_file(data, NAMES[chance % len(NAMES)], Format(name=name, choices=choices), rules)
+    reader = following(READERS[name], choices)
+    if reader.plain_text:
+        values: Any = data.decode("utf-8", errors="replace").split("\n")
+    else:
+        values = _parsed(data)
+        if not isinstance(values, list):
+            values = [values]
+        lines = "\n".join(map(json.dumps, values)).encode()
+        check_block(line_block(lines, 1)[0], PLACE, reader, rules)
+    for value in values:
+        reader.fits(value)
+        try:
+            reader.drafts(value)
+        except Refused as refusal:
+            assert refusal.reason in REASONS
+    check_grouping(reader, values)
+
+
+def read_layout(data: bytes) -> None:
+    chance = zlib.crc32(data)
+    name = NAMES[chance % len(NAMES)]
+    check_file(data, name, Format(choices=CHOICES[chance % 3]), Rules(roles=ROLE_NAMES))
+
+
+FRAMINGS: tuple[Callable[[ByteQueue], Iterator[Any]], ...] = (
+    partial(frame_lines, plain_text=False),
+    frame_document,
+    frame_splits,
+    frame_entries,
+    frame_values,
+    partial(frame_yaml, is_record=lambda value: isinstance(value, list)),
+    *(partial(frame_rows, delimiter=delimiter) for delimiter in DELIMITERS),
+    partial(frame_lines, plain_text=True),
+)
+
+
+class Dribble(io.BytesIO):
+    """A stream that gives a few bytes at a time."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        super().__init__(data)
+        self.size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(self.size)
+
+
+def framed(data: bytes, frame: Callable[[ByteQueue], Iterator[Any]], size: int) -> list[Any] | None:
+    """(split, number, record or reason) of each record; None where the whole is refused."""
+    found = []
+    try:
+        for one in frame(ByteQueue(Dribble(data, size), "x")):
+            for row, number in enumerate(one.block.numbers.tolist()):
+                try:
+                    found.append((one.split, number, one.block.record(row)))
+                except Refused as refusal:  # noqa: PERF203
+                    found.append((one.split, number, refusal.reason))
+    except DataError as error:
+        assert str(error)
+        return None
+    return found
+
+
+def read_framing(data: bytes) -> None:
+    """The first byte names the framing, the second the number of bytes that come at a time."""
+    if len(data) < 2:
+        return
+    frame, size, data = FRAMINGS[data[0] % len(FRAMINGS)], data[1] % 32 + 1, data[2:]
+    whole = framed(data, frame, 1 << 20)
+    assert repr(whole) == repr(framed(data, frame, size)), f"records depend on the {size} bytes that come at a time"
+    if frame is frame_document and isinstance(expected := _parsed(data), list):
+        assert repr([record for _, _, record in whole or []]) == repr(expected), "not what json finds"
+
+
+def read_mapping(data: bytes) -> None:
+    """A mapping file, a NUL byte, and records that it is asked to read."""
+    text, _, records = data.partition(b"\0")
+    try:
+        mapped = parse_mapping(text.decode("utf-8", errors="replace"), "x.toml")
+    except UsageError as error:
+        assert str(error)
+        return
+    values = _parsed(records)
+    values = values if isinstance(values, list) else [values]
+    reader = following(mapped, Choices(roles={**ROLE_NAMES, **mapped.roles}))
+    check_grouping(reader, values)
+    block = ValueBlock(values=values, numbers=np.arange(1, len(values) + 1))
+    for one, place in reader.regrouped(iter([(block, PLACE)])):
+        check_block(one, place, reader, Rules(roles=reader.roles, join=reader.join))
+
+
+def read_guessing(data: bytes) -> None:
+    chance = zlib.crc32(data)
+    name = NAMES[chance % len(NAMES)]
+    try:
+        found = explain(Memory(data=data, name=name), Format(choices=CHOICES[chance % 3]))  # type: ignore[arg-type]
+    except DataError as error:
+        assert str(error)
+        return
+    assert found.text() and json.dumps(found.as_json())
+    if found.mapping is not None:
+        parse_mapping(found.mapping, "x.toml")
+
+
+def _parsed(data: bytes) -> Any:
+    """The JSON value that bytes hold, else nothing."""
+    try:
+        return parse_json(data.decode("utf-8"))
+    except ValueError:
+        return None
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "layout": read_layout,
+    "framing": read_framing,
+    "archives": read_layout,
+    **{name: partial(read_format, name=name) for name in READERS},
+    "mapping": read_mapping,
+    "guessing": read_guessing,
+}
+
+MAPPINGS = (
+    'messages = "."\nexchange = ["question", "answer"]\n\n[roles]\nquestion = "user"\nanswer = "assistant"\n',
+    'messages = "utterances"\nrole = "speaker"\ncontent = "text"\nstrip = true\njoin = true\n\n[roles]\n"*" = "user"\n',
+    'messages = "chat.turns"\nid = "nr"\nsystem = "a.b"\ntools = "c"\nassistant = "both"\n',
+    'text = "dialogue"\nseparator = "|EOM|"\nspeaker_separator = ": "\n',
+    'group = "dialogue_id"\norder = "turn"\nrole = "speaker"\ncontent = "utterance"\n',
+)
+
+
+def seeds(target: str) -> list[bytes]:
+    """Valid inputs of a target."""
+    talks = (ANCHOR, OTHER)
+    plain = {
+        (one.name, layout): written(one, [talk for talk in talks if one.holds(talk)], layout)
+        for one in FORMATS.values()
+        for layout in one.layouts
+    }
+    if target in READERS:
+        return [data for (name, _), (_, data) in plain.items() if name == target]
+    if target == "framing":
+        return [bytes([kind, 3]) + data for kind in range(len(FRAMINGS)) for _, data in [*plain.values()][kind::9]]
+    if target == "archives":
+        small = [plain["messages", "lines"], plain["lists", "array"], plain["dialogue_rows", "parquet"]]
+        return [packed(data, f"x{ending}", how)[1] for how in PACKED for ending, data in small]
+    if target == "mapping":
+        lists = [data for (_, layout), (_, data) in plain.items() if layout == "array"]
+        return [text.encode() + b"\0" + data for text in MAPPINGS for data in lists]
+    return [data for _, data in plain.values()]
+
+
+def mutate(data: bytes, max_size: int, seed: int, others: list[bytes]) -> bytes:
+    """libFuzzer's mutations, damage to bytes, and, where there is JSON, damage to its tree, whole or line by line."""
+    rng = Random(seed)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return bytes(atheris.Mutate(data, max_size))
+    if kind == 1:
+        return mutated_bytes(data, rng, rng.choice(others))[:max_size]
+    start = re.search(rb"[\[{]", data)
+    head, body = (data[: start.start()], data[start.start() :]) if start else (data, b"")
+    lines = body.split(b"\n")
+    at = rng.randrange(len(lines))
+    before, one, after = b"\n".join([*lines[:at], b""]), lines[at], b"\n".join([b"", *lines[at + 1 :]])
+    value, other = _parsed(body), _parsed(one)
+    if isinstance(value, list | dict):
+        before, after = b"", b""
+    elif isinstance(other, list | dict):
+        value = other
+    else:
+        return mutated_bytes(data, rng, rng.choice(others))[:max_size]
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        value = mutated_value(value, rng)
+    how: dict[str, Any] = rng.choice([{}, {"ensure_ascii": False}, {"indent": 1}, {"separators": (",", ":")}])
+    try:
+        text = json.dumps(value, **how).encode("utf-8", errors="surrogatepass")
+    except (ValueError, RecursionError):
+        return data
+    return (head + before + text + after)[:max_size]
+
+
+# ---- running ----
+
+
+def fuzz_here(target: str, arguments: list[str]) -> None:
+    """Fuzz one target in this process, which ends with it."""
+    found = seeds(target)
+    atheris.Setup(
+        ["fuzz", *arguments],
+        TARGETS[target],
+        custom_mutator=lambda data, max_size, seed: mutate(data, max_size, seed, found),
+    )
+    atheris.Fuzz()
+
+
+def fuzz(target: str, seconds: int, seed: int, findings: Path) -> bool:
+    """Fuzz one target in a process of its own; whether nothing was found."""
+    before = set(findings.glob(f"{target}-*"))
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, data in enumerate(seeds(target)):
+            (Path(corpus) / f"seed-{number}").write_bytes(data[:LENGTH])
+        command = [sys.executable, __file__, "--target", target, "--here", "--", corpus]
+        command += [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}"]
+        command += [f"-max_len={LENGTH}", "-print_final_stats=1", f"-artifact_prefix={findings}/{target}-"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        kept = len([*Path(corpus).iterdir()])
+    found = sorted(set(findings.glob(f"{target}-*")) - before)
+    ran = re.search(r"Done (\d+) runs in (\d+) second", done.stdout)
+    if done.returncode == 0 and ran and not found:
+        print(f"{target}: {int(ran[1]):,} executions, {ran[2]} s, {kept:,} inputs kept, no finding", flush=True)
+        return True
+    log = findings / f"{target}.log"
+    log.write_text(done.stdout, encoding="utf-8")
+    executed = re.search(r"number_of_executed_units: (\d+)", done.stdout)
+    count = f"{int(executed[1]):,} executions" if executed else f"exit code {done.returncode}"
+    print(f"{target}: {count}, FINDING {', '.join(map(str, found)) or '(none saved)'}, see {log}", flush=True)
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="all", help=f"all, or some of {', '.join(TARGETS)}, with commas")
+    parser.add_argument("--seconds", type=int, default=600, help="for each target")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="a folder for inputs that fail")
+    parser.add_argument("--replay", type=Path, help="run the target on this input alone")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    targets = [*TARGETS] if arguments.target == "all" else arguments.target.split(",")
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown:
+        parser.error(f"no target {', '.join(unknown)}; expected all or some of {', '.join(TARGETS)}")
+    if arguments.here:
+        fuzz_here(targets[0], arguments.rest)
+    if arguments.replay:
+        TARGETS[targets[0]](arguments.replay.read_bytes())
+        return 0
+    findings = arguments.findings.resolve()
+    findings.mkdir(parents=True, exist_ok=True)
+    sound = [fuzz(target, arguments.seconds, arguments.seed, findings) for target in targets]
+    return 0 if all(sound) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
