@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what reads corpora, with atheris: nothing but a stated error may come of any bytes.
 
     pip install atheris  # Python 3.11, Linux
-    python benchmarks/fuzz.py --target all --seconds 600
+    python benchmarks/fuzz.py --reader all --seconds 600
 
 Targets are the formats by name, and `framing`, `layout`, `archives`, `mapping`, `guessing`; `all` runs each in turn,
 `framing,layout` these two. Seeds are valid files of every format and layout, made by `tests/raw_corpora.py`; mutations
@@ -15,7 +15,7 @@ are those of `tests/mutations.py` (trees of JSON values, bytes) and libFuzzer's 
 - mapping, guessing: any TOML is a mapping or a usage error; what `--explain` guesses is a mapping that can be read.
 
 An input that takes over 10 s or 2 GiB is a finding too. Findings are saved in `--findings`; to see one again:
-`python benchmarks/fuzz.py --target NAME --replay FILE`. Prints one line a target, exits with 1 on a finding.
+`python benchmarks/fuzz.py --reader NAME --replay FILE`. Prints one line a target, exits with 1 on a finding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -51,15 +50,12 @@ INSTRUMENTED = ["ismdata.readers", "ismdata.mapping", "ismdata.explain", "ismdat
 with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv else contextlib.nullcontext():
     import numpy as np
 
-    from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLE_NAMES, ROLES
-    from ismdata.conversation_files import quarantine_line
-    from ismdata.digests import digests
+    from ismdata.conversation import REASONS, ROLE_NAMES
     from ismdata.errors import DataError, UsageError
     from ismdata.explain import explain
     from ismdata.mapping import parse_mapping
     from ismdata.readers import READERS
-    from ismdata.readers.archives import Part, parts_of
-    from ismdata.readers.base import Block, Choices, Place, Reader, Refused, following
+    from ismdata.readers.base import Choices, Refused, following
     from ismdata.readers.blocks import ValueBlock
     from ismdata.readers.canonical import Rules, parse_json
     from ismdata.readers.framing import (
@@ -71,11 +67,10 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
         frame_values,
         line_block,
     )
-    from ismdata.readers.grouping import GroupBlock
-    from ismdata.readers.opening import Format, opened
-    from ismdata.readers.reading import read_block, read_records
+    from ismdata.readers.opening import Format
     from ismdata.readers.rows import DELIMITERS, frame_rows
     from ismdata.readers.yaml_lists import frame_yaml
+    from tests.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
 
 #: Limits of one input.
 SECONDS, MEGABYTES, LENGTH = 10, 2048, 12288
@@ -86,89 +81,8 @@ CHOICES = (
     Choices(roles=ROLE_NAMES, assistant="first"),
 )
 NAMES = ("x", "x.jsonl", "x.json", "x.csv", "x.tsv", "x.yaml", "x.txt")
-PLACE = Place(prefix="x:", stem="x")
 
 OTHER: Talk = ((U, ' "Hi",\u2028 {you} \\'), (A, "yes: <|im_end|>"), (U, "\U0001f4a1"), (A, "你好"))
-
-
-# ---- what must hold of whatever comes out ----
-
-
-def check_block(block: Block, place: Place, reader: Reader, rules: Rules) -> None:
-    """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
-    fast = read_block(block, reader, place, rules)
-    general = read_records(block, reader, place, rules)
-    assert fast.rows.to_pylist() == general.rows.to_pylist(), "the two roads give different rows"
-    assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
-    assert fast.ignored == general.ignored and fast.kin.to_pylist() == general.kin.to_pylist()
-    places = {row["source"] for row in fast.rows.to_pylist()} | {one.source for one in fast.quarantined}
-    assert {f"{place.prefix}{number}" for number in block.numbers} <= places, "a record is neither written nor refused"
-    fast.rows.validate(full=True)
-    assert fast.rows.schema.equals(CONVERSATION_SCHEMA)
-    for row in fast.rows.to_pylist():
-        check_row(row)
-    for roles in (True, False):
-        assert len(digests(fast.rows, roles=roles)) == len(fast.rows)
-    for one in fast.quarantined:
-        assert one.reason in REASONS, one.reason
-        assert one.detail
-        assert json.loads(quarantine_line(one))["source"] == one.source
-
-
-def check_row(row: dict[str, Any]) -> None:
-    assert row["id"] and row["source"] and row["messages"]
-    assert row["tools"] is None or isinstance(parse_json(row["tools"]), list)
-    assert row["meta"] is None or isinstance(parse_json(row["meta"]), dict)
-    for message in row["messages"]:
-        assert message["role"] in ROLES
-        assert message["content"] is not None or message["tool_calls"] is not None
-        assert message["weight"] is None or 0 <= message["weight"] < 3.5e38
-        if message["tool_calls"] is not None:
-            assert all(call["function"]["name"] for call in parse_json(message["tool_calls"]))
-        elif message["role"] == "assistant":
-            assert message["content"].strip()
-
-
-def check_grouping(reader: Reader, values: list[Any]) -> None:
-    """Every row is in exactly one group, whichever blocks it comes in."""
-    half = len(values) // 2
-    blocks = [
-        (ValueBlock(values=part, numbers=np.arange(first, first + len(part))), PLACE)
-        for first, part in ((1, values[:half]), (half + 1, values[half:]))
-    ]
-    seen: list[int] = []
-    for block, _ in reader.regrouped(iter(blocks)):
-        if isinstance(block, GroupBlock):
-            seen += [int(inner.numbers[row]) for group in block.groups for inner, row in group.rows]
-        else:
-            seen += block.numbers.tolist()
-    assert sorted(seen) == list(range(1, len(values) + 1)), "rows are lost or doubled"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes as a source."""
-
-    data: bytes
-    name: str = "x"
-    passed_over: list[str] = field(default_factory=list)
-
-    def parts(self) -> Iterator[Part]:
-        stream = io.BufferedReader(io.BytesIO(self.data))  # type: ignore[arg-type]
-        size = len(self.data)
-        yield from parts_of(
-            stream, name=self.name, stem="x", position=lambda: 0, packed=lambda: size, left=self.passed_over
-        )
-
-
-def check_file(data: bytes, name: str, format: Format, rules: Rules) -> None:
-    try:
-        for part in opened(Memory(data=data, name=name), format):  # type: ignore[arg-type]
-            if part.reader is not None:
-                for block, place in part.blocks:
-                    check_block(block, place, part.reader, rules)
-    except DataError as error:
-        assert str(error)
 
 
 # ---- targets ----
@@ -379,7 +293,7 @@ def fuzz(target: str, seconds: int, seed: int, findings: Path) -> bool:
     with tempfile.TemporaryDirectory() as corpus:
         for number, data in enumerate(seeds(target)):
             (Path(corpus) / f"seed-{number}").write_bytes(data[:LENGTH])
-        command = [sys.executable, __file__, "--target", target, "--here", "--", corpus]
+        command = [sys.executable, __file__, "--reader", target, "--here", "--", corpus]
         command += [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}"]
         command += [f"-max_len={LENGTH}", "-print_final_stats=1", f"-artifact_prefix={findings}/{target}-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
@@ -399,7 +313,9 @@ def fuzz(target: str, seconds: int, seed: int, findings: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="all", help=f"all, or some of {', '.join(TARGETS)}, with commas")
+    parser.add_argument(
+        "--reader", dest="target", default="all", help=f"all, or some of {', '.join(TARGETS)}, with commas"
+    )
     parser.add_argument("--seconds", type=int, default=600, help="for each target")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), help="a folder for inputs that fail")

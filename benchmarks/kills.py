@@ -33,8 +33,8 @@ from pathlib import Path
 
 import transformers
 
-from ismdata import cli, conversation_files, convert, journal, pack, tokenizing, view
-from ismdata.readers import framing, layout
+from ismdata import cli, conversation_files, conversion, convert, journal, pack, tokenizing, view
+from ismdata.readers import framing
 
 #: Imported here for the runs to find them; `AutoTokenizer` is loaded late by its package.
 IMPORTED = (convert, view, transformers.AutoTokenizer)
@@ -99,7 +99,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def make_small() -> None:
     """Many blocks, batches, records and shards in a few megabytes."""
     framing.ByteQueue.more.__defaults__ = (100_000,)
-    framing.BLOCK_BYTES = layout.BLOCK_BYTES = 100_000
+    conversion._BATCH_BYTES = 100_000
     conversation_files.SHARD_BYTES = 1_000_000
     pack._SHARD_TOKENS, pack._BATCH_TOKENS = 200_000, 50_000
     tokenizing._BATCH_BYTES = 100_000
@@ -220,7 +220,7 @@ def attempt(command: Command, workers: int, draw: random.Random, tally: Tally) -
         tally.moments[moment] += 1
     elif watch.code:
         raise SystemExit(f"{command.name} ended with {watch.code}: {said}")
-    elif not watch.before:  # how long a run takes changes with what else the machine does
+    elif watch.began and not watch.before:  # how long a run takes changes with what else the machine does
         tally.whole, tally.working = watch.seconds
 
 

@@ -38,6 +38,7 @@ from ismdata.collate import IGNORE_INDEX, Collator, check_mask
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import check_output, make_partial, put_in_place
+from ismdata.lock import locked
 from ismdata.presets import PRESETS, preset_model
 
 METRICS_NAME = "metrics.csv"
@@ -268,22 +269,23 @@ def _check_numbers(*, steps: int | None, epochs: float, learning_rate: float, wa
 def _training_folder(final: Path, *, packed: Path, overwrite: bool) -> Iterator[Path]:
     """Yield `.NAME.partial` to write into, renamed to `final` on success; on an error kept only for its checkpoints."""
     partial = final.parent / f".{final.name}.partial"
-    check_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=[packed])
-    if partial.exists() and any(partial.iterdir()) and not overwrite:
-        raise UsageError(
-            f"{partial}: holds the checkpoints of a run that broke off; name another output, or pass --overwrite "
-            "to replace it"
-        )
-    make_partial(partial, final)
-    try:
-        yield partial
-        put_in_place(partial, final)
-    except BaseException as error:
-        if not any(partial.glob(f"{CHECKPOINTS_NAME}/checkpoint-*")):
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise DataError(f"{final}: writing failed ({error.strerror or error})") from error
-        raise
+    with locked(final):
+        check_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=[packed])
+        if partial.exists() and any(partial.iterdir()) and not overwrite:
+            raise UsageError(
+                f"{partial}: holds the checkpoints of a run that broke off; name another output, or pass --overwrite "
+                "to replace it"
+            )
+        make_partial(partial, final)
+        try:
+            yield partial
+            put_in_place(partial, final)
+        except BaseException as error:
+            if not any(partial.glob(f"{CHECKPOINTS_NAME}/checkpoint-*")):
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise DataError(f"{final}: writing failed ({error.strerror or error})") from error
+            raise
 
 
 class _CountingTrainer(Trainer):

@@ -67,6 +67,12 @@ def _without_system(talk: Talk) -> bool:
     return all(role != S for role, _ in talk)
 
 
+def _with_speakers(talk: Talk) -> bool:
+    """A speaker called the system is the assistant where there is none."""
+    roles = {role for role, _ in talk}
+    return S not in roles or A in roles
+
+
 def _alternates(talk: Talk) -> bool:
     """The user opens, and nobody speaks twice in a row."""
     return [role for role, _ in talk] == [U, A] * (len(talk) // 2) + [U] * (len(talk) % 2)
@@ -214,7 +220,7 @@ FORMATS: dict[str, Format] = {
         Format(
             name="utterances",
             write=lambda talk, name: [{"id": name, "utterances": _listed(talk, "speaker", "text")}],
-            holds=_anything,
+            holds=_with_speakers,
             layouts=_MORE,
             strips=True,
         ),
@@ -252,7 +258,7 @@ FORMATS: dict[str, Format] = {
         Format(
             name="dialogue_rows",
             write=_dialogue_rows,
-            holds=_anything,
+            holds=_with_speakers,
             layouts=(*_JSON, "parquet", "csv", "tsv", "semicolons"),
         ),
         Format(
@@ -328,8 +334,9 @@ def _table(talks: Sequence[Records], delimiter: str) -> str:
 
 
 def _parquet(talks: Sequence[Records]) -> bytes:
-    out = io.BytesIO()
-    pyarrow.parquet.write_table(pa.Table.from_pylist(_flat(talks)), out)
+    out, rows = io.BytesIO(), _flat(talks)
+    names = dict.fromkeys(name for row in rows for name in row)
+    pyarrow.parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), out)
     return out.getvalue()
 
 

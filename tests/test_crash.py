@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import ismdata.conversation_files
+import ismdata.conversion
 import ismdata.journal
 import ismdata.pack
 import ismdata.tokenizing
@@ -31,7 +32,7 @@ from ismdata.encoder import set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import PackReport, pack
 from ismdata.parity import ColumnsDiffer
-from ismdata.readers import framing, layout
+from ismdata.readers import framing
 from ismdata.verify import verify
 from tests.test_pack import bytes_tokenizer as bytes_tokenizer
 
@@ -274,8 +275,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two sources with broken and repeated records, to be read in many blocks and written to many shards."""
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (4000,))
-    for module in (framing, layout):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(ismdata.conversion, "_BATCH_BYTES", 4000)
     monkeypatch.setattr(ismdata.conversation_files, "SHARD_BYTES", 8000)
     record_always(monkeypatch)
     write_corpus(tmp_path / "a.jsonl", 60)

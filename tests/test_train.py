@@ -301,7 +301,8 @@ def test_weights_as_pickles_are_refused(packed, small_model, tmp_path):
     model.mkdir()
     (model / "config.json").write_text((small_model / "config.json").read_text())
     torch.save(tiny_model(dtype=torch.float32).state_dict(), model / "pytorch_model.bin")
-    with pytest.raises(DataError, match=r"the weights are a pickle \(pytorch_model\.bin\).*expected model\.safetensors"):
+    match = r"the weights are a pickle \(pytorch_model\.bin\).*expected model\.safetensors"
+    with pytest.raises(DataError, match=match):
         run(packed, tmp_path / "out", model=str(model))
 
 

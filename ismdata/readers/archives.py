@@ -183,7 +183,7 @@ class Part:
                 file = pyarrow.parquet.ParquetFile(stream)
                 for batch in file.iter_batches(batch_size=_ROWS):
                     yield pa.Table.from_batches([batch])
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
                 raise DataError(f"{self.name}: not a readable Parquet file ({error}). Get the file again") from error
 
 

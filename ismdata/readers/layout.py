@@ -147,7 +147,7 @@ def _opens_entries(queue: ByteQueue, is_record: Callable[[Any], bool]) -> bool:
     Reads ahead until the first entry is there as a whole.
     """
     entries, whole = _first_entries(queue)
-    if not entries or entries[0][0] in _RECORD_FIELDS or (whole and is_record(dict(entries))):
+    if not entries or (whole and is_record(dict(entries))):
         return False
     # Names such as `chosen` and `rejected` are fields, whatever they hold; ids have digits, or there are many.
     numbered = any(char.isdigit() for char in entries[0][0])
@@ -161,7 +161,9 @@ def _opens_entries(queue: ByteQueue, is_record: Callable[[Any], bool]) -> bool:
 
 def _first_entries(queue: ByteQueue) -> tuple[list[tuple[str, Any]], bool]:
     """The first entries of the object that a file opens with, as far as they are lists or objects; and whether all."""
-    opening = re.match(rb'\s*\{\s*"(?:[^"\\\n]|\\.)*"\s*:\s*[\[{]', queue.data)
+    opening = re.match(rb'\s*\{\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*[\[{]', queue.data)
+    if opening is not None and opening.group(1).decode("utf-8", errors="replace") in _RECORD_FIELDS:
+        return [], False  # a record, and most files open with one
     while opening is not None:
         text = queue.data.decode("utf-8", errors="ignore")
         entries: list[tuple[str, Any]] = []

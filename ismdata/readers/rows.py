@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +69,8 @@ def delimiter_of(head: bytes, is_record: Callable[[Any], bool], *, named: bool) 
     most, best = 1, None
     for delimiter in DELIMITERS:
         # Not strict: the head may end inside a row, and only the first two count here.
-        reader = csv.reader(whole.decode("utf-8", errors="replace").splitlines(keepends=True), delimiter=delimiter)
+        text = io.TextIOWrapper(io.BytesIO(whole), encoding="utf-8", errors="replace", newline="")
+        reader = csv.reader(text, delimiter=delimiter)
         try:
             rows = [row for row in (next(reader, []) for _ in range(20)) if row][:2]
         except csv.Error:
