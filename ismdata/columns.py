@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ class Column:
     def __init__(self, path: Path, dtype: DTypeLike, width: int = 1, *, keep: int = 0) -> None:
         self.path, self.dtype, self.width = path, np.dtype(dtype), width
         self.rows = keep
+        self._map: mmap.mmap | None = None
         self._file = path.open("r+b" if keep and path.exists() else "wb")
         kept, found = keep * self._row_bytes, self._file.seek(0, os.SEEK_END)
         if found < kept:
@@ -58,4 +60,11 @@ class Column:
         shape = (self.rows, self.width) if self.width > 1 else (self.rows,)
         if not self.rows:  # an empty file cannot be mapped
             return np.empty(shape, self.dtype)
-        return np.memmap(self.path, self.dtype, "r", shape=shape).view(np.ndarray)
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), self.rows * self._row_bytes, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, self.dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Let go of the memory that reading the map took: it stays readable, and what is read again is mapped again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)

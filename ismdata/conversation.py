@@ -58,6 +58,7 @@ ROLE_NAMES: dict[str, str] = {
     "tool_response": "tool",
     "function_response": "tool",
     "ipython": "tool",
+    "environment": "tool",
 }
 
 #: Role names whose content is the JSON text of a call, which becomes an assistant message with `tool_calls`.

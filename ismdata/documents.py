@@ -16,8 +16,9 @@ from ismdata.batch import ConversationBatch, IntArray
 from ismdata.conversation import Refusal
 from ismdata.errors import DataError
 from ismdata.overlong import Policy, split
+from ismdata.runs import ragged_arange
 from ismdata.skeleton import MOST_MESSAGES, History, TooManyMessages
-from ismdata.tokens import DocumentEncoder, Documents, Requests, ragged_arange
+from ismdata.tokens import DocumentEncoder, Documents, Requests
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
+from ismdata.tokenizer_backends import BACKENDS, BackendName
 from ismdata.tokenizing import Progress, Quarantine, Source, Tally, tokenize
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
@@ -68,6 +69,7 @@ def pack(
     template_arguments: Mapping[str, Any] | None = None,
     template_date: datetime.date = DEFAULT_DATE,
     prefix_every: int = 1,
+    tokenizer_backend: BackendName = "auto",
     workers: int = 0,
     seed: int = 0,
     overwrite: bool = False,
@@ -76,7 +78,9 @@ def pack(
 ) -> PackReport:
     """Pack converted folders into `output`, or go on with it where the same call was killed.
 
-    workers: threads of the tokenizer, 0 for all cores; the output does not depend on it. Raises UsageError for options
+    workers: threads of the tokenizer, 0 for all cores; the output does not depend on it. tokenizer_backend: `auto` is
+    gigatoken where it is installed and gives the ids of tokenizers (`hf`), the reference; the output does not depend on
+    it either, but for the entries in the index that name it. Raises UsageError for options
     that cannot be and for a call that differs from the one to go on with, DataError for what is wrong with the data;
     then no output folder is left.
     """
@@ -84,7 +88,7 @@ def pack(
     options = Options(
         seq_len=seq_len, mask=mask, over_long=over_long, history=history, prefix_every=prefix_every, seed=seed
     )
-    _check_options(options, workers)
+    _check_options(options, tokenizer_backend, workers)
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     sources = [Source(folder) for folder in converted]
@@ -94,11 +98,13 @@ def pack(
         )
         for note in encoding.notes:
             notify(note)
-        with closing(Journal.open(partial, _run(sources, encoding, options), restart=overwrite)) as journal:
+        with closing(
+            Journal.open(partial, _run(sources, encoding, options, tokenizer_backend), restart=overwrite)
+        ) as journal:
             _check_finished(partial, journal)
             _say_resumed(journal, sources, notify)
-            spool, quarantine, tally = tokenize(
-                sources, encoding, options, partial, journal, notify=notify, progress=progress
+            spool, quarantine, tally, backend = tokenize(
+                sources, encoding, options, tokenizer_backend, partial, journal, notify=notify, progress=progress
             )
             lengths = spool.seal()
             if not len(lengths):
@@ -110,6 +116,8 @@ def pack(
         totals = tally.totals(lengths, options.seq_len, sequences=rows)
         refusals = quarantine.first()
         index = _index(partial, encoding, options, counts, totals, shards, tally.weighted, sources)
+        index["tokenizer"]["backend"] = backend.name
+        index["options"]["tokenizer_backend"] = tokenizer_backend
         quarantined = describe_file(partial / QUARANTINE_NAME, sum(quarantine.reasons.values()))
         index["quarantine"] = asdict(quarantined)
         write_index(partial, index)
@@ -123,7 +131,7 @@ def pack(
     )
 
 
-def _check_options(options: Options, workers: int) -> None:
+def _check_options(options: Options, backend: BackendName, workers: int) -> None:
     if options.seq_len < BLOCK_SIZE or options.seq_len % BLOCK_SIZE:
         near = max(1, round(options.seq_len / BLOCK_SIZE)) * BLOCK_SIZE
         raise UsageError(
@@ -142,11 +150,13 @@ def _check_options(options: Options, workers: int) -> None:
         raise UsageError(f"--prefix-every {options.prefix_every}: expected 1 or more")
     if options.prefix_every > 1 and options.mask != "prefix":
         raise UsageError(f"--prefix-every goes with --mask prefix, not with --mask {options.mask}")
+    if backend not in BACKENDS:
+        raise UsageError(f"--tokenizer-backend {backend}: expected one of {', '.join(BACKENDS)}")
     if workers < 0:
         raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
 
 
-def _run(sources: Sequence[Source], encoding: Encoding, options: Options) -> dict[str, Any]:
+def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other: all that the output depends on."""
     template = encoding.renderer.template
     return {
@@ -157,6 +167,7 @@ def _run(sources: Sequence[Source], encoding: Encoding, options: Options) -> dic
         "chat_template": [template.name, template.sha256],
         "options": {
             **asdict(options),
+            "tokenizer_backend": backend,
             "template_arg": dict(template.arguments),
             "template_date": template.date.isoformat(),
         },

@@ -1,46 +1,53 @@
 """Document lengths to a plan: which documents share a sequence, in which order. It sees nothing but integers.
 
-Two plans are made, the one with fewer sequences is taken (best-fit at a tie):
+The bins are found over the histogram of lengths (bins.py); here documents are laid into them. All documents of one
+length are brought together and shuffled, and each place for that length in a bin takes the next of them. The sequences
+are shuffled, and the documents inside each. So neither lengths nor the order of the corpus shape the order of training.
 
-- best-fit-decreasing, over the histogram of lengths instead of over the documents. Bins that hold the same lengths are
-  one class with a count, so the work grows with the number of distinct lengths and not with the number of documents,
-  while the bins are those of the item-by-item algorithm.
-- exact completion: documents drawn as the corpus has them, then one, two or three that fill the sequence to the last
-  token. It wins where lengths are alike and best-fit, left with nothing short, finds nothing to close its gaps with.
-
-Which documents of one length go where, the order of the documents inside a sequence, and the order of the sequences are
-then shuffled, so that neither lengths nor the order of the corpus shape the order of training.
+Work is cut into pieces that stay in a processor's cache, and pieces run on all cores. What a piece does depends on its
+number and the seed, never on which thread does it, nor on how many there are.
 
 >>> plan([5, 3, 2, 6], seq_len=8, seed=0).row_documents.tolist()
 [2, 2]
 
-Shape legend: D documents, R rows (sequences), T = seq_len.
+Shape legend: D documents, R rows (sequences), T = seq_len, C classes of bins, E entries of classes (bins.py).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ismdata.bins import Bins, best_bins
 from ismdata.errors import UsageError
 
-#: Best-fit within this factor of the lower bound is taken as it is: no other plan can save more.
-_GOOD_ENOUGH = 1.0001
+#: Documents of a piece of work. Smaller pieces spend their time in calls, larger ones wait for memory.
+_PIECE = 1 << 16
 
-#: Exact completion draws this often for one bin before it fills it as well as it can.
-_DRAWS = 4
+#: Lengths that are counted together for each count that is kept of them, and how many at most.
+_LENGTHS_PER_COUNT = 8
+_LARGEST_PIECE = 1 << 22
 
-#: A pattern found by exact completion is used for one part in so many of the remaining documents at once.
-_PATTERN_SHARE = 1024
+#: Documents of one length that are shuffled at a time, by random keys of 16 bits: more would share too many keys.
+_HAND = 1 << 16
 
-#: How many lengths are tried as the first of three that fill a bin.
-_TRIPLES = 64
+#: Rows that are laid down at a time, and how many counts of such parts are kept at most.
+_ROWS_OF_A_PART = 1 << 16
+_DEALT_COUNTS = 1 << 24
 
-#: Keys to sort are built in pieces of this many, so that temporaries stay small beside them.
-_CHUNK = 1 << 20
+#: Orders of its documents that one class of bins has, where it has as many bins, and places that all these may take.
+_FEWEST_ORDERS, _MOST_ORDERS = 4, 64
+_ORDERED_PLACES = 1 << 19
+
+#: What random numbers are drawn for. Each has its own stream for a seed.
+_OF_DOCUMENTS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +65,7 @@ class Plan:
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Where in `order` each row starts, int64[R + 1]; the last is D."""
-        return np.concatenate([[0], np.cumsum(self.row_documents, dtype=np.int64)])
-
-    def documents(self, row: int) -> NDArray[np.uint32]:
-        """The documents of one row, in order."""
-        start = int(self.row_documents[:row].sum(dtype=np.int64))
-        return self.order[start : start + int(self.row_documents[row])]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bins:
-    """Classes of identical bins. Class c stands for `count[c]` bins; entry i puts `times[i]` documents of length
-    `length[i]` into every bin of class `owner[i]`."""
-
-    count: NDArray[np.int64]  # [C]
-    owner: NDArray[np.int64]  # [E]
-    length: NDArray[np.int64]  # [E]
-    times: NDArray[np.int64]  # [E]
-
-    @property
-    def rows(self) -> int:
-        return int(self.count.sum())
+        return _starts(self.row_documents)
 
 
 def lower_bound(lengths: ArrayLike, seq_len: int) -> int:
@@ -94,261 +81,207 @@ def plan(lengths: ArrayLike, *, seq_len: int, seed: int) -> Plan:
     lengths = np.asarray(lengths)
     if lengths.size == 0:
         return Plan(order=np.zeros(0, np.uint32), row_documents=np.zeros(0, np.int32))
-    _check_lengths(lengths, seq_len)
-    bins = _best_bins(_histogram(lengths, seq_len), seq_len)
-    return _assign(lengths, bins, np.random.Generator(np.random.PCG64(seed)))
-
-
-def _check_lengths(lengths: NDArray[Any], seq_len: int) -> None:
     if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer):
         raise UsageError(f"lengths are {lengths.dtype} of shape {lengths.shape}; expected one integer per document")
     if len(lengths) > np.iinfo(np.uint32).max:
         raise UsageError(f"{len(lengths)} documents; expected fewer than 2^32. Pack the corpus in parts")
-    for bad in (int(lengths.argmin()), int(lengths.argmax())):
-        if not 1 <= lengths[bad] <= seq_len:
-            raise UsageError(
-                f"document {bad} has {lengths[bad]} tokens; expected 1 to seq_len = {seq_len}. "
-                "Split or drop over-long documents first"
-            )
+    with ThreadPoolExecutor(_threads()) as threads:
+        piece = _piece(len(lengths), seq_len)
+        counts = _count(lengths, seq_len, piece, threads)
+        histogram = counts.sum(0, dtype=np.int64)
+        bins = best_bins(histogram, seq_len)
+        grouped = _group(lengths, counts, piece, threads)
+        _shuffle_groups(grouped, histogram, seed, threads)
+        return _lay_down(grouped, bins, seed, threads)
 
 
-def _histogram(lengths: NDArray[Any], seq_len: int) -> NDArray[np.int64]:
-    """How many documents have each length, int64[T + 1]. In pieces: numpy counts int64, which narrow lengths become."""
-    counts = np.zeros(seq_len + 1, np.int64)
-    for start in range(0, len(lengths), _CHUNK):
-        counts += np.bincount(lengths[start : start + _CHUNK].astype(np.int64), minlength=seq_len + 1)
+def _threads() -> int:
+    """More than so many threads wait for memory, not for a core."""
+    return min(os.cpu_count() or 1, 16)
+
+
+def _random(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=stream)))
+
+
+def _starts(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    """Where each of so many things begins when they are laid end to end, int64[N + 1]; the last is their sum."""
+    starts = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    return starts
+
+
+def _piece(documents: int, seq_len: int) -> int:
+    """How many lengths are counted at a time: so many that the counts of all pieces stay small beside the lengths."""
+    return min(documents, max(_PIECE, min(_LENGTHS_PER_COUNT * (seq_len + 1), _LARGEST_PIECE)))
+
+
+def _count(lengths: NDArray[Any], seq_len: int, piece: int, threads: Executor) -> NDArray[np.uint32]:
+    """How many documents of each length a piece has, uint32[pieces, T + 1]. Raises UsageError for one out of range."""
+    counts = np.zeros((-(-len(lengths) // piece), seq_len + 1), np.uint32)
+
+    def count(number: int) -> None:
+        part = lengths[number * piece : (number + 1) * piece]
+        for bad in (int(part.argmin()), int(part.argmax())):
+            if not 1 <= part[bad] <= seq_len:
+                raise UsageError(
+                    f"document {number * piece + bad} has {part[bad]} tokens; expected 1 to seq_len = {seq_len}. "
+                    "Split or drop over-long documents first"
+                )
+        counts[number] = np.bincount(part.astype(np.int64), minlength=seq_len + 1)
+
+    _run(threads, count, len(counts))
     return counts
 
 
-def _best_bins(histogram: NDArray[np.int64], seq_len: int) -> _Bins:
-    """The plan with fewer sequences of the two; best-fit at a tie."""
-    best_fit = _best_fit_decreasing(histogram, seq_len)
-    tokens = int(histogram @ np.arange(len(histogram)))
-    if best_fit.rows <= -(-tokens // seq_len) * _GOOD_ENOUGH:
-        return best_fit
-    exact = _exact_completion(histogram, seq_len)
-    return exact if exact.rows < best_fit.rows else best_fit
+def _group(lengths: NDArray[Any], counts: NDArray[np.uint32], piece: int, threads: Executor) -> NDArray[np.uint32]:
+    """Document numbers by length, those of one length as the corpus has them, uint32[D]: a counting sort."""
+    grouped = np.empty(len(lengths), np.uint32)
+    ends = np.cumsum(counts, axis=0, dtype=np.uint32)
+    begins = _starts(ends[-1])[:-1]
+    # numpy sorts integers of up to 16 bits by their digits, in a fraction of the time that others take
+    narrow = np.min_scalar_type(counts.shape[1] - 1)
+
+    def place(number: int) -> None:
+        start = number * piece
+        part = lengths[start : start + piece].astype(narrow)
+        documents = part.argsort(kind="stable")
+        # where a length goes on in `grouped`, less where it begins among the sorted documents of this piece
+        shift = begins + ends[number] - np.cumsum(counts[number], dtype=np.int64)
+        places = np.repeat(shift, counts[number])
+        places += np.arange(len(part))
+        grouped[places] = (documents + start).astype(np.uint32)
+
+    _run(threads, place, len(counts))
+    return grouped
 
 
-def _best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> _Bins:
-    """Longest documents first, each into the fullest bin that still has room for it.
+def _shuffle_groups(grouped: NDArray[np.uint32], histogram: NDArray[np.int64], seed: int, threads: Executor) -> None:
+    """Shuffle the documents of each length among themselves, in place.
 
-    All bins of one class take the same documents, so a length is laid down in a few steps however many documents have
-    it: the fullest bins with room r take floor(r / L) documents of length L each before any other bin is looked at,
-    for each documents makes its bin fuller still. A class that is filled leaves room r mod L < r / 2, hence is
-    visited at most log2(T) times.
+    A large group is dealt out in turn like cards, and each hand, an even sample of the group, is shuffled in the cache.
     """
-    # What a class holds is a linked list, newest entry first: bins of one origin share their tail.
-    entry_length: list[int] = []
-    entry_times: list[int] = []
-    entry_before: list[int] = []
+    borders = np.unique(_starts(histogram))
+    cuts = _cut(borders, _PIECE)
 
-    def put(times: int, length: int, before: int) -> int:
-        entry_length.append(length)
-        entry_times.append(times)
-        entry_before.append(before)
-        return len(entry_length) - 1
+    def shuffle(number: int) -> None:
+        bits = _random(seed, _OF_DOCUMENTS, number).bit_generator
 
-    # Classes are (room, newest entry, bins). Those with room for the present length are on a stack, the fullest on top.
-    # The others wait by their room; as the length sinks they come to have room again, and less of it than all on the
-    # stack: so the stack stays sorted without being searched.
-    roomy: list[tuple[int, int, int]] = []
-    waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(seq_len)]
-    above = seq_len
-    for length in np.flatnonzero(histogram)[::-1].tolist():
-        for room in range(above - 1, length - 1, -1):
-            roomy.extend(waiting[room])
-            waiting[room].clear()
-        above = length
-        left = int(histogram[length])
-        while left:
-            room, newest, bins = roomy.pop() if roomy else (seq_len, -1, left)
-            fits = room // length
-            filled = min(bins, left // fits)
-            if filled:
-                rest = room - fits * length
-                waiting[rest].append((rest, put(fits, length, newest), filled))
-                left -= filled * fits
-            if filled < bins:
-                untouched = bins - filled - (left > 0)
-                if untouched and newest >= 0:
-                    roomy.append((room, newest, untouched))
-                if left:  # fewer than one bin takes
-                    roomy.append((room - left * length, put(left, length, newest), 1))
-                    left = 0
-    classes = roomy + [class_ for row in waiting for class_ in row]
-    newest_of = np.array([newest for _, newest, _ in classes], np.int64)
-    before_of = np.array(entry_before, np.int64)
-    # Unroll all lists side by side, one entry of each a step.
-    owners, entries = [], []
-    owner = np.arange(len(classes))
-    at = newest_of
-    while len(at):
-        owners.append(owner)
-        entries.append(at)
-        at = before_of[at]
-        owner, at = owner[at >= 0], at[at >= 0]
-    entry = np.concatenate(entries)
-    return _Bins(
-        count=np.array([bins for _, _, bins in classes], np.int64),
-        owner=np.concatenate(owners),
-        length=np.array(entry_length, np.int64)[entry],
-        times=np.array(entry_times, np.int64)[entry],
-    )
+        def shuffled(hand: NDArray[np.uint32]) -> NDArray[np.uint32]:
+            keys = bits.random_raw(-(-len(hand) // 4)).view(np.uint16)[: len(hand)]
+            order: NDArray[np.int64] = keys.argsort(kind="stable")
+            return hand[order]
+
+        for start, stop in pairwise(borders[cuts[number] : cuts[number + 1] + 1].tolist()):
+            group = grouped[start:stop]
+            hands = -(-len(group) // _HAND)
+            group[:] = np.concatenate([shuffled(group[hand::hands]) for hand in range(hands)])
+
+    _run(threads, shuffle, len(cuts) - 1)
 
 
-def _exact_completion(histogram: NDArray[np.int64], seq_len: int) -> _Bins:
-    """Bins filled to the last token, as long as that can be; then whatever is left.
-
-    Drawing documents in proportion to the histogram keeps its shape, so exact ends can be found nearly to the last bin.
-    What remains after each quarter of the documents is also packed best-fit, and the shortest of these plans is
-    returned. A pattern is used for a small share of the remaining documents at once: their number grows with the
-    logarithm of the corpus.
+def _deal(bins: Bins, seed: int, threads: Executor) -> NDArray[np.uint32]:
+    """Deal the bins out to parts of the training order, each to a part at random: bins of each class in each part,
+    uint32[parts, C]. With the bins of a part shuffled, all orders are as likely as in a shuffle of the whole.
     """
-    rng = np.random.Generator(np.random.PCG64(seq_len))  # part of the algorithm: no seed may change the number of bins
-    stock = histogram.astype(np.int64)
-    patterns: list[tuple[NDArray[np.int64], NDArray[np.int64], int]] = []
-    rows, documents = 0, int(stock.sum())
-    best, best_rows, best_patterns, checkpoint = stock, np.iinfo(np.int64).max, 0, documents
-    while documents:
-        if documents <= checkpoint:
-            checkpoint = documents * 3 // 4
-            with_rest = rows + _best_fit_decreasing(stock, seq_len).rows
-            if with_rest < best_rows:
-                best, best_rows, best_patterns = stock.copy(), with_rest, len(patterns)
-        pattern = _fill_bin(stock, seq_len, rng)
-        length, times = np.unique(pattern, return_counts=True)
-        bins = min(int((stock[length] // times).min()), 1 + documents // (len(pattern) * _PATTERN_SHARE))
-        stock[length] -= times * bins
-        patterns.append((length, times, bins))
-        rows += bins
-        documents -= len(pattern) * bins
-    if rows < best_rows:
-        best, best_patterns = stock, len(patterns)
-    return _with_patterns(_best_fit_decreasing(best, seq_len), patterns[:best_patterns])
+    classes = len(bins.count)
+    parts = max(1, min(bins.rows // _ROWS_OF_A_PART, _DEALT_COUNTS // classes))
+    first = _starts(bins.count)
+    cuts = _cut(first, _PIECE)
+    dealt = np.empty((parts, classes), np.uint32)
+
+    def deal(number: int) -> None:
+        start, stop = cuts[number], cuts[number + 1]
+        part = _random(seed, _OF_ROWS, number).integers(0, parts, size=int(first[stop] - first[start]))
+        part *= stop - start
+        part += np.repeat(np.arange(stop - start), bins.count[start:stop])
+        dealt[:, start:stop] = np.bincount(part, minlength=parts * (stop - start)).reshape(parts, stop - start)
+
+    _run(threads, deal, len(cuts) - 1)
+    return dealt
 
 
-def _fill_bin(stock: NDArray[np.int64], seq_len: int, rng: np.random.Generator) -> list[int]:
-    """Lengths for one bin, at least one, out of the stock (int64[T + 1], documents per length; left as it was)."""
-    present = np.flatnonzero(stock)
-    up_to = np.cumsum(stock[present])
-    documents = int(up_to[-1])
-    mean = float(present @ stock[present]) / documents
-    picked: list[int] = []
-    stock = stock.copy()
-    for attempt in range(_DRAWS):
-        draw = rng.choice(documents, size=min(documents, int(seq_len / mean) + 1), replace=False)
-        head = present[np.searchsorted(up_to, draw, side="right")]
-        # The end is found most often where it is two or three documents long.
-        kept = int(np.searchsorted(np.cumsum(head), seq_len - (2.2 + attempt % 2) * mean, side="right"))
-        picked = head[:kept].tolist()
-        np.subtract.at(stock, head[:kept], 1)
-        room = seq_len - sum(picked)
-        end = _exact_end(stock, room, present)
-        if end or not room:
-            return picked + end
-        if attempt < _DRAWS - 1:
-            np.add.at(stock, head[:kept], 1)
-    while True:  # nothing fits exactly: the longest that fits, until something does
-        fitting = np.flatnonzero(stock[: room + 1])
-        if not len(fitting):
-            return picked
-        longest = int(fitting[-1])
-        picked.append(longest)
-        stock[longest] -= 1
-        room -= longest
-        end = _exact_end(stock, room, present)
-        if end:
-            return picked + end
+def _lay_down(grouped: NDArray[np.uint32], bins: Bins, seed: int, threads: Executor) -> Plan:
+    """Fill the bins with the documents of `grouped`, and put them down in a random order.
 
-
-def _exact_end(stock: NDArray[np.int64], room: int, present: NDArray[np.int64]) -> list[int]:
-    """One, two or three lengths from the stock that sum to `room`, the fewest first; empty if none were found."""
-    if room < len(stock) and stock[room]:
-        return [room]
-    pair = _exact_pair(stock, room)
-    if pair:
-        return pair
-    for third in present[: np.searchsorted(present, room)][::-1][:_TRIPLES].tolist():
-        if stock[third]:
-            stock[third] -= 1
-            pair = _exact_pair(stock, room - third)
-            stock[third] += 1
-            if pair:
-                return [third, *pair]
-    return []
-
-
-def _exact_pair(stock: NDArray[np.int64], room: int) -> list[int]:
-    """Two lengths from the stock that sum to `room`, as unequal as can be; empty if there are none."""
-    longest = min(room - 1, len(stock) - 1)
-    shortest = room - longest
-    if longest < shortest:
-        return []
-    in_stock = stock[shortest : longest + 1] > 0
-    both = in_stock & in_stock[::-1]
-    if room % 2 == 0 and stock[room // 2] < 2:
-        both[room // 2 - shortest] = False
-    found = np.flatnonzero(both)
-    return [int(found[-1]) + shortest, room - int(found[-1]) - shortest] if len(found) else []
-
-
-def _with_patterns(bins: _Bins, patterns: list[tuple[NDArray[np.int64], NDArray[np.int64], int]]) -> _Bins:
-    """The same bins and, after them, a class for each pattern of lengths, times and number of bins."""
-    entries = [len(length) for length, _, _ in patterns]
-    return _Bins(
-        count=np.concatenate([bins.count, np.array([count for _, _, count in patterns], np.int64)]),
-        owner=np.concatenate([bins.owner, np.repeat(np.arange(len(patterns)) + len(bins.count), entries)]),
-        length=np.concatenate([bins.length, *(length for length, _, _ in patterns)]),
-        times=np.concatenate([bins.times, *(times for _, times, _ in patterns)]),
-    )
-
-
-def _assign(lengths: NDArray[Any], bins: _Bins, rng: np.random.Generator) -> Plan:
-    """Documents into bins, bins into rows, all at random within what the bins prescribe.
-
-    Both shuffles are sorts of 64-bit keys that end in the document's number: by (length, random), which groups the
-    documents of one length in random order, and by (row, random), which groups those of one row in random order. A sort
-    is what numpy does fastest, and of distinct keys it has one outcome on any machine.
+    A place in class c is where in `grouped` the documents for it begin, `count[c]` of them. The bins of a class take
+    the next ones in the order of training, so all that is read at a time lies close together.
     """
-    documents, rows = len(lengths), bins.rows
-    low = max(documents - 1, 1).bit_length()
-    key = np.empty(documents, np.uint64)
+    dealt = _deal(bins, seed, threads)
+    size = np.bincount(bins.owner, weights=bins.times, minlength=len(bins.count)).astype(np.int64)
+    orders, begins, places = _orders(bins, size, seed)
+    first_order = _starts(orders)
+    before = np.cumsum(dealt, axis=0, dtype=np.uint32)
+    before -= dealt
+    first_row, first_document = _starts(dealt.sum(1, dtype=np.int64)), _starts(dealt @ size)
+    order = np.empty(len(grouped), np.uint32)
+    row_documents = np.empty(bins.rows, np.int32)
 
-    top = int(lengths.max()).bit_length()
-    for start in range(0, documents, _CHUNK):
-        stop = min(start + _CHUNK, documents)
-        key[start:stop] = np.arange(start, stop, dtype=np.uint64)
-        _add_high_bits(key[start:stop], lengths[start:stop], top, low, rng)
-    key.sort()
-    key &= np.uint64((1 << low) - 1)
+    def fill(part: int) -> None:
+        # Rows are made class by class, which reads a few places of `grouped` at a time, and put where they belong.
+        rows = np.arange(first_row[part + 1] - first_row[part])
+        position = _random(seed, _INSIDE_PARTS, part).permutation(len(rows))
+        classes = np.repeat(np.arange(len(size)), dealt[part])
+        nth = rows + np.repeat(before[part] - _starts(dealt[part])[:-1], dealt[part])
+        sizes = size[classes]
+        row_sizes = row_documents[first_row[part] : first_row[part + 1]]
+        row_sizes[position] = sizes
+        target = first_document[part] + _starts(row_sizes)[position]
+        origin = begins[first_order[classes] + nth % orders[classes]]
+        offset = _starts(sizes)
+        cuts = _cut(offset, _PIECE)
+        for start, stop in pairwise(cuts):
+            of = sizes[start:stop]
+            laid = np.arange(offset[start], offset[stop])
+            source = places[laid + np.repeat(origin[start:stop] - offset[start:stop], of)]
+            source += np.repeat(nth[start:stop], of)
+            laid += np.repeat(target[start:stop] - offset[start:stop], of)
+            order[laid] = grouped[source]
 
-    # Sorted by length, documents come in the order in which `fill`, sorted likewise, asks for them.
-    fill = np.argsort(bins.length, kind="stable")
-    owner, times = bins.owner[fill], bins.times[fill]
-    wanted = bins.count[owner] * times
-    first_row = (np.cumsum(bins.count) - bins.count)[owner]
-    place = rng.permutation(rows)
-    row_documents = np.zeros(rows, np.int32)
-    row_documents[place] = np.repeat(
-        np.bincount(bins.owner, weights=bins.times, minlength=len(bins.count)).astype(np.int32), bins.count
-    )
-    top = max(rows - 1, 1).bit_length()
-    ends = np.cumsum(wanted)
-    for start in range(0, documents, _CHUNK):
-        stop = min(start + _CHUNK, documents)
-        entries = np.arange(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, stop) + 1)
-        inside = np.minimum(ends[entries], stop) - np.maximum(ends[entries] - wanted[entries], start)
-        within = np.arange(start, stop) - np.repeat(ends[entries] - wanted[entries], inside)
-        row = np.repeat(first_row[entries], inside) + within // np.repeat(times[entries], inside)
-        _add_high_bits(key[start:stop], place[row], top, low, rng)
-    key.sort()
-    key &= np.uint64((1 << low) - 1)
-    return Plan(order=key.astype(np.uint32), row_documents=row_documents)
+    _run(threads, fill, len(dealt))
+    return Plan(order=order, row_documents=row_documents)
 
 
-def _add_high_bits(key: NDArray[np.uint64], group: NDArray[Any], top: int, low: int, rng: np.random.Generator) -> None:
-    """Put `group` (of `top` bits) above the `low` bits that keys hold, and random bits into the gap between the two."""
-    gap = 64 - top - low
-    noise = rng.integers(0, 1 << gap, size=len(key), dtype=np.uint64)
-    key |= (group.astype(np.uint64) << np.uint64(64 - top)) | (noise << np.uint64(low))
+def _orders(
+    bins: Bins, size: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The places of each class in several random orders, which its bins take in turn.
+
+    A class with few bins has an order for each of them. Where there are more, bins share orders: not the documents in
+    them, only in which order their lengths come. Returns how many orders a class has, int64[C]; where each order begins
+    in the places, int64[orders + 1]; and the places, int64[sum of orders x size].
+    """
+    # places of one length come one after the other in `grouped`, `count` documents for each
+    by_length = np.argsort(bins.length, kind="stable")
+    taken = (bins.count[bins.owner] * bins.times)[by_length]
+    begin = np.empty(len(by_length), np.int64)
+    begin[by_length] = _starts(taken)[:-1]
+    by_class = np.argsort(bins.owner, kind="stable")
+    times = bins.times[by_class]
+    place = np.repeat(begin[by_class], times)
+    place += (np.arange(len(place)) - np.repeat(_starts(times)[:-1], times)) * np.repeat(bins.count, size)
+
+    most = min(max(_ORDERED_PLACES // len(place), _FEWEST_ORDERS), _MOST_ORDERS)
+    orders = np.minimum(bins.count, most)
+    sizes = np.repeat(size, orders).astype(np.int64)
+    begins = _starts(sizes)
+    source = np.repeat(np.repeat(_starts(size)[:-1], orders) - begins[:-1], sizes)
+    source += np.arange(begins[-1])
+    # (order, random) are sorted as pairs; what is equal in both stays as it is
+    key = _random(seed, _INSIDE_ROWS).integers(0, 1 << 32, size=len(source), dtype=np.uint32)
+    shuffled = np.lexsort((key, np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)))
+    return orders, begins, place[source[shuffled]]
+
+
+def _cut(borders: NDArray[np.int64], size: int) -> list[int]:
+    """Indices into ascending `borders`, from 0 to the last, that are at least `size` apart where one step is not."""
+    cuts = [0]
+    while cuts[-1] < len(borders) - 1:
+        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(borders, borders[cuts[-1]] + size, side="right")) - 1))
+    return cuts
+
+
+def _run(threads: Executor, work: Callable[[int], None], pieces: int) -> None:
+    """Do pieces of work on all threads. Raises what the first of them raised that failed."""
+    for _ in threads.map(work, range(pieces)):
+        pass

@@ -7,7 +7,7 @@ rendering against the tokenizer's own encoding of the rendered text, special tok
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,14 +15,14 @@ from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.control_tokens import AddedToken
 from ismdata.encoder import Encoding
 from ismdata.errors import DataError
-from ismdata.skeleton import NotRendered, compile_chunks
-from ismdata.template import Message, TemplateRefused
+from ismdata.skeleton import NotRendered, Piece, compile_chunks, rendered_chunks
+from ismdata.template import TemplateRefused
 from ismdata.tokens import DocumentEncoder, Requests
-from ismdata.turns import HistoryRewritten
+from ismdata.turns import Chunk, HistoryRewritten
 
 #: Conversations compared in the first batch, and in each later one.
 SAMPLE = 32
-LATER_SAMPLE = 2
+LATER_SAMPLE = 1
 
 #: Conversations of more messages are left out: rendering one by itself takes time that grows with their square.
 _MOST_MESSAGES = 100
@@ -61,38 +61,34 @@ def check(encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch
         asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
         place = str(batch.rows.column("source")[c])
         try:
-            pieces = encoding.document(asked, tools)
+            chunks, escapes = rendered_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
+            pieces = compile_chunks(chunks, encoding.tokenizer, lambda text: (escapes.undo(text),))  # noqa: B023
         except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
             raise ColumnsDiffer(f"{place}: {error}") from error
         reference = [id for piece in pieces for id in piece.ids or ()]
         found = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
         if found != (reference[: len(found)] if requests.cut[r] else reference):
             raise ColumnsDiffer(place)
-        _, escapes = encoding.tokenizer.controls.escape([asked, tools])
         if not escapes.mapping:
-            _compare_with_tokenizer(encoding, asked, tools, reference, place)
+            _compare_with_tokenizer(encoding, chunks, pieces, place)
         compared += 1
     return compared
 
 
-def _compare_with_tokenizer(
-    encoding: Encoding, messages: list[Message], tools: list[Any] | None, ours: list[int], place: str
-) -> None:
+def _compare_with_tokenizer(encoding: Encoding, chunks: Sequence[Chunk], pieces: Sequence[Piece], place: str) -> None:
     """Our ids against the tokenizer's own for the same text: of the whole if that agrees, else chunk by chunk.
 
     Chunk by chunk, because the border between a context and an answer is always a token border here. A chunk is encoded
     behind a control token, as it stands in a document; one behind plain text has no reference of the tokenizer's own.
     """
-    renderer, pretrained = encoding.renderer, encoding.tokenizer.pretrained
-    controls = encoding.tokenizer.controls
-    chunks = renderer.append(messages, tools) if encoding.history == "append" else renderer.expand(messages, tools)
+    pretrained, controls = encoding.tokenizer.pretrained, encoding.tokenizer.controls
+    ours = [id for piece in pieces for id in piece.ids or ()]
     if pretrained.encode("".join(chunk.text for chunk in chunks), add_special_tokens=False) == ours:
         return
-    own = compile_chunks(chunks, encoding.tokenizer, lambda text: (text,))
     anchor = next((token for token in controls.tokens.values() if not token.lstrip and not token.rstrip), None)
     before: AddedToken | str = ""
     for span, chunk in enumerate(chunks):
-        found = [id for piece in own if piece.span == span for id in piece.ids or ()]
+        found = [id for piece in pieces if piece.span == span for id in piece.ids or ()]
         if span == 0:
             expected = pretrained.encode(chunk.text, add_special_tokens=False)
         elif isinstance(before, AddedToken) and not before.rstrip and anchor is not None:

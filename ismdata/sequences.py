@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ismdata.batch import IntArray
 from ismdata.masks import block_table, tile, tiled_intervals, tiled_targets
+from ismdata.runs import ragged_arange
 from ismdata.spool import Gathered
-from ismdata.tokens import ragged_arange
 
 
 def sequences(

@@ -6,6 +6,7 @@ in `pack.py`, through `folders.py`, checking is in `verify.py`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,41 @@ class Sequence:
     loss_weight: NDArray[np.float32] | None  # [T], where any message had a weight
 
 
+class _Batch:
+    """A record batch as numpy views, made once, so that reading a row is slicing. What is ragged is kept as values and
+    offsets.
+    """
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.rows = batch.num_rows
+        self.fixed = {
+            field.name: batch.column(field.name).flatten().to_numpy().reshape(self.rows, field.type.list_size)
+            for field in batch.schema
+            if pa.types.is_fixed_size_list(field.type)
+        }
+        lengths, spans, names = (batch.column(name) for name in ("seq_lens", "spans", "conversation_ids"))
+        self.document_starts = lengths.offsets.to_numpy()
+        self.seq_lens = lengths.values.to_numpy()
+        self.span_starts = spans.offsets.to_numpy()
+        self.spans = spans.values
+        self.name_starts = names.offsets.to_numpy()
+        self.names = names.values
+
+    def row(self, at: int) -> Sequence:
+        fixed = {name: values[at] for name, values in self.fixed.items()}
+        names = self.names[self.name_starts[at] : self.name_starts[at + 1]]
+        return Sequence(
+            input_ids=fixed["input_ids"],
+            position_ids=fixed["position_ids"],
+            loss_mask=fixed["loss_mask"],
+            seq_lens=self.seq_lens[self.document_starts[at] : self.document_starts[at + 1]],
+            spans=span_matrix(self.spans[self.span_starts[at] : self.span_starts[at + 1]]),
+            block_table=fixed["block_table"].reshape(-1, 4),
+            conversation_ids=names.to_pylist(),
+            loss_weight=fixed.get("loss_weight"),
+        )
+
+
 class PackedShards:
     """A packed folder opened for reading: memory-mapped, random access by row, picklable (a worker reopens the maps).
 
@@ -84,14 +120,15 @@ class PackedShards:
         self.weighted = bool(self.index["weighted"])
         for file in self.files:
             file.check_size(self.folder)
-        self._ends = np.cumsum([file.rows for file in self.files])
+        self._ends: list[int] = np.cumsum([file.rows for file in self.files]).tolist()
         self._tables: dict[int, pa.Table] = {}
+        self._batches: dict[int, tuple[list[int], list[_Batch]]] = {}
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tables": {}}
+        return self.__dict__ | {"_tables": {}, "_batches": {}}
 
     def table(self, shard: int) -> pa.Table:
         """Shard number `shard` as a memory-mapped table. Raises DataError when it is not an Arrow stream of our
@@ -121,23 +158,23 @@ class PackedShards:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {self.folder}; expected 0 to {len(self) - 1}")
         row %= len(self)
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        at = row - int(self._ends[shard] - self.files[shard].rows)
-        columns = self.table(shard).slice(at, 1)
+        shard = bisect_right(self._ends, row)
+        starts, batches = self._views(shard)
+        at = row - (self._ends[shard] - self.files[shard].rows)
+        number = bisect_right(starts, at) - 1
+        return batches[number].row(at - starts[number])
 
-        def values(name: str) -> pa.Array:
-            return columns.column(name).chunk(0).flatten()
-
-        return Sequence(
-            input_ids=values("input_ids").to_numpy(),
-            position_ids=values("position_ids").to_numpy(),
-            loss_mask=values("loss_mask").to_numpy(),
-            seq_lens=values("seq_lens").to_numpy(),
-            spans=span_matrix(values("spans")),
-            block_table=values("block_table").to_numpy().reshape(-1, 4),
-            conversation_ids=values("conversation_ids").to_pylist(),
-            loss_weight=values("loss_weight").to_numpy() if self.weighted else None,
-        )
+    def _views(self, shard: int) -> tuple[list[int], list[_Batch]]:
+        """The record batches of a shard, and the first row of each."""
+        if shard not in self._batches:
+            try:
+                batches = [_Batch(batch) for batch in self.table(shard).to_batches()]
+            except ValueError as error:  # Arrow's own errors are ValueErrors too
+                path = self.folder / self.files[shard].name
+                raise DataError(f"{path}: null where a value is expected ({error}). Pack the corpus again") from error
+            ends = np.cumsum([batch.rows for batch in batches]).tolist()
+            self._batches[shard] = ([end - batch.rows for end, batch in zip(ends, batches, strict=True)], batches)
+        return self._batches[shard]
 
 
 def span_matrix(spans: pa.StructArray) -> NDArray[np.int32]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
-from ismdata.control_tokens import AddedToken
+from ismdata.control_tokens import AddedToken, Escapes
 from ismdata.masks import ANSWER, PROMPT, QUERY
 from ismdata.template import ChatTemplate, Message
 from ismdata.tokenizer import Tokenizer
@@ -113,6 +113,34 @@ def _chunks(renderer: Renderer, messages: Sequence[Message], tools: list[Any] | 
     return renderer.append(messages, tools) if history == "append" else renderer.expand(messages, tools)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Remembering(ChatTemplate):
+    """A template that renders short conversations once: sequences of roles begin alike."""
+
+    @cached_property
+    def _rendered(self) -> Callable[..., str]:
+        @lru_cache(maxsize=4096)
+        def rendered(messages: tuple[tuple[str, str], ...], generation_prompt: bool) -> str:
+            shaped = [{"role": role, "content": content} for role, content in messages]
+            return super(_Remembering, self).render(shaped, generation_prompt=generation_prompt)
+
+        return rendered
+
+    def render(
+        self, messages: Sequence[Message], *, tools: list[Any] | None = None, generation_prompt: bool = False
+    ) -> str:
+        if tools is not None or len(messages) > 2 * _LONG:
+            return super().render(messages, tools=tools, generation_prompt=generation_prompt)
+        return self._rendered(tuple((message["role"], message["content"]) for message in messages), generation_prompt)
+
+
+def remembering(renderer: Renderer) -> Renderer:
+    """A renderer for making many skeletons: what they render alike is rendered once."""
+    template = renderer.template
+    shared = {field.name: getattr(template, field.name) for field in fields(template)}
+    return replace(renderer, template=_Remembering(**shared))
+
+
 #: Conversations of more messages are cut in one rendering, not in two for each answer.
 _LONG = 24
 
@@ -178,18 +206,32 @@ def render_document(
     messages: Sequence[Message],
     tools: list[Any] | None,
     history: History,
+    *,
+    encode: bool = True,
 ) -> tuple[Piece, ...]:
     """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
-    skeleton.
+    skeleton. `encode`: else what is no control token stays text, one part a piece.
 
     Raises TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError (text that cannot be escaped).
     """
+    chunks, escapes = rendered_chunks(renderer, tokenizer, messages, tools, history)
+    return compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=encode)
+
+
+def rendered_chunks(
+    renderer: Renderer,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    history: History,
+) -> tuple[list[Chunk], Escapes]:
+    """One conversation rendered by itself, still escaped, and the way back. Raises as `render_document`."""
     (messages, tools), escapes = tokenizer.controls.escape([list(messages), tools])
     chunks = _chunks(renderer, messages, tools, history)
     _check_calls(chunks if history == "append" else chunks[-2:], messages)  # earlier answers are no targets in expand
     if any(message["role"] == "tool" for message in messages):
         renderer.check_places(messages, tools, expand=history == "expand")
-    return compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),))
+    return chunks, escapes
 
 
 def _check_calls(chunks: Sequence[Chunk], messages: Sequence[Message]) -> None:
@@ -233,10 +275,12 @@ def compile_chunks(
     *,
     preceding: AddedToken | None = None,
     opening: bool = True,
+    encode: bool = True,
 ) -> tuple[Piece, ...]:
     """Rendered chunks as pieces; `parse` parts what stands between control tokens into texts and slots.
 
-    preceding: the control token before the first chunk, if there is one. opening: the first chunk begins a document.
+    encode: texts without slots become known tokens. preceding: the control token before the first chunk, if there is
+    one. opening: the first chunk begins a document.
     """
     pieces: list[Piece] = []
     previous: AddedToken | str | None = preceding if preceding or opening else ""
@@ -258,8 +302,10 @@ def compile_chunks(
             if isinstance(follower, AddedToken) and follower.lstrip:
                 parts = _strip_edge(parts, -1)
             fresh = before is None or (isinstance(before, AddedToken) and tokenizer.prepends_after_controls)
-            if all(isinstance(part, str) for part in parts):
-                ids += tokenizer.encode(["".join(map(str, parts))], opening=fresh)[0] if parts else []
+            if not parts:
+                continue
+            if encode and all(isinstance(part, str) for part in parts):
+                ids += tokenizer.encode(["".join(map(str, parts))], opening=fresh)[0]
                 continue
             if ids:
                 pieces.append(piece(ids=tuple(ids), controls=controls))

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ismdata.batch import IntArray
 from ismdata.columns import Column
-from ismdata.tokens import Documents, ragged_arange
+from ismdata.runs import ragged_arange
+from ismdata.tokens import Documents
 
 #: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
 _FILES: dict[str, tuple[Any, int]] = {
@@ -31,6 +32,9 @@ _FILES: dict[str, tuple[Any, int]] = {
     "span_starts": (np.int64, 1),
     "name_starts": (np.int64, 1),
 }
+
+#: Documents whose tokens are read before the memory that this took is let go of.
+_DOCUMENTS_AT_ONCE = 128
 
 
 class Spool:
@@ -90,7 +94,7 @@ class Spool:
         return self._maps["lengths"]
 
     def gather(self, documents: IntArray) -> Gathered:
-        """The documents numbered, in that order."""
+        """The documents numbered, in that order: copies, so that no memory stays taken by the files."""
         of = self._maps
         lengths, span_counts, name_lengths = (
             of[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
@@ -98,8 +102,8 @@ class Spool:
         span_rows = ragged_arange(of["span_starts"][documents], span_counts)
         name_bytes = of["conversation_ids"][ragged_arange(of["name_starts"][documents], name_lengths)]
         offsets = np.concatenate([[0], np.cumsum(name_lengths)]).astype(np.int32)
-        return Gathered(
-            input_ids=of["input_ids"][ragged_arange(of["id_starts"][documents], lengths)],
+        gathered = Gathered(
+            input_ids=self._tokens(documents, lengths),
             lengths=lengths,
             span_counts=span_counts,
             spans=of["spans"][span_rows],
@@ -108,6 +112,20 @@ class Spool:
                 len(documents), pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(name_bytes))
             ),
         )
+        for column in self._columns.values():
+            column.release()
+        return gathered
+
+    def _tokens(self, documents: IntArray, lengths: IntArray) -> NDArray[np.int32]:
+        """The tokens of documents. A page that is read brings its neighbours along, so few are held at a time."""
+        starts, ends = self._maps["id_starts"][documents], np.cumsum(lengths)
+        input_ids = np.empty(int(lengths.sum()), np.int32)
+        for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+            part = slice(first, first + _DOCUMENTS_AT_ONCE)
+            begin, end = ends[first] - lengths[first], ends[part][-1]
+            input_ids[begin:end] = self._maps["input_ids"][ragged_arange(starts[part], lengths[part])]
+            self._columns["input_ids"].release()
+        return input_ids
 
 
 @dataclass(frozen=True, kw_only=True)

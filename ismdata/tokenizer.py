@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.control_tokens import AddedToken, ControlTokens, control_tokens, with_markers
 from ismdata.errors import DataError
+from ismdata.tokenizer_backends import Reference
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,10 +29,15 @@ if TYPE_CHECKING:
 
 def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer at `name`: a local folder, a GGUF file or a hub name. Raises DataError with what to do."""
-    from transformers import AutoTokenizer
-
     path = Path(name)
     try:
+        if _is_plain_folder(path):
+            # What AutoTokenizer comes to as well, but it imports torch on the way.
+            from transformers import PreTrainedTokenizerFast
+
+            return cast("PreTrainedTokenizerFast", PreTrainedTokenizerFast.from_pretrained(name))
+        from transformers import AutoTokenizer
+
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise DataError(f"{name}: no such file; expected a GGUF file with its own tokenizer")
@@ -58,6 +65,22 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", loaded)
 
 
+def _is_plain_folder(path: Path) -> bool:
+    """Whether a folder holds a saved tokenizer that is of no model's own class, and no model, which could demand one.
+
+    Raises OSError, ValueError for files that cannot be read.
+    """
+    settings = path / "tokenizer_config.json"
+    if not settings.is_file() or not (path / "tokenizer.json").is_file() or (path / "config.json").exists():
+        return False
+    found = json.loads(settings.read_text(encoding="utf-8"))
+    return (
+        isinstance(found, dict)
+        and found.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        and "auto_map" not in found
+    )
+
+
 def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
     """The added tokens of a tokenizer with the flags that matter here."""
     return [
@@ -68,21 +91,20 @@ def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
 
 @lru_cache(maxsize=4)
 def without_tokens(
-    backend: str, removed: frozenset[str], name: str
+    backend: str, removed: frozenset[str], in_vocabulary: frozenset[str], name: str
 ) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
     """A serialised tokenizer less some added tokens, twice: for text that opens a document, and for text inside one.
 
-    All other tokens keep their ids. Raises DataError where they cannot.
+    in_vocabulary: those of them that are in the model's own vocabulary too. All other tokens keep their ids.
+    Raises DataError where they cannot.
     """
     from tokenizers import Tokenizer as Backend
 
-    description = json.loads(backend)
-    vocabulary = description["model"]["vocab"]
-    known = vocabulary if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    description, model = _rules_and_model(backend)
     kept = []
     for token in description["added_tokens"]:
         if token["content"] in removed:
-            if token["content"] in known:
+            if token["content"] in in_vocabulary:
                 continue
             # Ids of added tokens follow their order: a token that holds one must stay, under a name no text has.
             token = {**token, "content": f"\U0010ffff{token['id']}\U0010ffff", "special": False}
@@ -90,7 +112,7 @@ def without_tokens(
     description["added_tokens"] = kept
     description["truncation"] = description["padding"] = None
     text = json.dumps(description)
-    opening = Backend.from_str(text)
+    opening = Backend.from_str(_joined(text, model))
     for token in kept:
         found = opening.token_to_id(token["content"])
         if found != token["id"]:
@@ -103,7 +125,25 @@ def without_tokens(
         '"prepend_scheme": "first"', '"prepend_scheme": "never"'
     )
     inner = inner.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
-    return opening, opening if inner == text else Backend.from_str(inner)
+    return opening, opening if inner == text else Backend.from_str(_joined(inner, model))
+
+
+#: What stands before the model in a serialised tokenizer: no text in it can look so, its quotes would be escaped.
+_MODEL = ',"model":{'
+
+
+def _rules_and_model(backend: str) -> tuple[dict[str, Any], str]:
+    """A serialised tokenizer as its rules, read, and its model, the last and by far the longest part, as text."""
+    rules, separator, model = backend.rpartition(_MODEL)
+    if separator and rules.startswith("{"):
+        return json.loads(rules + "}"), "{" + model.rstrip()[:-1]
+    description = json.loads(backend)
+    model = json.dumps(description.pop("model"))
+    return description, model
+
+
+def _joined(rules: str, model: str) -> str:
+    return f'{rules[:-1]}, "model": {model}}}'
 
 
 def _without_prepending(description: dict[str, Any]) -> dict[str, Any]:
@@ -145,41 +185,42 @@ class Tokenizer:
         )
 
     @cached_property
+    def serialized(self) -> str:
+        """The tokenizer as `tokenizer.json` holds it, in one line."""
+        return str(self.pretrained.backend_tokenizer.to_str())
+
+    @cached_property
     def prepends_after_controls(self) -> bool:
         """Whether the tokenizer puts a blank before text that follows a control token, not only before a whole text."""
-        description = json.loads(self.pretrained.backend_tokenizer.to_str())
+        description, _ = _rules_and_model(self.serialized)
         always = '"prepend_scheme": "always"' in json.dumps(description.get("pre_tokenizer"))
         return always or _without_prepending(description) is not description
 
     @cached_property
     def sha256(self) -> str:
         """Of the tokenizer itself: its vocabulary, rules and named special tokens, wherever it was loaded from."""
-        digest = hashlib.sha256(self.pretrained.backend_tokenizer.to_str().encode())
+        digest = hashlib.sha256(self.serialized.encode())
         digest.update(json.dumps(self.pretrained.special_tokens_map, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
     @cached_property
-    def _plain(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+    def reference(self) -> Reference:
         """The tokenizer without control tokens: for text that opens a document, and for text inside one."""
-        return without_tokens(self.pretrained.backend_tokenizer.to_str(), frozenset(self.controls.tokens), self.name)
+        removed = frozenset(self.controls.tokens)
+        model = self.pretrained.backend_tokenizer.model
+        in_vocabulary = frozenset(text for text in removed if model.token_to_id(text) is not None)
+        return Reference(*without_tokens(self.serialized, removed, in_vocabulary, self.name))
 
     def encode(self, texts: Sequence[str], *, opening: bool = False) -> list[list[int]]:
         """Ids of each text as plain text: no control token comes of it. `opening`: a blank may be put before it."""
-        backend = self._plain[0 if opening else 1]
+        backend = self.reference.opening if opening else self.reference.inside
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_flat(
-        self, texts: Sequence[str], *, opening: bool = False
+        self, texts: pa.LargeStringArray, *, opening: bool = False
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """All ids end to end, int32, and how many each text has, int64[len(texts)]."""
-        ids = self.encode(texts, opening=opening)
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        flat = np.empty(int(lengths.sum()), np.int32)
-        at = 0
-        for text_ids, length in zip(ids, lengths.tolist(), strict=True):
-            flat[at : at + length] = text_ids
-            at += length
-        return flat, lengths
+        return self.reference.encode(texts, opening=opening)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens included, blanks kept as they are."""

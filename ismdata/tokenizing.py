@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ismdata import conversation, parity
@@ -25,6 +26,14 @@ from ismdata.folders import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
 from ismdata.journal import Journal
 from ismdata.packing import lower_bound
 from ismdata.spool import Spool
+from ismdata.tokenizer_backends import (
+    Backend,
+    BackendDiffers,
+    BackendName,
+    BackendRefused,
+    choose,
+    disagreement,
+)
 from ismdata.tokens import DocumentEncoder
 
 #: Conversations and bytes of text that are tokenised at a time.
@@ -168,31 +177,70 @@ def tokenize(
     sources: Sequence[Source],
     encoding: Encoding,
     options: Options,
+    wanted: BackendName,
     folder: Path,
     journal: Journal,
     *,
     notify: Callable[[str], None],
     progress: Progress,
-) -> tuple[Spool, Quarantine, Tally]:
-    """Read, render, tokenise and spool everything, or what the journal does not have yet. Raises DataError."""
-    try:
-        return _go_on(sources, encoding, options, folder, journal, progress)
-    except parity.ColumnsDiffer as found:
-        notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
+) -> tuple[Spool, Quarantine, Tally, Backend]:
+    """Read, render, tokenise and spool everything, or what the journal does not have yet; the backend that did it last.
+
+    Raises DataError, UsageError.
+    """
+    reference = encoding.tokenizer.reference
+    recorded = (journal.state or {}).get("backend")
+    chosen = choose(wanted, reference, _sampled_texts(sources), recorded=recorded)
+    for note in chosen.notes:
+        notify(note)
+    backend = chosen.backend
+    if recorded not in (None, backend.identity):
+        notify(f"What was tokenized so far was by {recorded}, not by {backend.identity}: it is done again.")
+        journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
+    while True:
+        try:
+            return *_go_on(sources, encoding, options, backend, folder, journal, progress), backend
+        except (BackendDiffers, BackendRefused) as found:
+            if not chosen.may_leave:
+                raise disagreement(found) from found
+            notify(f"gigatoken is left aside ({found}): tokenizers does it all again, which is slower.")
+            backend = reference
+            skeletons = (journal.state or {}).get("skeletons", True)
+        except parity.ColumnsDiffer as found:
+            notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
+            skeletons = False
         # Recorded first: what was spooled counts for nothing before the files are cut.
-        journal.record({"skeletons": False}, [])
-        return _go_on(sources, encoding, options, folder, journal, progress)
+        journal.record({"skeletons": skeletons, "backend": backend.identity}, [])
+
+
+#: Batches of the sources whose texts are sampled for the comparison of backends.
+_SAMPLED_BATCHES = 4
+
+
+def _sampled_texts(sources: Sequence[Source]) -> Iterator[pa.LargeStringArray]:
+    """The texts of some batches, spread evenly over all rows."""
+    total = sum(source.rows for source in sources)
+    places = np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64)
+    done = 0
+    for rows in (rows for source in sources for rows in source.batches()):
+        if np.any((places >= done) & (places < done + len(rows))):
+            yield pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
+        done += len(rows)
 
 
 def _go_on(
     sources: Sequence[Source],
     encoding: Encoding,
     options: Options,
+    backend: Backend,
     folder: Path,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Spool, Quarantine, Tally]:
-    """From where the journal is to the end. Raises parity.ColumnsDiffer where skeletons are of no use."""
+    """From where the journal is to the end.
+
+    Raises parity.ColumnsDiffer where skeletons are of no use, BackendDiffers and BackendRefused where the backend is.
+    """
     state = journal.state or {}
     spool = Spool(folder / SCRATCH_NAME, keep=state.get("rows"))
     quarantine = Quarantine(folder / QUARANTINE_NAME, state.get("quarantine"))
@@ -201,11 +249,13 @@ def _go_on(
     total = sum(source.rows for source in sources)
 
     def record() -> None:
-        state = {"skeletons": skeletons, "done": done, "rows": spool.rows}
+        state = {"skeletons": skeletons, "backend": backend.identity, "done": done, "rows": spool.rows}
         state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
         journal.record(state, [*spool.columns, quarantine.file])
 
-    encoder = DocumentEncoder(encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons)
+    encoder = DocumentEncoder(
+        encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons, backend=backend
+    )
     for rows in _from((rows for source in sources for rows in source.batches()), done):
         batch = conversation_batch(rows, encoding.sensitivity)
         tally.weighted |= batch.weight is not None
@@ -236,7 +286,18 @@ def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBa
 def _check_parity(
     encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, options: Options, count: int
 ) -> None:
-    """Law 5 on a sample of the batch. Raises DataError, parity.ColumnsDiffer."""
+    """Law 5 on a sample of the batch. Raises DataError, BackendDiffers, and ColumnsDiffer where it is the template."""
     requests = wanted(batch, options)
     chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
-    parity.check(encoding, encoder, batch, requests.take(chosen))
+    requests = requests.take(chosen)
+    try:
+        parity.check(encoding, encoder, batch, requests)
+    except parity.ColumnsDiffer as found:
+        if encoder.backend is None or encoder.backend.name == "hf":
+            raise
+        by_reference = DocumentEncoder(
+            encoding.renderer, encoding.tokenizer, options.history, use_skeletons=encoder.use_skeletons
+        )
+        by_reference.begin(batch)
+        parity.check(encoding, by_reference, batch, requests)
+        raise BackendDiffers(str(found)) from found

@@ -13,7 +13,7 @@ Shape legend: C conversations, M messages, R requests (documents), P pieces, S s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.conversation import ROLES, Refusal
 from ismdata.masks import ANSWER
+from ismdata.runs import RunTable, ragged_arange
 from ismdata.skeleton import (
     History,
     NotDecomposable,
@@ -31,11 +32,13 @@ from ismdata.skeleton import (
     Piece,
     Slot,
     TooManyMessages,
+    remembering,
     render_document,
     skeleton,
 )
 from ismdata.template import TemplateRefused
 from ismdata.tokenizer import Tokenizer
+from ismdata.tokenizer_backends import Backend
 from ismdata.turns import HistoryRewritten, Renderer
 
 
@@ -92,25 +95,35 @@ class Documents:
 class DocumentEncoder:
     """Makes documents of conversations. One encoder serves a whole corpus; `begin` starts a batch.
 
-    use_skeletons: off where the columnar road turned out not to give what the template renders.
+    use_skeletons: off where the columnar road turned out not to give what the template renders. backend: makes the ids
+    of texts; by default the tokenizer itself.
     """
 
     def __init__(
-        self, renderer: Renderer, tokenizer: Tokenizer, history: History, *, use_skeletons: bool = True
+        self,
+        renderer: Renderer,
+        tokenizer: Tokenizer,
+        history: History,
+        *,
+        use_skeletons: bool = True,
+        backend: Backend | None = None,
     ) -> None:
         self.renderer = renderer
         self.tokenizer = tokenizer
         self.history = history
         self.use_skeletons = use_skeletons
+        self.backend = backend
+        self._probing = remembering(renderer)
         self._skeletons: dict[bytes, _Skeleton | Refusal | None] = {}
         self._shapes: dict[tuple[Any, ...], int] = {}
         self._shape_list: list[tuple[Any, ...]] = []
-        self._static = _RunTable()
+        self._static = RunTable()
 
     def begin(self, batch: ConversationBatch) -> None:
         """Start a batch: the texts of earlier ones are forgotten."""
         self.batch = batch
-        self._encoded = _RunTable()
+        self._encoded = RunTable()
+        self._rendered: dict[tuple[int, ...], _PieceBlock | Refusal] = {}
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
         self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
@@ -122,10 +135,8 @@ class DocumentEncoder:
         refused: dict[int, Refusal] = {}
         blocks: list[_PieceBlock] = []
         skeleton_of, singles = self._match(requests, refused)
-        for request in singles.tolist():
-            block = self._render(request, requests, refused)
-            if block is not None:
-                blocks.append(block)
+        if len(singles):
+            blocks += self._render(singles, requests, refused)
         matched = np.flatnonzero(skeleton_of >= 0)
         if len(matched):
             blocks.append(self._fill(matched, skeleton_of[matched], requests))
@@ -147,7 +158,7 @@ class DocumentEncoder:
             kind=column("kind"),
             message=np.where(message < 0, -1, in_batch),
             run=run,
-            length=self._run_column(run, _RunTable.all_lengths),
+            length=self._run_column(run, RunTable.all_lengths),
             controls=column("controls"),
             refused=refused,
         )
@@ -235,7 +246,7 @@ class DocumentEncoder:
             roles = [ROLES[code] for code in key]
             found: _Skeleton | Refusal | None
             try:
-                pieces = skeleton(self.renderer, self.tokenizer, roles, self.history)
+                pieces = skeleton(self._probing, self.tokenizer, roles, self.history)
             except NotDecomposable:
                 found = None
             except (TemplateRefused, HistoryRewritten, TooManyMessages) as error:
@@ -325,19 +336,18 @@ class DocumentEncoder:
     def _encode_texts(self, keys: IntArray) -> IntArray:
         runs = np.empty(len(keys), np.int64)
         for opening in (False, True):
-            texts: list[str] = []
+            texts: list[pa.LargeStringArray] = []
             places: list[IntArray] = []
             for shape in np.unique(keys[:, 0]).tolist():
                 if self._shape_list[shape][0] is opening:
                     at = np.flatnonzero(keys[:, 0] == shape)
-                    texts += self._texts(self._shape_list[shape][1:], keys[at, 1:])
+                    texts.append(self._texts(self._shape_list[shape][1:], keys[at, 1:]))
                     places.append(at)
             if texts:
-                flat, lengths = self.tokenizer.encode_flat(texts, opening=opening)
-                runs[np.concatenate(places)] = -1 - self._encoded.add(flat, lengths)
+                runs[np.concatenate(places)] = -1 - self._encoded.add(*self._ids(pa.concat_arrays(texts), opening))
         return runs
 
-    def _texts(self, parts: Sequence[Any], messages: IntArray) -> list[str]:
+    def _texts(self, parts: Sequence[Any], messages: IntArray) -> pa.LargeStringArray:
         """The texts of one shape, for each row of messages in its slots."""
         columns: list[Any] = []
         slot = 0
@@ -347,11 +357,9 @@ class DocumentEncoder:
             else:
                 columns.append(self._contents(*part).take(pa.array(messages[:, slot])))
                 slot += 1
-        joined = (
-            columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, pa.scalar("", pa.large_string()))
-        )
-        texts: list[str] = joined.to_pylist()
-        return texts
+        if len(columns) == 1:
+            return columns[0]
+        return pc.binary_join_element_wise(*columns, pa.scalar("", pa.large_string()))
 
     def _contents(self, left: str, right: str) -> pa.LargeStringArray:
         """The batch's contents, stripped as a slot says."""
@@ -369,30 +377,62 @@ class DocumentEncoder:
 
     # -- rendering by itself -------------------------------------------------------------------------------------------
 
-    def _render(self, request: int, requests: Requests, refused: dict[int, Refusal]) -> _PieceBlock | None:
-        conversation = self.batch.conversation(int(requests.conversation[request]))
-        messages, tools = as_template_messages(conversation)
-        head, lo, hi = (int(getattr(requests, name)[request]) for name in ("head", "lo", "hi"))
-        try:
-            pieces = render_document(
-                self.renderer, self.tokenizer, messages[:head] + messages[lo:hi], tools, self.history
+    def _render(self, singles: IntArray, requests: Requests, refused: dict[int, Refusal]) -> list[_PieceBlock]:
+        """The pieces of requests without a skeleton. Each is rendered once a batch, their texts encoded together."""
+        columns = (requests.conversation, requests.head, requests.lo, requests.hi)
+        keys = [tuple(int(column[request]) for column in columns) for request in singles.tolist()]
+        fresh: dict[tuple[int, ...], tuple[Piece, ...]] = {}
+        for key in keys:
+            if key in self._rendered or key in fresh:
+                continue
+            c, head, lo, hi = key
+            messages, tools = as_template_messages(self.batch.conversation(c))
+            asked = messages[:head] + messages[lo:hi]
+            try:
+                fresh[key] = render_document(self.renderer, self.tokenizer, asked, tools, self.history, encode=False)
+            except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
+                self._rendered[key] = _refusal(error)
+        runs = self._encode_pieces([piece for pieces in fresh.values() for piece in pieces])
+        at = 0
+        for key, pieces in fresh.items():
+            self._rendered[key] = _PieceBlock(
+                request=np.zeros(len(pieces), np.int64),
+                span=np.array([piece.span for piece in pieces], np.int64),
+                kind=np.array([piece.kind for piece in pieces], np.int64),
+                message=np.array([piece.message for piece in pieces], np.int64),
+                run=runs[at : at + len(pieces)],
+                controls=np.array([piece.controls for piece in pieces], np.int64),
             )
-        except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
-            refused[request] = _refusal(error)
-            return None
-        ids = [np.array(piece.ids, np.int32) for piece in pieces]
-        lengths = np.array([len(run) for run in ids], np.int64)
-        flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
-        return _PieceBlock(
-            request=np.full(len(pieces), request, np.int64),
-            span=np.array([piece.span for piece in pieces], np.int64),
-            kind=np.array([piece.kind for piece in pieces], np.int64),
-            message=np.array([piece.message for piece in pieces], np.int64),
-            run=-1 - self._encoded.add(flat, lengths),
-            controls=np.array([piece.controls for piece in pieces], np.int64),
-        )
+            at += len(pieces)
+        blocks: list[_PieceBlock] = []
+        for request, key in zip(singles.tolist(), keys, strict=True):
+            found = self._rendered[key]
+            if isinstance(found, Refusal):
+                refused[request] = found
+            else:
+                blocks.append(replace(found, request=np.full(len(found.span), request, np.int64)))
+        return blocks
 
-    def _run_column(self, run: IntArray, column: Callable[[_RunTable], IntArray]) -> IntArray:
+    def _encode_pieces(self, pieces: Sequence[Piece]) -> IntArray:
+        """Run numbers of rendered pieces, whether they are known tokens or text."""
+        runs = np.empty(len(pieces), np.int64)
+        known = [k for k, piece in enumerate(pieces) if piece.ids is not None]
+        ids = [np.array(pieces[k].ids, np.int32) for k in known]
+        if ids:
+            lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+            runs[known] = -1 - self._encoded.add(np.concatenate(ids), lengths)
+        for opening in (False, True):
+            places = [k for k, piece in enumerate(pieces) if piece.ids is None and piece.opening is opening]
+            if places:
+                texts = pa.array(["".join(map(str, pieces[k].parts)) for k in places], pa.large_string())
+                runs[places] = -1 - self._encoded.add(*self._ids(texts, opening))
+        return runs
+
+    def _ids(self, texts: pa.LargeStringArray, opening: bool) -> tuple[NDArray[np.int32], IntArray]:
+        encode = self.backend.encode if self.backend else self.tokenizer.encode_flat
+        return encode(texts, opening=opening)
+
+    def _run_column(self, run: IntArray, column: Callable[[RunTable], IntArray]) -> IntArray:
         """A property of runs, from the static table (numbers from 0 up) or the batch's (from -1 down)."""
         static, encoded = column(self._static), column(self._encoded)
         return np.where(run >= 0, static[np.maximum(run, -1)], encoded[np.maximum(-1 - run, -1)])
@@ -433,53 +473,6 @@ class _PieceBlock:
     message: IntArray
     run: IntArray
     controls: IntArray
-
-
-class _RunTable:
-    """Runs of tokens end to end, by number."""
-
-    def __init__(self) -> None:
-        self._pools: list[NDArray[np.int32]] = []
-        self._lengths: list[IntArray] = []
-        self._shared: dict[tuple[int, ...], int] = {}
-        self._count = 0
-        self.total = 0
-
-    def add(self, flat: NDArray[np.int32], lengths: IntArray) -> IntArray:
-        """Add runs, end to end in `flat`; their numbers."""
-        numbers = np.arange(self._count, self._count + len(lengths))
-        self._pools.append(flat)
-        self._lengths.append(lengths)
-        self._count += len(lengths)
-        self.total += len(flat)
-        return numbers
-
-    def share(self, ids: tuple[int, ...]) -> int:
-        """The number of a run that is kept once."""
-        if ids not in self._shared:
-            self._shared[ids] = int(self.add(np.array(ids, np.int32), np.array([len(ids)], np.int64))[0])
-        return self._shared[ids]
-
-    def all_lengths(self) -> IntArray:
-        """Tokens of every run, int64[runs + 1]: one empty run at the end, so that -1 is a valid number."""
-        self._lengths = [np.concatenate([np.empty(0, np.int64), *self._lengths])]
-        return np.append(self._lengths[0], 0)
-
-    def pool(self) -> NDArray[np.int32]:
-        self._pools = [np.concatenate([np.empty(0, np.int32), *self._pools])]
-        return self._pools[0]
-
-
-def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The ranges [start, start + length), end to end.
-
-    >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
-    """
-    total = int(lengths.sum())
-    offsets = np.cumsum(lengths) - lengths
-    ranges: IntArray = np.arange(total, dtype=np.int64) + np.repeat(starts - offsets, lengths)
-    return ranges
 
 
 def _pad(matrix: IntArray, width: int) -> IntArray:

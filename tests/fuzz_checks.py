@@ -32,14 +32,15 @@ def check_block(block: Block, place: Place, reader: Reader, rules: Rules) -> Non
     """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
     fast = read_block(block, reader, place, rules)
     general = read_records(block, reader, place, rules)
-    assert fast.rows.to_pylist() == general.rows.to_pylist(), "the two roads give different rows"
+    rows = fast.rows.to_pylist()
+    assert rows == general.rows.to_pylist(), "the two roads give different rows"
     assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
     assert fast.ignored == general.ignored and fast.kin.to_pylist() == general.kin.to_pylist()
-    places = {row["source"] for row in fast.rows.to_pylist()} | {one.source for one in fast.quarantined}
+    places = {row["source"] for row in rows} | {one.source for one in fast.quarantined}
     assert {f"{place.prefix}{number}" for number in block.numbers} <= places, "a record is neither written nor refused"
     fast.rows.validate(full=True)
     assert fast.rows.schema.equals(CONVERSATION_SCHEMA)
-    for row in fast.rows.to_pylist():
+    for row in rows:
         check_row(row)
     for roles in (True, False):
         assert len(digests(fast.rows, roles=roles)) == len(fast.rows)

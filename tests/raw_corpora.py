@@ -90,8 +90,8 @@ def _pairs(talk: Talk) -> bool:
 
 
 def _as_lines(talk: Talk) -> bool:
-    """No text opens like JSON, with a number or with a mark, or holds what ends lines, cells or utterances."""
-    return _alternates(talk) and not any(re.search(r"[\n\t]|__eou__|^\s*[\[{\d\ufeff]", text) for _, text in talk)
+    """No text holds what ends lines, cells or utterances."""
+    return _alternates(talk) and not any(re.search(r"[\n\t]|__eou__", text) for _, text in talk)
 
 
 def _as_numbered_lines(talk: Talk) -> bool:
@@ -192,6 +192,29 @@ def _dialogue_rows(talk: Talk, name: str) -> Records:
     ]
 
 
+def _chat_export(talk: Talk, name: str) -> Records:
+    nodes: dict[str, Any] = {"root": {"id": "root", "message": None, "parent": None}}
+    last = "root"
+    for at, (role, text) in enumerate(talk):
+        message = {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}
+        nodes[f"n{at}"] = {"id": f"n{at}", "message": message, "parent": last}
+        last = f"n{at}"
+    return [{"id": name, "mapping": nodes, "current_node": last}]
+
+
+def _questions(talk: Talk, name: str) -> Records:
+    system, rest = _split(talk)
+    questions, answers = zip(*_exchanges(rest), strict=True)
+    return [{"id": name, "questions": [*questions], "answers": [*answers]} | ({"story": system} if system else {})]
+
+
+def _convai(talk: Talk, name: str) -> Records:
+    system, rest = _split(talk)
+    texts = [text for _, text in rest]
+    turns = [{"history": texts[:at], "candidates": ["x", texts[at]]} for at in range(1, len(texts), 2)]
+    return [{"id": name, "utterances": turns} | ({"personality": [system]} if system else {})]
+
+
 _JSON = ("lines", "lines_crlf", "array", "array_indented", "splits", "entries", "values")
 _LISTS = ("lines", "lines_crlf", "array", "array_indented", "splits", "yaml")
 _TEXT = ("text", "text_crlf")
@@ -238,6 +261,33 @@ FORMATS: dict[str, Format] = {
             holds=_anything,
             layouts=_MORE,
         ),
+        Format(
+            name="gemini",
+            write=lambda talk, name: [
+                {
+                    "id": name,
+                    "contents": [
+                        {"role": "model" if role == A else role, "parts": [{"text": text}]} for role, text in talk
+                    ],
+                }
+            ],
+            holds=_anything,
+            layouts=_MORE,
+        ),
+        Format(
+            name="claude_export",
+            write=lambda talk, name: [{"uuid": name, "chat_messages": _listed(talk, "sender", "text", {U: "human"})}],
+            holds=_anything,
+            layouts=_MORE,
+        ),
+        Format(
+            name="chatgpt_export",
+            write=_chat_export,
+            holds=lambda talk: (S, "") not in talk,  # each of these chats has such a message, and it is none
+            layouts=_JSON,
+        ),
+        Format(name="question_lists", write=_questions, holds=_pairs, layouts=_MORE),
+        Format(name="convai", write=_convai, holds=_pairs, layouts=_MORE),
         Format(name="alpaca", write=_alpaca, holds=_pairs, layouts=_MORE),
         Format(name="moss", write=_moss, holds=_as_channels, layouts=_JSON, strips=True),
         Format(name="pairs", write=_pairs_of, holds=_pairs, layouts=_MORE),

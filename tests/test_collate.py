@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from ismdata import masks
 from ismdata.collate import IGNORE_INDEX, Collator
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
+from ismdata.folders import write_index
 from tests.tiny import ANSWER, PROMPT, QUERY, sample, write_packed
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "masks.json"
@@ -160,6 +163,55 @@ def test_the_dataset_reads_what_was_written(packed):
         dataset[8]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=12),
+    rows_per_shard=st.integers(1, 5),
+    rows_per_batch=st.integers(1, 5),
+    weighted=st.booleans(),
+)
+def test_rows_wherever_they_lie(tmp_path_factory, rows, rows_per_shard, rows_per_batch, weighted):
+    """Several shards of several record batches each, ragged columns among them, read in any order: the rows written."""
+    weight = np.linspace(0, 1, 128, dtype=np.float32) if weighted else None
+    samples = [sample([DOCUMENT] * n, seed=at, loss_weight=weight) for at, n in enumerate(rows)]
+    folder = tmp_path_factory.mktemp("lie") / "shards"
+    write_packed(folder, samples, rows_per_shard=rows_per_shard, rows_per_batch=rows_per_batch)
+    dataset = PackedDataset(folder)
+    for row in [*reversed(range(len(rows))), *range(len(rows))]:
+        found, expected = dataset[row].sequence, samples[row].sequence
+        for name in (field.name for field in dataclasses.fields(expected)):
+            assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+            if isinstance(getattr(expected, name), np.ndarray):
+                assert getattr(found, name).dtype == getattr(expected, name).dtype, name
+
+
+def test_tokens_are_not_copied_before_the_batch(packed):
+    """A row's arrays of T are views into the memory map, which cannot be written to."""
+    dataset = PackedDataset(packed[0])
+    for name in ("input_ids", "position_ids", "loss_mask", "block_table"):
+        first, again = (getattr(dataset[4].sequence, name) for _ in range(2))
+        assert np.shares_memory(first, again), name
+        assert not first.flags.writeable, name
+
+
+def test_a_batch_is_its_own(packed):
+    """Its tensors may be changed in place: neither the shards nor another batch see it."""
+    dataset = PackedDataset(packed[0])
+    first = Collator()([dataset[0], dataset[1]])
+    expected = {name: tensor.clone() for name, tensor in first.items()}
+    for tensor in first.values():
+        tensor.zero_()
+    again = Collator()([dataset[0], dataset[1]])
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_spans_that_do_not_tile_are_refused():
+    broken = sample([DOCUMENT, DOCUMENT])
+    broken.sequence.spans[2, 1] -= 1
+    with pytest.raises(DataError, match="row 1: a gap between spans at token 9"):
+        Collator()([sample([DOCUMENT]), broken])
+
+
 def test_a_pickled_dataset_opens_its_maps_anew(packed):
     dataset = PackedDataset(packed[0])
     first = dataset[0].sequence.input_ids.tolist()
@@ -184,6 +236,26 @@ def test_workers_give_the_same_batches(packed, start):
 def test_a_missing_shard_is_named(packed, tmp_path):
     with pytest.raises(DataError, match="found nothing; expected a folder that `ismdata pack` wrote"):
         PackedDataset(tmp_path / "absent")
+
+
+def test_nulls_in_a_shard_are_told(packed, tmp_path):
+    """The schema forbids them, but an Arrow stream can hold them all the same."""
+    folder = write_packed(tmp_path / "shards", packed[1][:1])
+    path = folder / "shard-00000.arrow"
+    with pa.ipc.open_stream(path.read_bytes()) as stream:
+        (batch,) = stream
+    column = batch.column("input_ids")
+    holed = pa.FixedSizeListArray.from_arrays(column.values, type=column.type, mask=pa.array([True]))
+    columns = [holed if field.name == "input_ids" else batch.column(field.name) for field in batch.schema]
+    with pa.ipc.new_stream(str(path), batch.schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=batch.schema))
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["bytes"] = path.stat().st_size
+    del index["sha256"]
+    (folder / "index.json").unlink()
+    write_index(folder, index)
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: null where a value is expected"):
+        PackedDataset(folder)[0]
 
 
 def test_the_package_gives_its_names_lazily():

@@ -100,7 +100,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
 
 
 def packed(converted: Path, output: Path, **options: Any) -> PackReport:
-    return pack([converted], output, **({"tokenizer": "bytes", "seq_len": SEQ_LEN} | options))
+    # The reference alone, whose batches are counted here; tests/test_backends.py has the others.
+    options = {"tokenizer": "bytes", "seq_len": SEQ_LEN, "tokenizer_backend": "hf"} | options
+    return pack([converted], output, **options)
 
 
 @pytest.fixture

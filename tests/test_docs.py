@@ -6,6 +6,7 @@ import doctest
 import re
 import runpy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def group() -> Any:
     return typer.main.get_command(app)
 
 
+def parameters(command: Any) -> Iterator[Any]:
+    """Those of a command, and of all commands below it."""
+    yield from command.params
+    for below in getattr(command, "commands", {}).values():
+        yield from parameters(below)
+
+
 def test_the_readme_shows_every_command() -> None:
     shown = {words[1] for words in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert shown == set(group().commands)
@@ -46,20 +54,22 @@ def test_commands_and_options_exist(path: Path) -> None:
     for words in commands(path.read_text(encoding="utf-8")):
         command = group().commands.get(words[1])
         assert command is not None, f"{path.name}: ismdata has no command {words[1]}"
-        known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        known = {option for parameter in parameters(command) for option in parameter.opts + parameter.secondary_opts}
         known.add("--help")
         used = {word.split("=")[0] for word in words[2:] if word.startswith("-")}
         assert used <= known, f"{path.name}: {shlex.join(words)} uses {', '.join(sorted(used - known))}"
 
 
 def test_mentioned_options_exist() -> None:
-    """Options named in running text belong to some command (or to make's own tools, listed here)."""
+    """Options named in running text belong to some command, to a benchmark, or to a tool (listed here)."""
     known = {
         option
         for command in group().commands.values()
-        for parameter in command.params
+        for parameter in parameters(command)
         for option in parameter.opts + parameter.secondary_opts
     } | {"--help", "--strict"}
+    for script in sorted((ROOT / "benchmarks").rglob("*.py")):
+        known |= set(re.findall(r"\"(--[a-z][a-z-]+)\"", script.read_text(encoding="utf-8")))
     for path in DOCUMENTS:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", path.read_text(encoding="utf-8")))
         assert used <= known, f"{name_of(path)} names {', '.join(sorted(used - known))}"

@@ -20,11 +20,13 @@ from ismdata.readers.canonical import Rules, canonical
 from ismdata.readers.framing import line_block
 from ismdata.readers.reading import read_block, read_records
 from tests.conftest import DATA, needs_data
+from tests.shapes import QA, SHAPES, A, Q, R, S, T, U, chat, spoken
 
 ROOT = Path(__file__).parents[1]
 PLACE = Place(prefix="corpus:", stem="corpus")
 FORMATS = ("preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated")
-FORMATS += ("prompt_completion", "personachat", "tsv_pairs")
+FORMATS += ("prompt_completion", "personachat", "tsv_pairs", "gemini", "claude_export", "chatgpt_export")
+FORMATS += ("question_lists", "convai")
 
 
 def conversations(name, record, **choices):
@@ -47,19 +49,6 @@ def refusal(name, record, **choices):
     return caught.value.reason, caught.value.detail
 
 
-S, U, A, T = "system", "user", "assistant", "tool"
-Q, R = "Is it open?", "Until six."
-QA = [(U, Q), (A, R)]
-
-
-def spoken(speaker, text, *turns):
-    return [{speaker: name, text: said} for name, said in turns]
-
-
-def chat(*turns):
-    return spoken("role", "content", *turns)
-
-
 HH = "Human: a\n\nAssistant: b"
 BY_NAME = [("Ann", "Hi"), ("Bo", "Hm"), ("Bo", "Hi")]
 IN_ORDER = [(U, "Hi"), (A, "Hm"), (A, "Hi")]
@@ -74,7 +63,7 @@ RECORDS = [
     ("utterances", {"id": "D1", "goal": {}, "log": [{"text": Q, "metadata": {}}, {"text": R}]}, QA, ()),
     ("utterances", {"dialogue": spoken("speaker", "text", (7, Q), (3, R))}, QA, ()),
     ("utterances", {"dialogue": spoken("speaker", "text", *BY_NAME)}, IN_ORDER, ()),
-    ("utterances", {"conversation": chat((U, " a\n"), (A, "b "))}, [(U, " a\n"), (A, "b ")], ()),
+    ("utterances", {"conversation": chat(("X", " a\n"), ("Y", "b "))}, [(U, " a\n"), (A, "b ")], ()),
     ("pairs", {"conversation": [{"human": Q, "assistant": R}]}, QA, ()),
     ("pairs", {"history": [[Q, R]]}, QA, ()),
     ("pairs", [[Q, R], ["And", "so"]], [*QA, (U, "And"), (A, "so")], ()),
@@ -121,6 +110,7 @@ RECORDS = [
     ("kto", {"instruction": Q, "input": "", "output": R, "kto_tag": True}, QA, ("alpaca",)),
     ("moss", {"chat": {"turn_1": {"Human": f"<|Human|>: {Q}<eoh>\n", "MOSS": f"<|MOSS|>: {R}<eom>\n"}}}, QA, ()),
 ]
+RECORDS += SHAPES
 IDS = [f"{name}-{at}" for at, (name, *_) in enumerate(RECORDS)]
 
 #: Records of the formats that tests/test_readers.py looks after.
@@ -129,6 +119,7 @@ OTHERS = [
     ("messages", {"messages": chat((S, "s"), *QA)}),
     ("sharegpt", {"conversations": spoken("from", "value", ("human", Q), ("gpt", R))}),
     ("alpaca", {"instruction": Q, "input": "", "output": R, "history": [["b", "c"]]}),
+    ("alpaca", {"instruction": f"Human:{Q}\nAssistant:{R}\nHuman:b\nAssistant:", "input": "", "output": "c"}),
     ("kdconv", {"name": "n", "messages": [{"message": "q"}, {"message": "a", "attrs": []}]}),
 ]
 

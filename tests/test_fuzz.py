@@ -6,9 +6,11 @@ What is sound comes out word for word. What is damaged is read or refused, never
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import tempfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,13 +145,31 @@ def _zip_with_a_wrong_offset() -> bytes:
     [
         (_broken_parquet(), "rows 1 to 1: .*UTF"),
         (_zip_with_a_wrong_offset(), "zip|unpacked"),
-        (b"[null]", "the first record is None"),
+        (b"[null]", "the first record is"),
+        (b"\n" * 64 + b"Hi", "the first record is"),  # took 2 ** 32 times as long as 32 blank lines
+        (b'["a", ' + b"[" * 990 + b"]" * 990 + b"]", "nested more than 800 levels deep"),
     ],
-    ids=["parquet", "zip", "null"],
+    ids=["parquet", "zip", "null", "blank lines", "deep"],
 )
 def test_what_the_fuzzer_found_is_refused_in_words(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         converted(tmp_path / "c", "x", content)
+
+
+@pytest.mark.parametrize("line", ["{a\tb}", '{"a": 1}', "[1]\tx", "{}\t[]"])
+def test_a_line_of_text_may_look_like_json(line: str, tmp_path: Path) -> None:
+    report = converted(tmp_path / "c", "x.txt", f"Hi\tHo\n{line}\n".encode())
+    assert report.read == 2
+    assert report.sources[0].format == "tsv_pairs"
+
+
+def test_a_member_without_a_name_is_read(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        member = zipfile.ZipInfo("x")
+        member.filename = ""
+        archive.writestr(member, b"Hi\tHo")
+    assert len(rows_of(converted(tmp_path / "c", "x.zip", out.getvalue()))) == 1
 
 
 @st.composite

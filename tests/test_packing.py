@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ismdata import packing
+from ismdata import bins, packing
 from ismdata.errors import UsageError
 from ismdata.packing import lower_bound, plan
 
@@ -84,28 +85,28 @@ def corpora(draw):
 @settings(max_examples=300, deadline=None)
 def test_bins_are_those_of_the_item_by_item_algorithm(corpus):
     lengths, seq_len = corpus
-    bins = packing._best_fit_decreasing(histogram(lengths, seq_len), seq_len)
-    assert rooms_of(bins, seq_len) == best_fit_decreasing(lengths, seq_len)
+    found = bins.best_fit_decreasing(histogram(lengths, seq_len), seq_len)
+    assert rooms_of(found, seq_len) == best_fit_decreasing(lengths, seq_len)
 
 
 @pytest.mark.parametrize("seq_len", [256, 2048])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
 def test_bins_are_those_of_the_item_by_item_algorithm_at_size(seq_len, spread):
     lengths = np.random.default_rng(0).lognormal(4.5, spread, 20_000).clip(1, seq_len).astype(int).tolist()
-    bins = packing._best_fit_decreasing(histogram(lengths, seq_len), seq_len)
-    assert rooms_of(bins, seq_len) == best_fit_decreasing(lengths, seq_len)
+    found = bins.best_fit_decreasing(histogram(lengths, seq_len), seq_len)
+    assert rooms_of(found, seq_len) == best_fit_decreasing(lengths, seq_len)
 
 
 @given(corpora())
 @settings(max_examples=150, deadline=None)
 def test_exact_completion_lays_down_the_histogram(corpus):
     lengths, seq_len = corpus
-    bins = packing._exact_completion(histogram(lengths, seq_len), seq_len)
+    found = bins.exact_completion(histogram(lengths, seq_len), seq_len)
     laid = Counter()
-    for owner, length, times in zip(bins.owner.tolist(), bins.length.tolist(), bins.times.tolist(), strict=True):
-        laid[length] += times * int(bins.count[owner])
+    for owner, length, times in zip(found.owner.tolist(), found.length.tolist(), found.times.tolist(), strict=True):
+        laid[length] += times * int(found.count[owner])
     assert +laid == Counter(lengths)
-    rooms = rooms_of(bins, seq_len)
+    rooms = rooms_of(found, seq_len)
     assert rooms[0] >= 0
     assert rooms[-1] < seq_len
     assert len(rooms) <= len(best_fit_decreasing(lengths, seq_len))
@@ -125,11 +126,95 @@ def test_never_below_what_is_possible_nor_far_above(lengths):
     assert fewest <= plan(lengths, seq_len=12, seed=0).rows <= max(fewest, fewest * 11 / 9 + 6 / 9)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_pieces_of_work_leave_no_trace(monkeypatch, chunk):
+def two_thresholds(lengths, seq_len):
+    """The oracle of the bound L2, threshold by threshold, as it is defined."""
+    bounds = []
+    for threshold in range(seq_len // 2 + 1):
+        long = [length for length in lengths if length > seq_len / 2]
+        with_room = [length for length in long if length <= seq_len - threshold]
+        small = sum(length for length in lengths if threshold <= length <= seq_len / 2)
+        beside = sum(seq_len - length for length in with_room)
+        bounds.append(len(long) + max(0, math.ceil((small - beside) / seq_len)))
+    return max(bounds)
+
+
+@given(corpora())
+@settings(max_examples=150, deadline=None)
+def test_fewest_bins_is_the_bound_as_defined(corpus):
+    lengths, seq_len = corpus
+    assert bins.fewest_bins(histogram(lengths, seq_len), seq_len) == two_thresholds(lengths, seq_len)
+
+
+@given(st.lists(st.integers(1, 12), max_size=9))
+@settings(max_examples=150, deadline=None)
+def test_fewest_bins_is_above_the_tokens_and_below_what_is_possible(lengths):
+    found = bins.fewest_bins(histogram(lengths, 12), 12)
+    assert lower_bound(lengths, 12) <= found <= (fewest_bins(lengths, 12) if lengths else 0)
+
+
+def test_fewest_bins_knows_what_leaves_no_room():
+    """Documents just above half a sequence: one each, whatever their sum says."""
+    assert lower_bound([65] * 100, 128) == 51
+    assert bins.fewest_bins(histogram([65] * 100, 128), 128) == 100
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([128] * 50, 50),
+        ([65] * 50, 50),
+        ([64] * 51, 26),
+        ([1] * 1000, 8),
+        ([128, *[1] * 128], 2),
+        ([127] * 10 + [1] * 10, 10),
+        ([128], 1),
+        ([1], 1),
+    ],
+    ids=["full", "half-and-one", "half", "ones", "giant-and-ones", "full-but-one", "one-full", "one-short"],
+)
+def test_hostile_histograms(lengths, rows):
+    found = plan(lengths, seq_len=128, seed=0)
+    check(found, lengths, 128)
+    assert found.rows == rows
+
+
+def test_a_sequence_may_be_longer_than_16_bits_count():
+    """From 65,536 tokens on, lengths are sorted as wider integers."""
+    lengths = np.random.default_rng(0).integers(1, 1 << 17, 60)
+    check(plan(lengths, seq_len=1 << 17, seed=0), lengths.tolist(), 1 << 17)
+
+
+@pytest.fixture(params=["whole", "pieces"])
+def pieces(request, monkeypatch):
+    """Work as it is cut for small corpora, not at all, and as for large ones, into many pieces."""
+    if request.param == "pieces":
+        monkeypatch.setattr(packing, "_PIECE", 128)
+        monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
+        monkeypatch.setattr(packing, "_HAND", 16)
+        monkeypatch.setattr(packing, "_ROWS_OF_A_PART", 32)
+        monkeypatch.setattr(packing, "_ORDERED_PLACES", 0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_pieces_of_work_leave_no_trace(monkeypatch, size):
     lengths = np.random.default_rng(3).integers(1, 100, 500)
-    monkeypatch.setattr(packing, "_CHUNK", chunk)
+    monkeypatch.setattr(packing, "_PIECE", size)
+    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
+    monkeypatch.setattr(packing, "_HAND", size)
+    monkeypatch.setattr(packing, "_ROWS_OF_A_PART", size)
+    monkeypatch.setattr(packing, "_ORDERED_PLACES", size)
+    monkeypatch.setattr(packing, "_FEWEST_ORDERS", 1)
     check(plan(lengths, seq_len=128, seed=5), lengths.tolist(), 128)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_threads_leave_no_trace(monkeypatch, pieces, threads):
+    lengths = np.random.default_rng(3).integers(1, 100, 5000)
+    expected = plan(lengths, seq_len=128, seed=5)
+    monkeypatch.setattr(packing, "_threads", lambda: threads)
+    found = plan(lengths, seq_len=128, seed=5)
+    assert found.order.tolist() == expected.order.tolist()
+    assert found.row_documents.tolist() == expected.row_documents.tolist()
 
 
 @pytest.mark.parametrize(
@@ -176,14 +261,27 @@ def test_a_seed_gives_one_plan_and_another_seed_another():
 def test_the_plan_of_a_few_documents_stays_what_it_is():
     """Resumed and repeated runs rely on it: a change here makes other shards of the same corpus."""
     found = plan([5, 3, 2, 6, 8, 1, 1, 4], seq_len=8, seed=0)
-    assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[1, 4, 1], [3, 5], [8], [2, 6]]
+    assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[2, 6], [5, 3], [4, 1, 1], [8]]
+
+
+def test_every_outcome_is_as_likely_as_any_other():
+    """Two rows, each in two orders: 8 plans of 4 documents, 100 times each, give or take 9."""
+    found = Counter(str(contents(plan([5, 3, 2, 6], seq_len=8, seed=seed), [5, 3, 2, 6])) for seed in range(800))
+    assert len(found) == 8
+    assert min(found.values()) > 70
+
+
+def test_documents_of_one_length_go_to_any_place_alike():
+    found = Counter(tuple(plan([4, 4, 4], seq_len=4, seed=seed).order.tolist()) for seed in range(600))
+    assert len(found) == 6
+    assert min(found.values()) > 70
 
 
 def correlation(one, other):
     return abs(np.corrcoef(one, other)[0, 1])
 
 
-def test_neither_length_nor_source_order_leaks():
+def test_neither_length_nor_source_order_leaks(pieces):
     """Against place in the training order and against place inside the row; 20,000 documents, noise is about 0.007."""
     lengths = np.sort(np.random.default_rng(0).lognormal(4, 0.8, 20_000).clip(1, 1024).astype(int))
     found = plan(lengths, seq_len=1024, seed=0)
@@ -198,7 +296,7 @@ def test_neither_length_nor_source_order_leaks():
     assert correlation(found.row_documents, np.arange(found.rows)) < 0.08
 
 
-def test_documents_of_one_length_are_shuffled_among_their_places():
+def test_documents_of_one_length_are_shuffled_among_their_places(pieces):
     """All alike, source order is all there is: neither along the rows, nor inside them, nor side by side."""
     found = plan(np.full(20_000, 100), seq_len=1000, seed=0)
     assert found.row_documents.tolist() == [10] * 2000

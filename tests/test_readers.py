@@ -50,6 +50,8 @@ def message(role_name, content_name):
         optional={
             "name": often(text), "train": often(st.booleans()), "weight": often(st.sampled_from([0, 0.5, -1, 1e300])),
             "tool_calls": st.none(), "function_call": st.none(), "tool_call_id": st.none(), "attrs": st.none(),
+            "toxic": odd, "language": often(text), "thinking": st.sampled_from([None, "", "t"]),
+            "text": st.sampled_from([None, "", "t"]),
         },
     )  # fmt: skip
     return often(fields)
@@ -57,6 +59,14 @@ def message(role_name, content_name):
 
 def listed(name, items):
     extras = {"id": often(text), "tools": st.sampled_from([None, "", "[]", "nonsense"]), "system": often(text)}
+    # What real corpora hold beside.
+    extras |= {
+        "turn": odd,
+        "conversation_id": often(text),
+        "uuid": odd,
+        "functions": st.sampled_from([None, "", [], 0]),
+    }
+    extras |= {"system_prompt": st.sampled_from([None, "", "s", 0, []]), "images": st.sampled_from([None, [], ["x"]])}
     return st.fixed_dictionaries({name: often(st.lists(items, max_size=4))}, optional=extras)
 
 
@@ -176,6 +186,23 @@ def test_a_sound_block_takes_the_fast_road():
             rows = pa.Table.from_pylist([json.loads(sound)] * 2).slice(1)
             columns = READERS[name].columns(TableBlock(rows=rows, numbers=np.array([2])))
             assert columns is not None and not columns.care.any(), name
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_records_with_more_than_messages_take_the_fast_road(table):
+    said = [{"role": "user", "content": "q", "toxic": False}, {"role": "assistant", "content": "a"}]
+    record = {"conversation_id": "c", "conversation": said, "turn": 1, "language": "English", "system": None}
+    if table:
+        block = TableBlock(rows=pa.Table.from_pylist([record] * 3).slice(1), numbers=np.array([2, 3]))
+    else:
+        block, _ = line_block("\n".join([json.dumps(record)] * 2).encode(), 2)
+    columns = READERS["messages"].columns(block)
+    assert columns is not None and not columns.care.any()
+    fast = read_block(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES))
+    assert_same(fast, read_records(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES)))
+    assert fast.rows["id"].to_pylist() == ["c", "c"]
+    assert json.loads(fast.rows["meta"][0].as_py()) == {"turn": 1, "language": "English"}
+    assert fast.ignored == {"conversation[].toxic": 2}
 
 
 @settings(deadline=None, max_examples=150)

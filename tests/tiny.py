@@ -100,7 +100,14 @@ def sample(
     )
 
 
-def write_packed(folder: Path, samples: list[Sample], *, rows_per_shard: int = 3, vocab_size: int = VOCABULARY) -> Path:
+def write_packed(
+    folder: Path,
+    samples: list[Sample],
+    *,
+    rows_per_shard: int = 3,
+    rows_per_batch: int = 1 << 20,
+    vocab_size: int = VOCABULARY,
+) -> Path:
     """A packed folder of these samples, several shards, without a tokenizer."""
     folder.mkdir(parents=True)
     weighted = samples[0].sequence.loss_weight is not None
@@ -111,7 +118,7 @@ def write_packed(folder: Path, samples: list[Sample], *, rows_per_shard: int = 3
         rows = [_as_row(each.sequence, weighted) for each in samples[first : first + rows_per_shard]]
         path = folder / f"shard-{number:05}.arrow"
         with pa.ipc.new_stream(str(path), schema) as stream:
-            stream.write_table(pa.Table.from_pylist(rows, schema=schema))
+            stream.write_table(pa.Table.from_pylist(rows, schema=schema), max_chunksize=rows_per_batch)
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         entries.append({"name": path.name, "rows": len(rows), "bytes": len(content), "sha256": digest})

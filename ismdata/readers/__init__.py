@@ -6,16 +6,19 @@ from typing import Any
 
 from ismdata.readers.alpaca import ALPACA
 from ismdata.readers.base import Reader
+from ismdata.readers.chatgpt import CHATGPT_EXPORT
+from ismdata.readers.convai import CONVAI
 from ismdata.readers.dailydialog import DAILYDIALOG
 from ismdata.readers.dialogue_rows import DIALOGUE_ROWS
 from ismdata.readers.kto import KTO
 from ismdata.readers.lists import LISTS
-from ismdata.readers.messages import KDCONV, OPENAI, SHAREGPT
+from ismdata.readers.messages import CLAUDE_EXPORT, GEMINI, KDCONV, OPENAI, SHAREGPT
 from ismdata.readers.moss import MOSS
 from ismdata.readers.pairs import PAIRS
 from ismdata.readers.personachat import PERSONACHAT
 from ismdata.readers.preference import PREFERENCE
 from ismdata.readers.prompt_completion import PROMPT_COMPLETION
+from ismdata.readers.question_lists import QUESTION_LISTS
 from ismdata.readers.separated import SEPARATED
 from ismdata.readers.trees import NESTED_TREES, TREE_ROWS
 from ismdata.readers.tsv_pairs import TSV_PAIRS
@@ -31,6 +34,11 @@ READERS: dict[str, Reader] = {
     "utterances": UTTERANCES,
     "messages": OPENAI,
     "sharegpt": SHAREGPT,
+    "gemini": GEMINI,
+    "claude_export": CLAUDE_EXPORT,
+    "chatgpt_export": CHATGPT_EXPORT,
+    "question_lists": QUESTION_LISTS,
+    "convai": CONVAI,
     "alpaca": ALPACA,
     "moss": MOSS,
     "pairs": PAIRS,

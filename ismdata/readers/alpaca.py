@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, fields_of, kind_of, shown, take_id
-from ismdata.readers.columnar import flat_list, held, mask, offsets_of, per_record
+from ismdata.readers.columnar import BLANKS, flat_list, held, mask, offsets_of, per_record
+from ismdata.readers.speakers import spoken
 
 _TEXTS = ("instruction", "input", "output", "system", "tools")
 _SCHEMA = pa.schema(
     [("id", pa.string()), *((name, pa.string()) for name in _TEXTS), ("history", pa.list_(pa.list_(pa.string())))]
 )
+#: How a prompt ends that is a whole dialogue, and how its turns open.
+ANSWER_MARK = "Assistant:"
+_TURN = re.compile(r"\n(Human|Assistant):")
 _NAMES = pa.array(["system", "user", "assistant"])
 
 
@@ -45,7 +50,9 @@ class Alpaca(Reader):
             messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         parts = [text for text in (texts["instruction"], texts["input"]) if text]
         prompt = "\n".join(parts) if parts else texts["instruction"]
-        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["output"]}]
+        earlier = earlier_turns(prompt) if isinstance(prompt, str) else []
+        messages += spoken(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
+        messages.append({"role": "assistant", "content": texts["output"]})
         tools = fields.pop("tools", None)
         return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
 
@@ -59,6 +66,7 @@ class Alpaca(Reader):
         instruction, given, output = (table[name].combine_chunks() for name in ("instruction", "input", "output"))
         care = held(table["tools"]) | per_record(bad_pair, pair_offsets)
         care |= ~held(table["instruction"]) | mask(output.is_null())
+        care |= mask(pc.fill_null(pc.ends_with(pc.utf8_rtrim(instruction, BLANKS), ANSWER_MARK), False))
         joined = pc.binary_join_element_wise(instruction, given, "\n")
         prompts = pc.if_else(pa.array(held(table["input"])), joined, instruction)
 
@@ -89,6 +97,21 @@ class Alpaca(Reader):
             contents=pool.take(pa.array(at)),
             care=care,
         )
+
+
+def earlier_turns(prompt: str) -> list[tuple[str, str]]:
+    """The turns of a prompt that is a dialogue up to the mark of the answer, as BELLE has them; else empty.
+
+    >>> earlier_turns("Human:Hi\\nAssistant:Hello!\\nHuman:Bye\\nAssistant:")
+    [('Human', 'Hi'), ('Assistant', 'Hello!'), ('Human', 'Bye')]
+    """
+    if not prompt.rstrip().endswith(ANSWER_MARK):
+        return []
+    _, *pieces = _TURN.split("\n" + prompt.strip())
+    turns = list(zip(pieces[::2], (piece.strip() for piece in pieces[1::2]), strict=True))
+    ordered = all(name == ("Human", "Assistant")[at % 2] for at, (name, _) in enumerate(turns))
+    begins = prompt.lstrip().startswith("Human:")
+    return turns[:-1] if begins and ordered and len(turns) > 1 and not turns[-1][1] else []
 
 
 def _pairs(history: Any) -> list[Any]:

@@ -314,7 +314,8 @@ def opened_zip(file: BinaryIO, name: str) -> zipfile.ZipFile:
 
 def zip_members(archive: zipfile.ZipFile, name: str) -> tuple[list[zipfile.ZipInfo], list[str]]:
     """The members to read, and the names of the others. Raises DataError: none, encrypted ones, a bomb."""
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+    # A member without a name is a file: `is_dir` looks at the name's last character.
+    entries = [entry for entry in archive.infolist() if not (entry.filename and entry.is_dir())]
     names = [entry.filename for entry in entries]
     picked = set(chosen(names))
     members = [entry for entry in entries if entry.filename in picked]

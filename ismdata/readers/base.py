@@ -90,7 +90,8 @@ class Columns:
     """A block of N records with M messages in all, as columns.
 
     Rows whose `care` is set are left to the general road; their messages here can be anything. `optional` holds columns
-    of `conversation.MESSAGE_TYPE` beyond role and content.
+    of `conversation.MESSAGE_TYPE` beyond role and content. `ignored` counts for each record the message fields that
+    are left out, by name.
     """
 
     ids: pa.Array | None  # string[N], null where a record has no id of its own
@@ -99,6 +100,8 @@ class Columns:
     contents: pa.Array  # string[M]
     optional: dict[str, pa.Array] = field(default_factory=dict)  # [M] each
     care: NDArray[np.bool_]  # [N]
+    meta: pa.Array | None = None  # string[N]
+    ignored: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # [N] each
 
 
 class Block(Protocol):

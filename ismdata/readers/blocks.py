@@ -132,7 +132,7 @@ class TableBlock:
         return self.raw(row)
 
     def raw(self, row: int) -> Any:
-        return _plain(self.rows.slice(row, 1).to_pylist()[0])
+        return plain_value(self.rows.slice(row, 1).to_pylist()[0])
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
         if wrapped or not set(self.rows.column_names) <= set(schema.names):
@@ -234,12 +234,12 @@ def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
     return None
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """An Arrow value as JSON can hold it: dates as ISO text, bytes as base64, numbers that are none as null."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):

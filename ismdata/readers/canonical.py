@@ -15,9 +15,9 @@ from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
 from ismdata.errors import UsageError
 from ismdata.readers.base import Draft, Refused, kind_of, shown
 
-_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 #: Record fields that hold what is no text: without it the messages are half of the conversation.
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _REASONING_PARTS = frozenset({"reasoning", "thinking"})
 
 
@@ -47,7 +47,7 @@ def canonical(draft: Draft, rules: Rules) -> dict[str, Any]:
     """The row of `conversation.CONVERSATION_SCHEMA` without its `source`; `id` may be None. Raises Refused."""
     if not draft.messages:
         raise Refused("no_messages", "the conversation has no messages")
-    for name in _MEDIA:
+    for name in MEDIA:
         if draft.extra.get(name):
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
     messages = [_message(raw, number, rules.roles) for number, raw in enumerate(draft.messages, 1)]
@@ -55,7 +55,7 @@ def canonical(draft: Draft, rules: Rules) -> dict[str, Any]:
         "id": None if draft.id is None else str(draft.id),
         "messages": messages,
         "tools": _tools(draft.tools),
-        "meta": _meta(draft.extra),
+        "meta": meta_text(draft.extra),
     }
     for number, message in enumerate(messages, 1):
         for name, value in message.items():
@@ -210,7 +210,8 @@ def _tools(value: Any) -> str | None:
     return json_text(whole, "tools")
 
 
-def _meta(extra: Mapping[str, Any]) -> str | None:
+def meta_text(extra: Mapping[str, Any]) -> str | None:
+    """The JSON text of what else a record holds, nulls left out, or None. Raises Refused."""
     held = {name: value for name, value in extra.items() if value is not None}
     return json_text(held, "the record's other fields") if held else None
 
@@ -263,14 +264,36 @@ def _no_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
+#: What is deeper is refused. Python's own limit counts all calls that are open: it would depend on who asks, and what
+#: was read could not be written again.
+MAX_DEPTH = 800
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
 def parse_json(text: str) -> Any:
     """Strict JSON, without NaN and Infinity. Raises ValueError for what cannot be read, too deep nesting included."""
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise ValueError(_TOO_DEEP) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than MAX_DEPTH levels deep.
+
+    >>> is_deep([[1]])
+    False
+    """
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(MAX_DEPTH):
+        values = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
+        level = [inner for inner in values if isinstance(inner, list | dict)]
+        if not level:
+            return False
+    return True
 
 
 def json_text(value: Any, where: str) -> str:

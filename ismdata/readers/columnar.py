@@ -48,7 +48,8 @@ def assemble(
     if columns.ids is not None:
         ids = pc.if_else(pc.fill_null(pc.not_equal(columns.ids, ""), False), columns.ids, own_ids)
     rows = len(care)
-    arrays = [ids, sources, listed, pa.nulls(rows, pa.string()), pa.nulls(rows, pa.string())]
+    meta = pa.nulls(rows, pa.string()) if columns.meta is None else columns.meta
+    arrays = [ids, sources, listed, pa.nulls(rows, pa.string()), meta]
     return pa.Table.from_arrays(arrays, schema=CONVERSATION_SCHEMA), care
 
 

@@ -16,8 +16,12 @@ from ismdata.readers.speakers import played
 #: The usual names of the columns, without regard to case and to what is no letter; the first one present is read.
 _DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "sessionid", "threadid")
 _ORDERS = ("utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
-_SPEAKERS = ("role", "speaker", "author", "from", "sender")
+_SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername")
 _TEXTS = ("utterance", "text", "content", "message")
+
+
+#: The columns of EmpatheticDialogues, whose texts have a word for the comma.
+_EMPATHETIC = frozenset({"conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,8 @@ class DialogueRows(Reader):
         used = {columns.dialogue, columns.order, columns.speaker, columns.text}
         extra, ignored = shared(rows, used)
         texts = [row.get(columns.text) for row in rows]
+        if rows[0].keys() >= _EMPATHETIC:
+            texts = [text.replace("_comma_", ",") if isinstance(text, str) else text for text in texts]
         return [
             Draft(
                 messages=[{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)],

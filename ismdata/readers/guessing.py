@@ -198,11 +198,11 @@ def _grouped(rows: list[dict[str, Any]]) -> Mapped | None:
         values = [cell_id(row.get(name)) for row in rows]
         groups = set(values)
         runs = 1 + sum(one != other for one, other in pairwise(values))
-        contents = [text for text in texts if text != name]
-        if not name or name == role or None in groups or not contents or not 1 <= len(groups) <= len(rows) // 2:
+        content = next((text for text in texts if text != name), None)
+        if not name or name == role or None in groups or content is None or not 1 <= len(groups) <= len(rows) // 2:
             continue
         if runs == len(groups) and re.search(r"id$|dial|conv|sess|thread|chat|talk", name.lower()):
-            return Mapped(group=name, order=_order(rows, {name, role, contents[0]}), role=role, content=contents[0])
+            return Mapped(group=name, order=_order(rows, {name, role, content}), role=role, content=content)
     return None
 
 

@@ -55,7 +55,8 @@ _WIDE_JSON = re.compile(rb"\x00{1,3}[\[{]|[\[{]\x00{1,3}")
 _JSON_OPENING = re.compile(rb'\s*(\[\s*(["\[{\]-]|\d|true|false|null|$)|\{\s*(["}]|$))')
 _KEY = re.compile(r'\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*')
 #: YAML that shows without a name: chatterbot's fields, or a list of lists.
-_YAML_OPENING = re.compile(rb"(?m)\A(?:\s*#.*\n|\s*\n|---[^\S\n]*\n)*(categories:|conversations:|- - .*\n(  - |- - ))")
+#: Each line before it can be matched in one way only: blank ones would else take time without end.
+_YAML_OPENING = re.compile(rb"\A(?:[^\S\n]*(?:#.*)?\n|---[^\S\n]*\n)*(categories:|conversations:|- - .*\n(  - |- - ))")
 _YAML_NAME = re.compile(r"(?i)\.ya?ml(\.(gz|zst|bz2|xz))?$")
 _TABLE_NAME = re.compile(r"(?i)\.[ct]sv(\.(gz|zst|bz2|xz))?$")
 #: Lines, and entries of an object, looked at before a decision.
@@ -94,7 +95,8 @@ def framing_of(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[str,
             return "a JSON array", frame_document
     if opening == b"[" and not values and _first_inside(head) == b"":
         return "a JSON array", frame_document
-    if opening == b"{" and len(values) < 2 and _opens_splits(head, is_record):
+    alone = len(values) == 1 and is_record(values[0])
+    if opening == b"{" and len(values) < 2 and not alone and _opens_splits(head, is_record):
         return "an object of splits", frame_splits
     if opens_entries and len(values) < 2:
         return "an object of records", frame_entries
@@ -102,7 +104,9 @@ def framing_of(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[str,
         other = _no_json(queue, is_record)
         if other is not None:
             return other
-    if values or any(line[:1] == b"{" and line.rstrip(BLANK)[-1:] == b"}" for line in lines):
+    # A line of text may look like JSON; where the first one is a record of text, so are the others.
+    is_text = not opening and bool(lines) and is_record(lines[0].decode("utf-8", errors="replace").strip())
+    if not is_text and (values or any(line[:1] == b"{" and line.rstrip(BLANK)[-1:] == b"}" for line in lines)):
         return JSON_LINES, partial(frame_lines, plain_text=False)
     if opening in (b"{", b"["):
         return "JSON values", frame_values

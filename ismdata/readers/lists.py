@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ismdata.readers.base import Block, Columns, Draft, Reader, Refused, Side, fields_of, kind_of, take_id
+from ismdata.conversation import ROLE_NAMES
+from ismdata.readers.base import ID_FIELDS, Block, Columns, Draft, Reader, Refused, Side, fields_of, kind_of, take_id
 from ismdata.readers.columnar import flat_list, mask, per_record
-from ismdata.readers.speakers import alternating, spoken, turns
+from ismdata.readers.speakers import alternating, played, spoken, turns
 
 #: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read. Not in
 #: "turns", see below.
 _FIELDS = ("messages", "dialog", "dialogue", "conversation", "conversations", "utterances")
+#: Names that say little: a list under them is a dialogue where the record has an id.
+_WITH_ID = ("data", "content")
+#: Where a list stands beside that says who speaks, one name for each utterance.
+_SPEAKERS = ("speakers", "speaker")
+#: Beside these two fields `turns` has both sides, the bot's first: MetaLWOz.
+_BOT_OPENS = frozenset({"bot_id", "user_id"})
 #: Where benchmarks keep what one speaker says, the questions or the answers: half of a dialogue.
 _ONE_SIDED = ("turns", "choices")
 _SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
@@ -27,6 +34,7 @@ class Lists(Reader):
 
     expects: str = "[text, text, …], or an object with such a list as its dialog"
     plain_text: bool = False
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
     assistant: Side = "second"
 
     def fits(self, record: Any) -> bool:
@@ -35,7 +43,7 @@ class Lists(Reader):
 
     def drafts(self, record: Any) -> Sequence[Draft]:
         fields: dict[str, Any] = {}
-        listed = record
+        name, listed = "", record
         if not isinstance(record, list):
             fields = dict(fields_of(record))
             name, listed = _listed(fields)
@@ -56,8 +64,21 @@ class Lists(Reader):
         own = take_id(fields)
         return [
             Draft(messages=spoken(roles, listed), id=own, extra=fields, part=part)
-            for part, roles in alternating(len(listed), self.assistant)
+            for part, roles in self._played(len(listed), name, fields)
         ]
+
+    def _played(self, count: int, name: str, fields: dict[str, Any]) -> Sequence[tuple[str, Sequence[str]]]:
+        """Who says which of the utterances; what tells that is taken out of `fields`."""
+        if name == "turns":
+            return [("", alternating(count, "first")[0][1])]
+        beside = next((one for one in _SPEAKERS if _are_texts(fields.get(one))), None)
+        if beside is None:
+            return alternating(count, self.assistant)
+        speakers = fields.pop(beside)
+        if len(speakers) != count:
+            found = f"{beside} has {len(speakers)} names for {count} utterances"
+            raise Refused("invalid_field", f"{found}; expected one for each")
+        return played(speakers, self.roles, self.assistant)
 
     def columns(self, block: Block) -> Columns | None:
         table = None if self.assistant == "both" else block.table(_SCHEMA, wrapped=True)
@@ -69,7 +90,13 @@ class Lists(Reader):
 
 
 def _listed(fields: Any) -> tuple[str, Any]:
-    name = next((name for name in _FIELDS if name in fields), "") if isinstance(fields, dict) else ""
+    if not isinstance(fields, dict):
+        return "", None
+    name = next((name for name in _FIELDS if name in fields), "")
+    if not name and any(one in fields for one in ID_FIELDS):
+        name = next((name for name in _WITH_ID if _are_texts(fields.get(name))), "")
+    if not name and fields.keys() >= _BOT_OPENS and _are_texts(fields.get("turns")):
+        name = "turns"
     return name, fields[name] if name else None
 
 

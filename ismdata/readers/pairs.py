@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.readers.base import Draft, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.readers.utterances import UTTERANCES
 
 #: The two fields of one exchange, as corpora name them; the first ones present together are read.
 EXCHANGES = (
@@ -21,9 +22,25 @@ EXCHANGES = (
     ("question", "response"),
     ("question", "answer"),
     ("input", "output"),
+    ("instruction", "completion"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("query", "answer"),
+    ("question", "output"),
+    ("question", "solution"),
+    ("problem", "solution"),
+    ("input", "target"),
+    ("input", "response"),
+    ("inputs", "targets"),
+    ("input_text", "output_text"),
+    ("user_utterance", "system_utterance"),
+    ("user utterance", "system response"),
+    ("message_1", "message_2"),
+    ("patient", "doctor"),
+    ("context", "response"),
 )
 #: Where a record keeps its pairs; the first one present is read.
-_LISTS = ("conversation", "conversations", "dialog", "dialogue", "history")
+_LISTS = ("conversation", "conversations", "dialog", "dialogue", "turns", "log", "history")
 #: Fields whose text becomes the first message.
 SYSTEMS = ("system", "system_prompt")
 
@@ -37,14 +54,15 @@ class Pairs(Reader):
 
     def fits(self, record: Any) -> bool:
         if isinstance(record, list):
-            return bool(record) and all(isinstance(pair, list) and _is_pair(pair) for pair in record)
+            pairs = bool(record) and all(isinstance(pair, list) and _is_pair(pair) for pair in record)
+            return pairs and not UTTERANCES.fits(record)
         if not isinstance(record, dict):
             return False
         name = _name_of(record)
         if name == "history" and ("output" in record or exchange_of(record) is not None):
             return False  # the last exchange stands outside the list: Alpaca, or a prompt and its completion
         listed = record.get(name)
-        return isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed))
+        return isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed)) and not UTTERANCES.fits(record)
 
     def drafts(self, record: Any) -> Sequence[Draft]:
         if isinstance(record, list):
@@ -62,14 +80,17 @@ class Pairs(Reader):
 
 
 def exchange_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The names under which an object holds one exchange, or None.
+    """The names under which an object holds one exchange, in any case of letters, or None.
 
     >>> exchange_of({"id": 3, "question": "What?", "answer": "That."})
     ('question', 'answer')
     """
-    found = next((names for names in EXCHANGES if names[0] in fields and names[1] in fields), None)
-    # Beside an instruction the input is what that is about: Alpaca.
-    return None if found and found[0] == "input" and "instruction" in fields else found
+    own = {name.strip().lower(): name for name in reversed([*fields]) if isinstance(name, str)}
+    own |= {name: name for name in fields}
+    found = next((names for names in EXCHANGES if names[0] in own and names[1] in own), None)
+    if found is None or (found[0] == "input" and "instruction" in own):
+        return None  # beside an instruction the input is what that is about: Alpaca
+    return own[found[0]], own[found[1]]
 
 
 def system_of(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,6 +119,10 @@ def messages_of(listed: Any, name: str, ignored: list[str] | None = None) -> lis
         if isinstance(pair, dict):
             names = exchange_of(pair)
             assert names is not None  # _is_pair saw to it
+            before = pair.get("system") if number == 1 else None
+            if isinstance(before, str):
+                messages += [{"role": "system", "content": before}] if before else []
+                pair = {other: value for other, value in pair.items() if other != "system"}
             if ignored is not None:
                 ignored += [
                     f"{name}[].{other}" for other, value in pair.items() if other not in names and value is not None

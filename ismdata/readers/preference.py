@@ -7,17 +7,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
-from ismdata.readers.base import Draft, Preference, Reader, Refused, fields_of, kind_of, take_id
+from ismdata.readers.base import Draft, Preference, Reader, Refused, fields_of, kind_of, shown, take_id
 from ismdata.readers.messages import OPENAI, SHAREGPT
 from ismdata.readers.pairs import system_of
 from ismdata.readers.separated import marked_turns
 from ismdata.readers.speakers import spoken
 
 #: The two answers, as corpora name them.
-_SIDES = (("chosen", "rejected"), ("chosen_messages", "rejected_messages"))
+_SIDES = (
+    ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
+    ("preferred_output", "non_preferred_output"),
+    ("response", "rejected_response"),
+)
+#: Two conversations of which `winner` names the better one, by the end of its name: the arena's battles.
+_BATTLE = ("conversation_a", "conversation_b")
+_WINNERS = {"model_a": _BATTLE, "model_b": _BATTLE[::-1]}
 #: Earlier messages, and single prompts: the first one present is what the answers answer.
 _EARLIER = ("messages", "conversations")
-_PROMPTS = ("prompt", "instruction", "question", "query")
+_PROMPTS = ("prompt", "instruction", "question", "query", "input")
 
 _Messages = list[dict[str, Any]]
 
@@ -50,10 +58,15 @@ class PreferencePairs(Reader):
                 "Pass --preference chosen to read the chosen side",
             )
         fields = dict(record)
+        if names == _BATTLE:
+            names = _ranked(fields.get("winner"))
         wanted, other = names if self.preference == "chosen" else names[::-1]
         side = fields.pop(wanted)
         ignored = [other] if fields.pop(other) is not None else []
         own, tools = take_id(fields), fields.pop("tools", None)
+        asked = fields.get("input")
+        if tools is None and isinstance(asked, dict):
+            tools = asked.get("tools")
         first = system_of(fields)
         messages = self._messages(side, wanted, fields, ignored)
         return [Draft(messages=first + messages, id=own, tools=tools, extra=fields, ignored=ignored)]
@@ -85,6 +98,8 @@ class PreferencePairs(Reader):
             found = f"beside the answers the record has {', '.join(map(str, fields)) or 'nothing'}"
             raise Refused("missing_field", f"{found}; expected a prompt in one of {', '.join((*_PROMPTS, *_EARLIER))}")
         prompt = fields.pop(name)
+        if name == "input" and isinstance(prompt, dict) and isinstance(prompt.get("messages"), list):
+            prompt = prompt["messages"]  # OpenAI's preference files
         given = fields.get("input")
         if name == "instruction" and isinstance(prompt, str) and isinstance(given, str):
             prompt = f"{prompt}\n{given}" if given else prompt
@@ -95,7 +110,18 @@ class PreferencePairs(Reader):
 def _names_of(record: Any) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
+    if all(name in record for name in (*_BATTLE, "winner")):
+        return _BATTLE
     return next((names for names in _SIDES if names[0] in record and names[1] in record), None)
+
+
+def _ranked(winner: Any) -> tuple[str, str]:
+    """The better and the worse conversation of a battle. Raises Refused where neither is."""
+    if not isinstance(winner, str) or winner not in _WINNERS:
+        raise Refused(
+            "no_preference", f"winner is {shown(winner)}; expected {' or '.join(_WINNERS)}: neither is better"
+        )
+    return _WINNERS[winner]
 
 
 def _marked(side: str, fields: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,6 +14,10 @@ from ismdata.readers.pairs import exchange_of, messages_of, system_of
 _CONTEXTS = ("input", "context")
 
 
+#: The fields of a query that is answered by calls of tools: xLAM, APIGen.
+_CALLING = frozenset({"query", "answers", "tools"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptCompletion(Reader):
     """A record is an object with a prompt and a completion under one of the usual pairs of names."""
@@ -23,11 +27,16 @@ class PromptCompletion(Reader):
 
     def fits(self, record: Any) -> bool:
         names = exchange_of(record) if isinstance(record, dict) else None
+        if names is None and isinstance(record, dict) and record.keys() >= _CALLING:
+            return isinstance(record["query"], str) and isinstance(record["answers"], str | list)
         return names is not None and all(_is_side(record[name]) for name in names)
 
     def drafts(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         names = exchange_of(fields)
+        if names is None and fields.keys() >= _CALLING:
+            names = ("query", "answers")
+            fields["answers"] = {"role": "assistant", "tool_calls": fields["answers"]}
         if names is None:
             found = f"the record has {', '.join(map(str, fields)) or 'no field'}"
             raise Refused("missing_field", f"{found}; expected {self.expects}")

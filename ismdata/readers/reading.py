@@ -39,8 +39,9 @@ def read_block(block: Block, reader: Reader, place: Place, rules: Rules) -> Read
     sources = pc.binary_join_element_wise(place.prefix, numbers, "")
     own_ids = pc.binary_join_element_wise(f"{place.stem}-", numbers, "")
     rows, care = assemble(columns, rules, sources=sources, own_ids=own_ids)
+    ignored = +Counter({name: int(counts[~care].sum()) for name, counts in columns.ignored.items()})
     if not care.any():
-        return Reading(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[])
+        return Reading(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[], ignored=ignored)
     left = np.flatnonzero(care)
     special, counts = _read(block, reader, place, rules, left.tolist())
     rows = rows.append_column("kin", pa.nulls(len(rows), pa.string()))
@@ -49,7 +50,7 @@ def read_block(block: Block, reader: Reader, place: Place, rules: Rules) -> Read
         rows=woven.drop_columns("kin"),
         kin=woven["kin"].combine_chunks(),
         quarantined=special.quarantined,
-        ignored=special.ignored,
+        ignored=ignored + special.ignored,
     )
 
 

@@ -50,14 +50,15 @@ def column_names(header: list[str]) -> list[str]:
     >>> column_names(["", "text", "text"])
     ['column 1', 'text', 'text (2)']
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
+    last: dict[str, int] = {}  # the number that the name had last: a table may have any number of columns
     for number, cell in enumerate(header, 1):
         name = wanted = cell.strip() or f"column {number}"
-        again = 2
         while name in names:
-            name, again = f"{wanted} ({again})", again + 1
-        names.append(name)
-    return names
+            last[wanted] = last.get(wanted, 1) + 1
+            name = f"{wanted} ({last[wanted]})"
+        names[name] = None
+    return [*names]
 
 
 def delimiter_of(head: bytes, is_record: Callable[[Any], bool], *, named: bool) -> str | None:

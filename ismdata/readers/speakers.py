@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ismdata.readers.base import Refused, Side, shown
 #: One way to see a talk: what it is called among the ways to see the same talk, and the role of each speaker.
 Cast = tuple[str, dict[str, str]]
 
+_NUMBERED = re.compile(r"^[0-9]+[_ -]+")
 _OPENER = {"second": "user", "first": "assistant"}
 _OTHER = {"user": "assistant", "assistant": "user"}
 
@@ -59,7 +61,7 @@ def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) ->
     [('', {'Bo': 'assistant', 'Ann': 'user', 'Cy': 'user'})]
     """
     names = list(dict.fromkeys(speakers))
-    known = {name: roles[name.strip().lower()] for name in names if name.strip().lower() in roles}
+    known = {name: roles[plain] for name, plain in _plain(names).items() if plain in roles}
     unknown = [name for name in names if name not in known]
     if not unknown and "assistant" not in known.values() and "user" in known.values():
         known = {name: "assistant" if role == "system" else role for name, role in known.items()}
@@ -83,6 +85,13 @@ def casts(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) ->
     return found
 
 
+def _plain(names: Sequence[str]) -> dict[str, str]:
+    """Names in lower case; of such as "0_wizard" without the number, where that leaves different ones."""
+    plain = {name: name.strip().lower() for name in names}
+    bare = {name: _NUMBERED.sub("", low) for name, low in plain.items()}
+    return bare if len(set(bare.values())) == len(names) else plain
+
+
 def played(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) -> list[tuple[str, list[str]]]:
     """The role of each message of one talk, by `casts`: two lists under "both", each with its name. Raises Refused.
 
@@ -94,10 +103,11 @@ def played(speakers: Sequence[str], roles: Mapping[str, str], assistant: Side) -
     """
     found = []
     for part, cast in casts(speakers, roles, assistant):
-        own = {name: _own(name.strip(), role, roles) for name, role in cast.items()}
+        bare = _plain(list(cast))
+        own = {name: _own(name.strip(), bare[name], role, roles) for name, role in cast.items()}
         found.append((part, [own[name] for name in speakers]))
     return found
 
 
-def _own(name: str, role: str, roles: Mapping[str, str]) -> str:
-    return name if roles.get(name.lower()) == role else role
+def _own(name: str, bare: str, role: str, roles: Mapping[str, str]) -> str:
+    return next((one for one in (name, bare) if roles.get(one.lower()) == role), role)

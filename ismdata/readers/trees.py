@@ -164,10 +164,11 @@ def hanging_together(group: Group) -> Iterator[Group]:
         if row in unseen and parent not in at:
             detail = f"the parent {shown(parent)} is no message of the tree"
             parts.append((take(row), f"{detail}; expected all its messages in one file"))
-    while unseen:
-        row = next(iter(unseen))
+    for start in list(unseen):
+        if start not in unseen:
+            continue
         # A row can hang on a ring without being of it: go up until one comes again, then take all that is below.
-        above = set()
+        row, above = start, set()
         while row not in above:
             above.add(row)
             row = at[parents[row]]

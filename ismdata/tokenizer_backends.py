@@ -1,0 +1,257 @@
+"""Who makes token ids of text: Hugging Face `tokenizers`, which is the reference, or `gigatoken`, which is faster.
+
+Both take an Arrow array of texts and give flat ids. gigatoken reads the array's own buffers and gives its ids in one
+buffer; no Python object is made for a text or a token. It is believed only as far as it is compared: on a sample of the
+corpus before the work, and on one text in a thousand meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ismdata.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+IntArray = NDArray[np.int64]
+
+#: What can be asked for; `auto` is gigatoken where it is installed and gives the reference's ids.
+BackendName = Literal["auto", "hf", "gigatoken"]
+BACKENDS: tuple[BackendName, ...] = ("auto", "hf", "gigatoken")
+
+#: The share of texts that is compared with the reference on the way.
+_SHARE = 0.001
+
+#: Texts and bytes of each stratum of a sample; a longer text is taken where it comes first in its stratum.
+_STRATUM_TEXTS = 8
+_STRATUM_BYTES = 1 << 12
+_LONGEST_TEXT = 1 << 16
+
+#: What looks like a piece that a tokenizer may treat by itself.
+_SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
+
+
+class Backend(Protocol):
+    """Makes ids of plain text. `identity` names it with its version, as a journal records it."""
+
+    name: Literal["hf", "gigatoken"]
+    identity: str
+
+    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """All ids end to end, int32, and how many each text has, int64[len(texts)].
+
+        texts: no nulls. opening: they open a document, so that a blank may be put before them.
+        """
+
+
+class BackendRefused(Exception):
+    """gigatoken cannot work with this tokenizer, or it failed on a text."""
+
+
+class BackendDiffers(Exception):
+    """gigatoken gave other ids than the reference."""
+
+
+class Reference:
+    """Hugging Face `tokenizers`, without control tokens: one for text that opens a document, one for text inside."""
+
+    name: Literal["hf", "gigatoken"] = "hf"
+    identity = "hf"
+
+    def __init__(self, opening: tokenizers.Tokenizer, inside: tokenizers.Tokenizer) -> None:
+        self.opening, self.inside = opening, inside
+
+    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        backend = self.opening if opening else self.inside
+        encoded = backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        ids = chain.from_iterable(map(attrgetter("ids"), encoded))
+        return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
+
+
+class Gigatoken:
+    """The same tokenizers, read by gigatoken. Raises ImportError where it is not installed, BackendRefused."""
+
+    name: Literal["hf", "gigatoken"] = "gigatoken"
+
+    def __init__(self, reference: Reference) -> None:
+        from gigatoken import Tokenizer
+
+        self.identity = f"gigatoken {version('gigatoken')}"
+        with _refusals():
+            self._inside = Tokenizer.from_json(reference.inside.to_str())
+            same = reference.opening is reference.inside
+            self._opening = self._inside if same else Tokenizer.from_json(reference.opening.to_str())
+
+    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Raises BackendRefused where gigatoken fails."""
+        with _refusals():
+            encoded = (self._opening if opening else self._inside).encode_batch(_as_awkward(texts)).layout
+        offsets = np.asarray(encoded.offsets.data)
+        ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]]
+        # Ids are far below 2**31: the same bytes are int32.
+        return ids.view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
+
+
+class Compared:
+    """gigatoken, compared with the reference on a random share of the texts (the same share at every run)."""
+
+    def __init__(self, fast: Gigatoken, reference: Reference) -> None:
+        self.name = fast.name
+        self.identity = fast.identity
+        self._fast, self._reference = fast, reference
+        self._random = np.random.default_rng(0)
+
+    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Raises BackendRefused, BackendDiffers."""
+        ids, lengths = self._fast.encode(texts, opening=opening)
+        chosen = np.flatnonzero(self._random.random(len(texts)) < _SHARE)
+        if len(chosen):
+            ends = np.cumsum(lengths)
+            found = [ids[ends[at] - lengths[at] : ends[at]] for at in chosen.tolist()]
+            _compare(texts.take(pa.array(chosen)), found, self._reference, opening=opening)
+        return ids, lengths
+
+    def check(self, batches: Iterable[pa.LargeStringArray]) -> int:
+        """Compare a stratified sample of each batch of texts; how many were compared. Raises as `encode`."""
+        compared = 0
+        for texts in batches:
+            sample = texts.take(pa.array(stratified(texts)))
+            for opening in (False, True) if self._reference.opening is not self._reference.inside else (False,):
+                ids, lengths = self._fast.encode(sample, opening=opening)
+                found = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+                _compare(sample, found, self._reference, opening=opening)
+            compared += len(sample)
+        return compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A backend, and what a user should be told about the choice. `may_leave`: whether the reference may take over."""
+
+    backend: Backend
+    notes: tuple[str, ...] = ()
+    may_leave: bool = False
+
+
+def choose(
+    wanted: BackendName, reference: Reference, sample: Iterable[pa.LargeStringArray], *, recorded: str | None = None
+) -> Chosen:
+    """The backend to use, compared with the reference on a stratified sample of each batch of texts in `sample`.
+
+    recorded: the identity of the backend that an interrupted run went with; `auto` stays with the reference then.
+    Raises UsageError where gigatoken is asked for and cannot be used, DataError where it gives other ids.
+    """
+    if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
+        return Chosen(backend=reference)
+    try:
+        backend = Compared(Gigatoken(reference), reference)
+        backend.check(sample)
+    except ImportError as error:
+        if wanted == "auto":
+            return Chosen(backend=reference)
+        raise UsageError(
+            "--tokenizer-backend gigatoken: gigatoken is not installed. Try: pip install 'ismdata[fast]'"
+        ) from error
+    except BackendRefused as error:
+        if wanted == "auto":
+            note = f"gigatoken cannot be used with this tokenizer ({error}): tokenizers is used, which is slower."
+            return Chosen(backend=reference, notes=(note,))
+        raise UsageError(
+            f"--tokenizer-backend gigatoken: gigatoken cannot be used with this tokenizer ({error}). "
+            "Choose --tokenizer-backend auto or hf"
+        ) from error
+    except BackendDiffers as error:
+        if wanted == "auto":
+            note = f"gigatoken does not agree with tokenizers ({error}): tokenizers is used, which is slower."
+            return Chosen(backend=reference, notes=(note,))
+        raise disagreement(error) from error
+    return Chosen(backend=backend, may_leave=wanted == "auto")
+
+
+def disagreement(error: Exception) -> DataError:
+    """What is raised where gigatoken was asked for and does not give the reference's ids, or fails."""
+    return DataError(f"gigatoken does not agree with tokenizers: {error}. Choose --tokenizer-backend auto or hf")
+
+
+def stratified(texts: pa.LargeStringArray) -> IntArray:
+    """Places of the longest and shortest texts, of some beyond ASCII, some with what looks like a special piece, and
+    some from all over. Sorted; the same for the same texts.
+    """
+    lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+    by_length = np.argsort(lengths, kind="stable")
+    strata = [
+        by_length[::-1],
+        by_length[lengths[by_length] > 0],
+        _spread(np.flatnonzero(~pc.string_is_ascii(texts).to_numpy(zero_copy_only=False))),
+        _spread(np.flatnonzero(pc.match_substring_regex(texts, _SPECIAL_LOOKING).to_numpy(zero_copy_only=False))),
+        _spread(np.arange(len(texts))),
+    ]
+    chosen: IntArray = np.unique(np.concatenate([_within_budget(stratum, lengths) for stratum in strata]))
+    return chosen
+
+
+def _spread(places: IntArray) -> IntArray:
+    """Some of the places, evenly."""
+    return places[np.linspace(0, len(places) - 1, min(len(places), _STRATUM_TEXTS)).astype(np.int64)]
+
+
+def _within_budget(places: IntArray, lengths: NDArray[Any]) -> IntArray:
+    """The first places, as many as may be encoded for a sample, but at least the first that is not overly long."""
+    places = places[lengths[places] <= _LONGEST_TEXT][:_STRATUM_TEXTS]
+    within = np.cumsum(lengths[places]) <= _STRATUM_BYTES
+    within[:1] = True
+    return places[within]
+
+
+def _compare(
+    texts: pa.LargeStringArray, found: list[NDArray[np.int32]], reference: Reference, *, opening: bool
+) -> None:
+    """Raise BackendDiffers unless the reference gives the ids found for each text."""
+    expected, lengths = reference.encode(texts, opening=opening)
+    ends = np.cumsum(lengths)
+    for place, ids in enumerate(found):
+        own = expected[ends[place] - lengths[place] : ends[place]]
+        if not np.array_equal(ids, own):
+            at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
+            text = texts[place].as_py()
+            shown = text if len(text) <= 60 else text[:60] + "…"
+            raise BackendDiffers(
+                f"for {shown!r} gigatoken gives {ids[at : at + 4].tolist()} at token {at}, "
+                f"tokenizers gives {own[at : at + 4].tolist()}"
+            )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn failures of gigatoken into BackendRefused."""
+    try:
+        yield
+    except BaseException as error:
+        # What panics in Rust is no Exception, and its class has no name to import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BackendRefused((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+
+
+def _as_awkward(texts: pa.LargeStringArray) -> Any:
+    """The array's own buffers as awkward's array of strings."""
+    import awkward as ak
+
+    _, offsets, characters = texts.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    data = np.frombuffer(characters, np.uint8) if characters is not None else np.empty(0, np.uint8)
+    content = ak.contents.NumpyArray(data, parameters={"__array__": "char"})
+    return ak.Array(ak.contents.ListOffsetArray(ak.index.Index64(bounds), content, parameters={"__array__": "string"}))

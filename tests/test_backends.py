@@ -1,0 +1,387 @@
+"""gigatoken is as good as the reference, or it is not used: the same shards whichever makes the ids."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import ismdata.tokenizing
+from ismdata.convert import convert
+from ismdata.encoder import Encoding, set_up
+from ismdata.errors import DataError, UsageError
+from ismdata.folders import INDEX_NAME
+from ismdata.pack import PackReport, pack
+from ismdata.tokenizer import load_pretrained, without_tokens
+from ismdata.tokenizer_backends import (
+    Backend,
+    BackendRefused,
+    Compared,
+    Gigatoken,
+    Reference,
+    choose,
+    stratified,
+)
+from ismdata.verify import verify
+from tests.conftest import encoding, template_named
+from tests.test_pack import bytes_tokenizer
+
+__all__ = ["bytes_tokenizer"]  # a fixture
+
+pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+
+#: Texts that tokenizers take apart in ways of their own.
+PIECES = st.sampled_from(
+    [
+        "",
+        " ",
+        "  \n",
+        "Hello, world",
+        "it's",
+        "naïve",
+        "你好，世界",
+        "🙂",
+        "<|im_end|>",
+        "<think>",
+        "</s>",
+        "0123456789",
+    ]
+)
+TEXTS = st.lists(st.one_of(st.lists(PIECES, max_size=6).map("".join), st.text(max_size=20)), max_size=8)
+
+
+def large(texts: list[str]) -> pa.LargeStringArray:
+    return pa.array(texts, pa.large_string())
+
+
+@pytest.fixture(scope="session")
+def deepseek_encoding(deepseek: Path) -> Encoding:
+    return encoding(deepseek, template_named("deepseekv3"))
+
+
+@pytest.mark.parametrize("name", ["hf", "gigatoken"])
+@settings(deadline=None, max_examples=60)
+@given(texts=TEXTS, cut=st.integers(0, 3), opening=st.booleans())
+def test_ids_are_those_of_each_text_alone(
+    name: str, deepseek_encoding: Encoding, texts: list[str], cut: int, opening: bool
+) -> None:
+    reference = deepseek_encoding.tokenizer.reference
+    backend: Backend = reference if name == "hf" else gigatoken_for(reference)
+    ids, lengths = backend.encode(large(["left out"] * cut + texts).slice(cut), opening=opening)
+    one_by_one = [reference.inside.encode(text, add_special_tokens=False).ids for text in texts]
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert lengths.tolist() == list(map(len, one_by_one))
+    assert ids.tolist() == [id for own in one_by_one for id in own]
+
+
+@functools.cache
+def gigatoken_for(reference: Reference) -> Gigatoken:
+    return Gigatoken(reference)
+
+
+def test_a_sample_has_a_text_of_every_kind() -> None:
+    plain = [f"plain text number {k}" for k in range(1000)]
+    odd = {
+        137: "x",
+        400: "long " * 2000,
+        500: "非 ASCII text",
+        777: "the marker <|end|> in it",
+        900: "too long" * 10_000,
+    }
+    texts = large([odd.get(k, text) for k, text in enumerate(plain)])
+    found = stratified(texts).tolist()
+    assert {137, 400, 500, 777} <= set(found)
+    assert 900 not in found  # it alone would take longer than all the rest
+    assert found == sorted(set(found)) == stratified(texts).tolist()
+    assert len(found) <= 40
+    assert len(stratified(large([]))) == 0
+
+
+# ---- packing ----
+
+
+def write_corpus(path: Path, count: int) -> None:
+    words = ["Hello", "你好", "naïve café", "<|im_end|>", "</s>", "12345", "def f(x):\n    return x", "🙂🙂", " "]
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for k in range(count):
+            said = [" ".join(rng.choice(words, rng.integers(1, 9)).tolist()) + f" {k}" for _ in range(4)]
+            roles = ("user", "assistant", "user", "assistant")
+            messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+            file.write(json.dumps({"id": str(k), "messages": messages}, ensure_ascii=False) + "\n")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    write_corpus(folder / "talks.jsonl", 120)
+    convert([str(folder / "talks.jsonl")], folder / "talks")
+    return folder / "talks"
+
+
+@pytest.fixture
+def packed(
+    converted: Path, bytes_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[PackReport, list[str]]]:
+    """Pack the corpus, in several batches; the report and the notes."""
+    loaded = set_up(str(bytes_tokenizer))
+    monkeypatch.setattr(ismdata.pack, "set_up", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.tokenizing, "_BATCH_CONVERSATIONS", 40)
+
+    def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
+        notes: list[str] = []
+        report = pack([converted], tmp_path / name, tokenizer="bytes", seq_len=512, notify=notes.append, **options)
+        assert verify(report.output).problems == []
+        return report, [note for note in notes if "gigatoken" in note]
+
+    return run
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All files of a folder, and its index less what names the backend and the index's own hash."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    index = json.loads(found.pop(INDEX_NAME))
+    del index["tokenizer"]["backend"], index["options"]["tokenizer_backend"], index["sha256"]
+    return found | {INDEX_NAME: index}
+
+
+def used(folder: Path) -> tuple[str, str]:
+    index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    return index["options"]["tokenizer_backend"], index["tokenizer"]["backend"]
+
+
+def test_the_same_bytes_for_any_backend_and_any_number_of_workers(
+    packed: Callable[..., Any], converted: Path, bytes_tokenizer: Path, tmp_path: Path
+) -> None:
+    report, notes = packed("auto")
+    assert notes == []
+    assert used(report.output) == ("auto", "gigatoken")
+    for backend, workers in (("hf", 1), ("gigatoken", 2)):
+        folder = tmp_path / backend
+        words = ["pack", converted, "-o", folder, "--tokenizer", bytes_tokenizer, "--seq-len", 512]
+        words += ["--tokenizer-backend", backend, "--workers", workers]
+        code = "import sys\nfrom ismdata.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        code += "assert 'torch' not in sys.modules\n"
+        subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, capture_output=True)
+        assert used(folder) == (backend, backend)
+        assert {name: data for name, data in content(folder).items() if name.endswith(".arrow")} == {
+            name: data for name, data in content(report.output).items() if name.endswith(".arrow")
+        }
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """gigatoken gives a wrong id for texts that hold one of the words in this list."""
+    words: list[str] = []
+    encode = Gigatoken.encode
+
+    def spoiled(self: Gigatoken, texts: pa.LargeStringArray, *, opening: bool) -> Any:
+        ids, lengths = encode(self, texts, opening=opening)
+        ids = ids.copy()
+        for text, end in zip(texts.to_pylist(), np.cumsum(lengths).tolist(), strict=True):
+            if any(word in text for word in words):
+                ids[end - 1] ^= 1
+        return ids, lengths
+
+    monkeypatch.setattr(Gigatoken, "encode", spoiled)
+    return words
+
+
+def test_a_difference_on_the_sample_means_the_reference(packed: Callable[..., Any], wrong: list[str]) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append("café")
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "does not agree with tokenizers" in notes[0]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)
+    with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+    assert not (report.output.parent / "asked-for").exists()
+
+
+def test_a_difference_found_later_means_all_over_again(
+    packed: Callable[..., Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third of three batches has the only text that differs, and no sample sees it."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 111")
+    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "gigatoken is left aside" in notes[0]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)
+    with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+
+
+def test_a_difference_that_only_law_5_sees(
+    packed: Callable[..., Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is not blamed for it: skeletons stay in use."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 0")
+    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 0.0)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "gigatoken is left aside" in notes[0]
+    assert content(report.output) == content(expected.output)
+
+
+def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = encoding(smollm2).tokenizer.reference
+    chosen = choose("auto", reference, [large(["text"])])
+    assert chosen.backend is reference
+    assert ["cannot be used with this tokenizer" in note for note in chosen.notes] == [True]
+    with pytest.raises(UsageError, match="Choose --tokenizer-backend auto or hf"):
+        choose("gigatoken", reference, [])
+
+
+def test_gigatoken_is_not_installed(packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    report, notes = packed()
+    assert notes == []
+    assert used(report.output) == ("auto", "hf")
+    with pytest.raises(UsageError, match=r"pip install 'ismdata\[fast\]'"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+    with pytest.raises(UsageError, match="expected one of auto, hf, gigatoken"):
+        packed("asked-for", tokenizer_backend="fast")
+
+
+class PanicException(BaseException):
+    """As Rust's panics come to Python."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, PanicException], ids=["error", "panic"])
+def test_a_failure_in_the_middle(
+    error: type[BaseException], packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    import gigatoken
+
+    calls: list[int] = []
+    encode = gigatoken.Tokenizer.encode_batch
+
+    def fails(self: Any, texts: Any) -> Any:
+        calls.append(len(texts))
+        if len(calls) == 6:
+            raise error("index out of bounds\nat bpe.rs")
+        return encode(self, texts)
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", fails)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "left aside (index out of bounds)" in notes[0]
+    assert content(report.output) == content(expected.output)
+
+
+def test_an_interrupt_is_no_failure(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gigatoken
+
+    backend = Gigatoken(set_up(str(bytes_tokenizer)).tokenizer.reference)
+
+    def interrupted(self: Any, texts: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backend.encode(large(["a"]), opening=False)
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", lambda self, texts: 1 / 0)
+    with pytest.raises(BackendRefused, match="division by zero"):
+        backend.encode(large(["a"]), opening=False)
+
+
+# ---- going on after a crash ----
+
+
+class Death(BaseException):
+    """The end of a process."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Record after every batch, and die at the batch of that number (counted over all runs)."""
+
+    def at(number: int) -> None:
+        make, made = ismdata.tokenizing.make_documents, []
+
+        def dying(*arguments: Any) -> Any:
+            made.append(1)
+            if len(made) == number:
+                raise Death
+            return make(*arguments)
+
+        monkeypatch.setattr(ismdata.tokenizing, "make_documents", dying)
+        monkeypatch.setattr("ismdata.journal.Journal.due", lambda self: True)
+
+    return at
+
+
+def test_a_run_goes_on_with_the_backend_that_it_had(
+    packed: Callable[..., Any], wrong: list[str], killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 55")
+    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    killed(4)
+    with pytest.raises(Death):
+        packed()
+    monkeypatch.setattr(Gigatoken, "__init__", lambda self, reference: pytest.fail("asked again"))
+    report, _ = packed()
+    assert content(report.output) == content(expected.output)
+
+
+def test_a_run_whose_backend_is_gone_begins_again(
+    packed: Callable[..., Any], killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    killed(3)
+    with pytest.raises(Death):
+        packed()
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    report, notes = packed()
+    assert [note for note in notes if "it is done again" in note]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)
+
+
+# ---- loading ----
+
+
+def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Path) -> None:
+    for folder in (smollm2, deepseek):
+        ours, theirs = load_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
+        assert type(ours) is type(theirs)
+        assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        assert ours.special_tokens_map == theirs.special_tokens_map
+        assert (ours.chat_template, len(ours)) == (theirs.chat_template, len(theirs))
+
+
+def test_taking_tokens_out_does_not_depend_on_how_the_description_is_written(smollm2: Path) -> None:
+    tokenizer = encoding(smollm2).tokenizer
+    backend = tokenizer.pretrained.backend_tokenizer
+    removed = frozenset(tokenizer.controls.tokens)
+    for opening, inside in (
+        without_tokens(backend.to_str(pretty=False), removed, removed, "t"),
+        without_tokens(backend.to_str(pretty=True), removed, removed, "t"),
+    ):
+        assert opening.to_str() == inside.to_str() == tokenizer.reference.inside.to_str()
+        assert len(opening.encode("<|im_end|>").ids) > 1
