@@ -328,8 +328,10 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _sync(folder: Path) -> None:
+    """Return when all that stays in the folder is on the disk; journal and scratch go, and are when they must be."""
     for path in sorted(folder.rglob("*")):
-        sync_path(path)
+        if path.relative_to(folder).parts[0] not in (JOURNAL_NAME, SCRATCH_NAME):
+            sync_path(path)
     sync_path(folder)
 
 
