@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from ismdata.encoder import Encoding, probe
 from ismdata.tokenizer import load_pretrained
+
+#: The same examples on every machine, busy or not: what passes here passes there. HYPOTHESIS_PROFILE=default looks for
+#: new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA = SHARED / "data"

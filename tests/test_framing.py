@@ -233,6 +233,8 @@ def test_a_cut_table_gives_its_whole_rows_or_an_error(table):
     whole = written(["q", "a"], table, quoting=csv.QUOTE_ALL)
     complete = records_of(frame_rows(queue_of(whole), delimiter=","))
     for cut in range(len(whole)):
+        if whole[:cut].endswith(b'"') and whole[cut : cut + 1] == b'"':
+            continue  # inside a doubled quote: for all one can tell, the cell's end
         try:
             found = records_of(frame_rows(queue_of(whole[:cut]), delimiter=","))
         except DataError:
