@@ -82,7 +82,7 @@ class _Part:
 @dataclass(kw_only=True)
 class _Mark:
     """How far the sources are read: `reports` of finished ones; of the next one, the blocks, what they hold, and a
-    checksum of it.
+    checksum of it. `unknown` says of files of no known format why they were left aside.
     """
 
     reports: list[SourceReport] = field(default_factory=list)
@@ -90,6 +90,7 @@ class _Mark:
     records: int = 0
     checksum: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
+    unknown: list[str] = field(default_factory=list)
     drawing: bool = False
 
     @classmethod
@@ -122,7 +123,6 @@ class Conversion:
             self.candidates = ShardWriter(scratch, state.get("candidates"))
         self.sides = Column(scratch / "sides", np.int8, keep=state.get("sides", 0))
         self.duplicates = 0
-        self.unknown: list[str] = []
         self._waiting: list[Reading] = []
         self._waiting_bytes = 0
 
@@ -159,19 +159,19 @@ class Conversion:
                 if not self._waiting and self.journal.due():
                     self._record()
             done += source.bytes
-            layouts, formats = (dict.fromkeys(names) for names in zip(*seen, strict=True))
-            formats.pop(EMPTY, None)
+            layouts = dict.fromkeys(layout for layout, _ in seen)
+            formats = dict.fromkeys(name for _, name in seen if name != EMPTY)
             report = SourceReport(
                 name=source.name,
                 bytes=source.bytes,
                 sha256=digest.result() if digest else source.sha256(),
-                layout=", ".join(layouts),
+                layout=", ".join(layouts) or EMPTY,
                 format=", ".join(formats) or EMPTY,
                 records=self.mark.records,
                 left_aside=tuple(source.passed_over),
             )
             reports = [*self.mark.reports, report]
-            self.mark = _Mark(reports=reports, ignored=self.mark.ignored)
+            self.mark = _Mark(reports=reports, ignored=self.mark.ignored, unknown=self.mark.unknown)
         self._flush()
         self._refuse_nothing()
 
@@ -198,7 +198,7 @@ class Conversion:
                 raise
             seen.append((UNKNOWN, UNKNOWN))
             source.passed_over.append(source.name)
-            self.unknown.append(f"left aside: {error}")
+            self.mark.unknown.append(f"left aside: {error}")
 
     def _unread(self, blocks: Iterable[_Sorted], name: str) -> Iterator[_Sorted]:
         """The blocks after those that an earlier run has read, which must be what they were. Raises DataError."""
@@ -347,8 +347,8 @@ class Conversion:
         kept = self.written + (self.candidates.rows if self.candidates else 0)
         if kept:
             return
-        if not self.quarantine.reasons and self.unknown:
-            raise DataError(self.unknown[0].removeprefix("left aside: "))
+        if not self.quarantine.reasons and self.mark.unknown:
+            raise DataError(self.mark.unknown[0].removeprefix("left aside: "))
         if not self.quarantine.reasons:
             names = ", ".join(report.name for report in self.mark.reports)
             raise DataError(f"{names}: empty, no record found; expected a corpus. See whether it is the right file")

@@ -135,7 +135,7 @@ def convert(
         first=job.quarantine.first,
         sources=tuple(job.mark.reports),
         ignored_fields=dict(sorted(job.mark.ignored.items())),
-        notes=(*job.unknown, *_notes(job.mark.reports, assistant, tree, preference)),
+        notes=(*job.mark.unknown, *_notes(job.mark.reports, assistant, tree, preference)),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
     )

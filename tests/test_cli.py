@@ -186,7 +186,7 @@ def test_a_full_disk(converted: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("no file system can be mounted here")  # root in a container may lack the right to
     try:
         (tmp_path / "big.jsonl").write_text((GOOD.replace("Hello", "x" * 4000) + "\n") * 100, encoding="utf-8")
         refused(run("convert", tmp_path / "big.jsonl", "-o", small / "out"), 1, "out", "No space left")

@@ -439,11 +439,12 @@ def test_an_interrupted_run_that_was_tampered_with(
 
 @contextmanager
 def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    # Only a real file system fills up as one does; where none can be mounted there is nothing to try.
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("mounting a small file system takes root on Linux")
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
+        pytest.skip("no file system can be mounted here")  # root in a container may lack the right to
     try:
         yield folder
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,18 @@ def test_a_file_of_a_folder_that_is_no_corpus_is_left_aside_and_named(corpus, tm
     assert [name for source in report.sources for name in source.left_aside] == [str(folder / "about.json")]
     with pytest.raises(DataError, match=r"about\.json"):
         convert([str(folder / "about.json"), str(corpus)], tmp_path / "named")
+
+
+def test_an_archive_of_a_folder_without_a_corpus_is_left_aside_and_named(corpus, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "talks.jsonl").write_text(corpus.read_text())
+    with tarfile.open(folder / "pictures.tar", "w") as archive:
+        archive.add(__file__, "pictures/readme.py")
+    report = convert([str(folder)], tmp_path / "out")
+    assert (report.written, report.read) == (300, 300)
+    assert any("pictures.tar" in name for source in report.sources for name in source.left_aside)
+    assert verify(tmp_path / "out").problems == []
 
 
 def test_explaining_writes_nothing_and_its_mapping_reads_the_file(tmp_path):

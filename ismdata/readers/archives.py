@@ -306,6 +306,8 @@ def _expect_zeros(archive: tarfile.TarFile, name: str) -> None:
 
 def opened_zip(file: BinaryIO, name: str) -> zipfile.ZipFile:
     """Raises DataError for what is no zip archive."""
+    # A damaged directory makes zipfile seek before the start (ValueError, OSError) or want a version it has not
+    # (NotImplementedError), beside its own error.
     try:
         return zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
@@ -333,9 +335,10 @@ def zip_members(archive: zipfile.ZipFile, name: str) -> tuple[list[zipfile.ZipIn
 
 def zip_part(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, name: str, position: Position | None = None) -> Part:
     """One member of a zip archive, compressed inside or not. Raises DataError, while it is read too."""
+    # zipfile says RuntimeError of passwords, NotImplementedError of rare methods, ValueError of offsets that cannot be.
     try:
         content = archive.open(member)
-    except (*_BROKEN, ValueError, RuntimeError, NotImplementedError) as error:  # a damaged header, a rare method
+    except (*_BROKEN, ValueError, RuntimeError, NotImplementedError) as error:
         raise DataError(f"{name}: cannot be unpacked ({error}). Unpack the archive and name its files") from error
     watched = Watched(content.read, name, lambda: member.compress_size)
     plain = unpacked(io.BufferedReader(watched), name, lambda: member.compress_size)
