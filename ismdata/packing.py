@@ -35,11 +35,14 @@ _PIECE = 1 << 16
 _LENGTHS_PER_COUNT = 8
 _LARGEST_PIECE = 1 << 22
 
-#: Documents of one length that are shuffled at a time, by random keys of 16 bits: more would share too many keys.
-_HAND = 1 << 16
+#: Documents, neighbours in the corpus, that are dealt to a piece at a time: they fill a few lines of a cache.
+_DEALT_TOGETHER = 64
+
+#: Documents that are laid into their rows at a time.
+_LAID_AT_ONCE = 1 << 16
 
 #: Rows that are laid down at a time, and how many counts of such parts are kept at most.
-_ROWS_OF_A_PART = 1 << 16
+_ROWS_OF_A_PART = 1 << 18
 _DEALT_COUNTS = 1 << 24
 
 #: Orders of its documents that one class of bins has, where it has as many bins, and places that all these may take.
@@ -47,7 +50,7 @@ _FEWEST_ORDERS, _MOST_ORDERS = 4, 64
 _ORDERED_PLACES = 1 << 19
 
 #: What random numbers are drawn for. Each has its own stream for a seed.
-_OF_DOCUMENTS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(4)
+_OF_PIECES, _OF_DOCUMENTS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +89,11 @@ def plan(lengths: ArrayLike, *, seq_len: int, seed: int) -> Plan:
     if len(lengths) > np.iinfo(np.uint32).max:
         raise UsageError(f"{len(lengths)} documents; expected fewer than 2^32. Pack the corpus in parts")
     with ThreadPoolExecutor(_threads()) as threads:
-        piece = _piece(len(lengths), seq_len)
-        counts = _count(lengths, seq_len, piece, threads)
+        dealing = _Dealing.of(len(lengths), seq_len, seed)
+        counts = _count(lengths, seq_len, dealing, threads)
         histogram = counts.sum(0, dtype=np.int64)
         bins = best_bins(histogram, seq_len)
-        grouped = _group(lengths, counts, piece, threads)
-        _shuffle_groups(grouped, histogram, seed, threads)
+        grouped = _group(lengths, counts, dealing, seed, threads)
         return _lay_down(grouped, bins, seed, threads)
 
 
@@ -116,68 +118,87 @@ def _piece(documents: int, seq_len: int) -> int:
     return min(documents, max(_PIECE, min(_LENGTHS_PER_COUNT * (seq_len + 1), _LARGEST_PIECE)))
 
 
-def _count(lengths: NDArray[Any], seq_len: int, piece: int, threads: Executor) -> NDArray[np.uint32]:
+@dataclass(frozen=True, kw_only=True)
+class _Dealing:
+    """Documents dealt out to pieces in turn, neighbours in the corpus a few at a time: a piece is an even sample of the
+    corpus. `shuffled` is an order for the places of a piece, one for all pieces."""
+
+    documents: int
+    pieces: int
+    shuffled: NDArray[np.int64]
+    dealt: NDArray[np.int64]  # the documents of the first piece in that order
+
+    @staticmethod
+    def of(documents: int, seq_len: int, seed: int) -> _Dealing:
+        pieces = -(-documents // _piece(documents, seq_len))
+        turns = -(-documents // (pieces * _DEALT_TOGETHER))
+        dealt = (np.arange(turns)[:, None] * (pieces * _DEALT_TOGETHER) + np.arange(_DEALT_TOGETHER)).ravel()
+        shuffled = _random(seed, _OF_DOCUMENTS).permutation(len(dealt))
+        return _Dealing(documents=documents, pieces=pieces, shuffled=shuffled, dealt=dealt[shuffled])
+
+    def piece(self, number: int, lengths: NDArray[Any]) -> NDArray[Any]:
+        """The lengths of a piece, in the order of the corpus. lengths: those of all documents."""
+        turn = self.pieces * _DEALT_TOGETHER
+        complete = self.documents // turn * turn
+        last = complete + number * _DEALT_TOGETHER
+        together = lengths[:complete].reshape(-1, self.pieces, _DEALT_TOGETHER)[:, number].ravel()
+        return np.concatenate([together, lengths[last : last + _DEALT_TOGETHER]])
+
+    def order(self, number: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The places of a piece that has `size` documents, shuffled, and the documents at these."""
+        if size == len(self.shuffled):
+            return self.shuffled, self.dealt + number * _DEALT_TOGETHER
+        there = self.shuffled < size
+        return self.shuffled[there], self.dealt[there] + number * _DEALT_TOGETHER
+
+
+def _count(lengths: NDArray[Any], seq_len: int, dealing: _Dealing, threads: Executor) -> NDArray[np.uint32]:
     """How many documents of each length a piece has, uint32[pieces, T + 1]. Raises UsageError for one out of range."""
-    counts = np.zeros((-(-len(lengths) // piece), seq_len + 1), np.uint32)
+    lowest, highest = int(lengths.min()), int(lengths.max())
+    if not 1 <= lowest <= highest <= seq_len:
+        bad = int(np.flatnonzero((lengths < 1) | (lengths > seq_len))[0])
+        raise UsageError(
+            f"document {bad} has {lengths[bad]} tokens; expected 1 to seq_len = {seq_len}. "
+            "Split or drop over-long documents first"
+        )
+    counts = np.zeros((dealing.pieces, seq_len + 1), np.uint32)
 
     def count(number: int) -> None:
-        part = lengths[number * piece : (number + 1) * piece]
-        for bad in (int(part.argmin()), int(part.argmax())):
-            if not 1 <= part[bad] <= seq_len:
-                raise UsageError(
-                    f"document {number * piece + bad} has {part[bad]} tokens; expected 1 to seq_len = {seq_len}. "
-                    "Split or drop over-long documents first"
-                )
-        counts[number] = np.bincount(part.astype(np.int64), minlength=seq_len + 1)
+        part = dealing.piece(number, lengths).astype(np.int64, copy=False)
+        counts[number] = np.bincount(part, minlength=seq_len + 1)
 
     _run(threads, count, len(counts))
     return counts
 
 
-def _group(lengths: NDArray[Any], counts: NDArray[np.uint32], piece: int, threads: Executor) -> NDArray[np.uint32]:
-    """Document numbers by length, those of one length as the corpus has them, uint32[D]: a counting sort."""
+def _group(
+    lengths: NDArray[Any], counts: NDArray[np.uint32], dealing: _Dealing, seed: int, threads: Executor
+) -> NDArray[np.uint32]:
+    """Document numbers by length, those of one length in a random order, uint32[D]: a counting sort.
+
+    The pieces, each in its random order, follow one another in a random order.
+    """
     grouped = np.empty(len(lengths), np.uint32)
-    ends = np.cumsum(counts, axis=0, dtype=np.uint32)
+    turn = _random(seed, _OF_PIECES).permutation(len(counts))
+    ends = np.cumsum(counts[turn], axis=0, dtype=np.uint32)
     begins = _starts(ends[-1])[:-1]
+    inside = np.arange(len(dealing.shuffled))
     # numpy sorts integers of up to 16 bits by their digits, in a fraction of the time that others take
     narrow = np.min_scalar_type(counts.shape[1] - 1)
 
-    def place(number: int) -> None:
-        start = number * piece
-        part = lengths[start : start + piece].astype(narrow)
-        documents = part.argsort(kind="stable")
+    def place(nth: int) -> None:
+        number = int(turn[nth])
+        part = dealing.piece(number, lengths).astype(narrow)
+        shuffled, documents = dealing.order(number, len(part))
+        by_length = part[shuffled].argsort(kind="stable")
         # where a length goes on in `grouped`, less where it begins among the sorted documents of this piece
-        shift = begins + ends[number] - np.cumsum(counts[number], dtype=np.int64)
+        shift = begins + ends[nth] - np.cumsum(counts[number], dtype=np.int64)
         places = np.repeat(shift, counts[number])
-        places += np.arange(len(part))
-        grouped[places] = (documents + start).astype(np.uint32)
+        places += inside[: len(part)]
+        grouped[places] = documents[by_length]
 
     _run(threads, place, len(counts))
     return grouped
-
-
-def _shuffle_groups(grouped: NDArray[np.uint32], histogram: NDArray[np.int64], seed: int, threads: Executor) -> None:
-    """Shuffle the documents of each length among themselves, in place.
-
-    A large group is dealt out in turn like cards, and each hand, an even sample of the group, is shuffled in the cache.
-    """
-    borders = np.unique(_starts(histogram))
-    cuts = _cut(borders, _PIECE)
-
-    def shuffle(number: int) -> None:
-        bits = _random(seed, _OF_DOCUMENTS, number).bit_generator
-
-        def shuffled(hand: NDArray[np.uint32]) -> NDArray[np.uint32]:
-            keys = bits.random_raw(-(-len(hand) // 4)).view(np.uint16)[: len(hand)]
-            order: NDArray[np.int64] = keys.argsort(kind="stable")
-            return hand[order]
-
-        for start, stop in pairwise(borders[cuts[number] : cuts[number + 1] + 1].tolist()):
-            group = grouped[start:stop]
-            hands = -(-len(group) // _HAND)
-            group[:] = np.concatenate([shuffled(group[hand::hands]) for hand in range(hands)])
-
-    _run(threads, shuffle, len(cuts) - 1)
 
 
 def _deal(bins: Bins, seed: int, threads: Executor) -> NDArray[np.uint32]:
@@ -207,8 +228,9 @@ def _lay_down(grouped: NDArray[np.uint32], bins: Bins, seed: int, threads: Execu
     A place in class c is where in `grouped` the documents for it begin, `count[c]` of them. The bins of a class take
     the next ones in the order of training, so all that is read at a time lies close together.
     """
+    bins = _by_size(bins)
     dealt = _deal(bins, seed, threads)
-    size = np.bincount(bins.owner, weights=bins.times, minlength=len(bins.count)).astype(np.int64)
+    size = _sizes(bins)
     orders, begins, places = _orders(bins, size, seed)
     first_order = _starts(orders)
     before = np.cumsum(dealt, axis=0, dtype=np.uint32)
@@ -228,18 +250,34 @@ def _lay_down(grouped: NDArray[np.uint32], bins: Bins, seed: int, threads: Execu
         row_sizes[position] = sizes
         target = first_document[part] + _starts(row_sizes)[position]
         origin = begins[first_order[classes] + nth % orders[classes]]
-        offset = _starts(sizes)
-        cuts = _cut(offset, _PIECE)
-        for start, stop in pairwise(cuts):
-            of = sizes[start:stop]
-            laid = np.arange(offset[start], offset[stop])
-            source = places[laid + np.repeat(origin[start:stop] - offset[start:stop], of)]
-            source += np.repeat(nth[start:stop], of)
-            laid += np.repeat(target[start:stop] - offset[start:stop], of)
-            order[laid] = grouped[source]
+        for start, stop in pairwise(_runs(sizes)):
+            inside = np.arange(sizes[start])
+            at_once = max(1, _LAID_AT_ONCE // len(inside))
+            for some in (slice(first, min(first + at_once, stop)) for first in range(start, stop, at_once)):
+                source = places[origin[some, None] + inside]
+                source += nth[some, None]
+                order[target[some, None] + inside] = grouped[source]
 
     _run(threads, fill, len(dealt))
     return Plan(order=order, row_documents=row_documents)
+
+
+def _sizes(bins: Bins) -> NDArray[np.int64]:
+    """How many documents a bin of each class holds, int64[C]."""
+    return np.bincount(bins.owner, weights=bins.times, minlength=len(bins.count)).astype(np.int64)
+
+
+def _by_size(bins: Bins) -> Bins:
+    """The same bins, the classes with the fewest documents first: rows of one size are laid down together."""
+    by_size = np.argsort(_sizes(bins), kind="stable")
+    rank = np.empty(len(by_size), np.int64)
+    rank[by_size] = np.arange(len(by_size))
+    return Bins(count=bins.count[by_size], owner=rank[bins.owner], length=bins.length, times=bins.times)
+
+
+def _runs(values: NDArray[np.int64]) -> list[int]:
+    """Where each run of equal values begins, and after the last one the end."""
+    return [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)] if len(values) else []
 
 
 def _orders(
