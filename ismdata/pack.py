@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import ismdata
+from ismdata.behind import BehindThread
 from ismdata.conversation import Quarantined
 from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
@@ -238,17 +239,21 @@ def _write_shards(
     schema = packed_schema(options.seq_len, weighted=weighted)
     shard_rows = max(1, _SHARD_TOKENS // options.seq_len)
     batch_rows = max(1, _BATCH_TOKENS // options.seq_len)
-    for number, shard in enumerate(range(0, rows, shard_rows)):
-        if number < len(journal.finished):
-            continue
-        path = folder / f"shard-{number:05d}.arrow"
-        last = min(shard + shard_rows, rows)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for row in range(shard, last, batch_rows):
-                end = min(row + batch_rows, last)
-                gathered = spool.gather(planned.order[begins[row] : begins[end]].astype(np.int64))
-                writer.write_batch(
-                    sequences(
+    with BehindThread() as finish:
+        for number, shard in enumerate(range(0, rows, shard_rows)):
+            if number < len(journal.finished):
+                continue
+            path = folder / f"shard-{number:05d}.arrow"
+            last = min(shard + shard_rows, rows)
+            with (
+                pa.OSFile(str(path), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as writer,
+                BehindThread() as write,
+            ):
+                for row in range(shard, last, batch_rows):
+                    end = min(row + batch_rows, last)
+                    gathered = spool.gather(planned.order[begins[row] : begins[end]].astype(np.int64))
+                    batch = sequences(
                         gathered,
                         row_documents[row:end],
                         schema,
@@ -256,10 +261,14 @@ def _write_shards(
                         mask=options.mask,
                         pad_id=encoding.tokenizer.pad_id,
                     )
-                )
-                progress("write", end, rows)
-        journal.finish(asdict(describe_file(path, last - shard)), [path])
+                    write(writer.write_batch, batch)
+                    progress("write", end, rows)
+            finish(_finish, journal, path, last - shard)
     return rows
+
+
+def _finish(journal: Journal, path: Path, rows: int) -> None:
+    journal.finish(asdict(describe_file(path, rows)), [path])
 
 
 def _index(

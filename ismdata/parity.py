@@ -8,8 +8,11 @@ rendering against the tokenizer's own encoding of the rendered text, special tok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.control_tokens import AddedToken
@@ -20,12 +23,18 @@ from ismdata.template import TemplateRefused
 from ismdata.tokens import DocumentEncoder, Requests
 from ismdata.turns import Chunk, HistoryRewritten
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 #: Conversations compared in the first batch, and in each later one.
 SAMPLE = 32
 LATER_SAMPLE = 1
 
 #: Conversations of more messages are left out: rendering one by itself takes time that grows with their square.
 _MOST_MESSAGES = 100
+
+#: Bytes of text to compare for each conversation of a sample. Long texts take the tokenizer longer and show no more.
+_BYTES_EACH = 1 << 12
 
 
 class ColumnsDiffer(Exception):
@@ -35,12 +44,23 @@ class ColumnsDiffer(Exception):
 
 
 def sample(batch: ConversationBatch, count: int) -> IntArray:
-    """Conversations to compare: spread over the batch, the longer ones among them."""
+    """Conversations to compare: spread over the batch, those of the most turns among them; the shortest of these, as
+    many as may be encoded, and at least one.
+    """
     turns = np.diff(batch.first)
     short = np.flatnonzero(turns <= _MOST_MESSAGES)
-    spread = short[np.linspace(0, len(short) - 1, min(len(short), count)).astype(np.int64)] if len(short) else short
+    if not len(short):
+        return short
+    spread = short[np.linspace(0, len(short) - 1, min(len(short), count)).astype(np.int64)]
     longest = short[np.argsort(turns[short], kind="stable")[len(short) - count // 8 :]]
-    return np.union1d(spread, longest)
+    chosen = np.union1d(spread, longest)
+    text_before = np.concatenate([[0], np.cumsum(pc.binary_length(batch.contents).to_numpy(zero_copy_only=False))])
+    size = text_before[batch.first[chosen + 1]] - text_before[batch.first[chosen]]
+    by_size = np.argsort(size, kind="stable")
+    within = np.cumsum(size[by_size]) <= count * _BYTES_EACH
+    within[0] = True
+    taken: IntArray = np.sort(chosen[by_size[within]])
+    return taken
 
 
 def check(encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests) -> int:
@@ -52,52 +72,97 @@ def check(encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch
     layout = encoder.lay_out(requests)
     documents = encoder.documents(layout, requests)
     ends = np.cumsum(documents.lengths)
-    compared = 0
-    for r in range(len(requests)):
-        if r in layout.refused:
-            continue
-        c = int(requests.conversation[r])
-        messages, tools = as_template_messages(batch.conversation(c))
-        asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
-        place = str(batch.rows.column("source")[c])
-        try:
-            chunks, escapes = rendered_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
-            pieces = compile_chunks(chunks, encoding.tokenizer, lambda text: (escapes.undo(text),))  # noqa: B023
-        except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
-            raise ColumnsDiffer(f"{place}: {error}") from error
-        reference = [id for piece in pieces for id in piece.ids or ()]
+    there = [r for r in range(len(requests)) if r not in layout.refused]
+    rendered = _encode(encoding, [_render(encoding, batch, requests, r) for r in there])
+    for r, document in zip(there, rendered, strict=True):
         found = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
-        if found != (reference[: len(found)] if requests.cut[r] else reference):
-            raise ColumnsDiffer(place)
-        if not escapes.mapping:
-            _compare_with_tokenizer(encoding, chunks, pieces, place)
-        compared += 1
-    return compared
+        if found != (document.ids[: len(found)] if requests.cut[r] else document.ids):
+            raise ColumnsDiffer(document.place)
+    _compare_with_tokenizer(encoding, [document for document in rendered if document.as_written])
+    return len(rendered)
 
 
-def _compare_with_tokenizer(encoding: Encoding, chunks: Sequence[Chunk], pieces: Sequence[Piece], place: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Rendered:
+    """A conversation rendered by itself. pieces: without ids where they are text that is still to be encoded."""
+
+    place: str
+    chunks: Sequence[Chunk]
+    pieces: tuple[Piece, ...]
+    as_written: bool  # no text in it had to be escaped
+
+    @property
+    def ids(self) -> list[int]:
+        return [id for piece in self.pieces for id in piece.ids or ()]
+
+    def ids_of(self, span: int) -> list[int]:
+        return [id for piece in self.pieces if piece.span == span for id in piece.ids or ()]
+
+
+def _render(encoding: Encoding, batch: ConversationBatch, requests: Requests, r: int) -> _Rendered:
+    c = int(requests.conversation[r])
+    messages, tools = as_template_messages(batch.conversation(c))
+    asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
+    place = str(batch.rows.column("source")[c])
+    tokenizer = encoding.tokenizer
+    try:
+        chunks, escapes = rendered_chunks(encoding.renderer, tokenizer, asked, tools, encoding.history)
+        pieces = compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False)
+    except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
+        raise ColumnsDiffer(f"{place}: {error}") from error
+    return _Rendered(place=place, chunks=chunks, pieces=pieces, as_written=not escapes.mapping)
+
+
+def _encode(encoding: Encoding, documents: Sequence[_Rendered]) -> list[_Rendered]:
+    """The documents with the ids of all pieces, by the reference; all texts at once, which takes it less time."""
+    ids: dict[tuple[bool, str], tuple[int, ...]] = {}
+    pieces = [piece for document in documents for piece in document.pieces if piece.ids is None]
+    for opening in (False, True):
+        texts = list(dict.fromkeys("".join(map(str, piece.parts)) for piece in pieces if piece.opening is opening))
+        for text, found in zip(texts, encoding.tokenizer.encode(texts, opening=opening), strict=True):
+            ids[opening, text] = tuple(found)
+
+    def known(piece: Piece) -> Piece:
+        return (
+            piece if piece.ids is not None else replace(piece, ids=ids[piece.opening, "".join(map(str, piece.parts))])
+        )
+
+    return [replace(document, pieces=tuple(map(known, document.pieces))) for document in documents]
+
+
+def _compare_with_tokenizer(encoding: Encoding, documents: Sequence[_Rendered]) -> None:
     """Our ids against the tokenizer's own for the same text: of the whole if that agrees, else chunk by chunk.
 
     Chunk by chunk, because the border between a context and an answer is always a token border here. A chunk is encoded
     behind a control token, as it stands in a document; one behind plain text has no reference of the tokenizer's own.
     """
     pretrained, controls = encoding.tokenizer.pretrained, encoding.tokenizer.controls
-    ours = [id for piece in pieces for id in piece.ids or ()]
-    if pretrained.encode("".join(chunk.text for chunk in chunks), add_special_tokens=False) == ours:
-        return
     anchor = next((token for token in controls.tokens.values() if not token.lstrip and not token.rstrip), None)
-    before: AddedToken | str = ""
-    for span, chunk in enumerate(chunks):
-        found = [id for piece in pieces if piece.span == span for id in piece.ids or ()]
-        if span == 0:
-            expected = pretrained.encode(chunk.text, add_special_tokens=False)
-        elif isinstance(before, AddedToken) and not before.rstrip and anchor is not None:
-            expected = pretrained.encode(anchor.text + chunk.text, add_special_tokens=False)[1:]
-        else:
-            expected = found
+    wholes = _by_tokenizer(pretrained, ["".join(chunk.text for chunk in document.chunks) for document in documents])
+    texts: list[str] = []
+    compared: list[tuple[_Rendered, int, int]] = []  # a document, a span of it, and how many tokens stand before it
+    for document in (document for document, ids in zip(documents, wholes, strict=True) if ids != document.ids):
+        before: AddedToken | str = ""
+        for span, chunk in enumerate(document.chunks):
+            if span == 0:
+                texts.append(chunk.text)
+                compared.append((document, span, 0))
+            elif isinstance(before, AddedToken) and not before.rstrip and anchor is not None:
+                texts.append(anchor.text + chunk.text)
+                compared.append((document, span, 1))
+            before = (controls.cut(chunk.text) or [""])[-1]
+    for (document, span, ahead), ids in zip(compared, _by_tokenizer(pretrained, texts), strict=True):
+        found, expected = document.ids_of(span), ids[ahead:]
         if found != expected:
-            raise DataError(_difference(encoding, found, expected, place))
-        before = (controls.cut(chunk.text) or [""])[-1]
+            raise DataError(_difference(encoding, found, expected, document.place))
+
+
+def _by_tokenizer(pretrained: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """What the tokenizer makes of texts in which control tokens are parsed."""
+    if not texts:
+        return []
+    ids: list[list[int]] = pretrained(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return ids
 
 
 def _difference(encoding: Encoding, found: list[int], expected: list[int], place: str) -> str:

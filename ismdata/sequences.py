@@ -27,8 +27,17 @@ def sequences(
     first = np.cumsum(row_documents) - row_documents
     in_row = before - before[first][row_of_document]
 
-    input_ids = np.full(rows * seq_len, pad_id, np.int32)
-    input_ids[ragged_arange(row_of_document * seq_len + in_row, documents.lengths)] = documents.input_ids
+    # Documents of a row lie end to end already: rows are cut out of them whole, not token by token.
+    row_tokens = np.add.reduceat(documents.lengths, first)
+    ends = np.cumsum(row_tokens)
+    padding = np.full(seq_len, pad_id, np.int32)
+    input_ids = np.concatenate(
+        [
+            part
+            for end, taken in zip(ends.tolist(), row_tokens.tolist(), strict=True)
+            for part in (documents.input_ids[end - taken : end], padding[taken:])
+        ]
+    )
     spans = documents.spans.copy()
     document_of_span = np.repeat(np.arange(len(documents.lengths)), documents.span_counts)
     spans[:, :2] += in_row[document_of_span, None].astype(np.int32)
@@ -37,9 +46,9 @@ def sequences(
 
     tiling = tile(row_documents, documents.lengths, row_spans, spans, seq_len=seq_len)
     doc_start, kv_end = (x.reshape(rows, seq_len) for x in tiled_intervals(tiling, mask=mask))
-    base = (np.arange(rows) * seq_len)[:, None]
+    base = np.arange(0, rows * seq_len, seq_len, dtype=doc_start.dtype)[:, None]
     loss_mask = tiled_targets(tiling, mask=mask)
-    position_ids = np.arange(rows * seq_len).reshape(rows, seq_len) - doc_start
+    position_ids = np.arange(rows * seq_len, dtype=doc_start.dtype).reshape(rows, seq_len) - doc_start
     columns: dict[str, pa.Array] = {
         "input_ids": _fixed(schema, "input_ids", input_ids),
         "position_ids": _fixed(schema, "position_ids", position_ids),

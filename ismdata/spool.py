@@ -123,7 +123,9 @@ class Spool:
         for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             part = slice(first, first + _DOCUMENTS_AT_ONCE)
             begin, end = ends[first] - lengths[first], ends[part][-1]
-            input_ids[begin:end] = self._maps["input_ids"][ragged_arange(starts[part], lengths[part])]
+            spans = zip(starts[part].tolist(), lengths[part].tolist(), strict=True)
+            tokens = self._maps["input_ids"]
+            np.concatenate([tokens[start : start + length] for start, length in spans], out=input_ids[begin:end])
             self._columns["input_ids"].release()
         return input_ids
 

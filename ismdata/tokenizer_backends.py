@@ -7,7 +7,8 @@ corpus before the work, and on one text in a thousand meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -121,20 +122,37 @@ class Compared:
         if len(chosen):
             ends = np.cumsum(lengths)
             found = [ids[ends[at] - lengths[at] : ends[at]] for at in chosen.tolist()]
-            _compare(texts.take(pa.array(chosen)), found, self._reference, opening=opening)
+            taken = texts.take(pa.array(chosen))
+            _compare(taken, found, *self._reference.encode(taken, opening=opening))
         return ids, lengths
 
-    def check(self, batches: Iterable[pa.LargeStringArray]) -> int:
-        """Compare a stratified sample of each batch of texts; how many were compared. Raises as `encode`."""
-        compared = 0
-        for texts in batches:
-            sample = texts.take(pa.array(stratified(texts)))
-            for opening in (False, True) if self._reference.opening is not self._reference.inside else (False,):
-                ids, lengths = self._fast.encode(sample, opening=opening)
-                found = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
-                _compare(sample, found, self._reference, opening=opening)
-            compared += len(sample)
-        return compared
+    def check(self, samples: Sequence[Sampled]) -> int:
+        """Compare with what the reference made of samples of the corpus; how many texts. Raises as `encode`."""
+        for sample in samples:
+            ids, lengths = self._fast.encode(sample.texts, opening=sample.opening)
+            _compare(sample.texts, np.split(ids, np.cumsum(lengths)[:-1]), sample.ids, sample.lengths)
+        return sum(len(sample.texts) for sample in samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Texts of the corpus and the ids the reference gives them: end to end, int32, and how many each has, int64."""
+
+    texts: pa.LargeStringArray
+    opening: bool
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+
+
+def sampled(batches: Iterable[pa.LargeStringArray], reference: Reference) -> list[Sampled]:
+    """A stratified sample of each batch of texts, encoded by the reference."""
+    samples = []
+    for texts in (batch for batch in batches if len(batch)):
+        taken = texts.take(pa.array(stratified(texts)))
+        for opening in (False, True) if reference.opening is not reference.inside else (False,):
+            ids, lengths = reference.encode(taken, opening=opening)
+            samples.append(Sampled(texts=taken, opening=opening, ids=ids, lengths=lengths))
+    return samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +175,11 @@ def choose(
     if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
         return Chosen(backend=reference)
     try:
-        backend = Compared(Gigatoken(reference), reference)
-        backend.check(sample)
+        # The reference works on the sample while gigatoken reads the vocabulary.
+        with ThreadPoolExecutor(1) as thread:
+            expected = thread.submit(sampled, sample, reference)
+            backend = Compared(Gigatoken(reference), reference)
+            backend.check(expected.result())
     except ImportError as error:
         if wanted == "auto":
             return Chosen(backend=reference)
@@ -217,10 +238,12 @@ def _within_budget(places: IntArray, lengths: NDArray[Any]) -> IntArray:
 
 
 def _compare(
-    texts: pa.LargeStringArray, found: list[NDArray[np.int32]], reference: Reference, *, opening: bool
+    texts: pa.LargeStringArray,
+    found: list[NDArray[np.int32]],
+    expected: NDArray[np.int32],
+    lengths: NDArray[np.int64],
 ) -> None:
-    """Raise BackendDiffers unless the reference gives the ids found for each text."""
-    expected, lengths = reference.encode(texts, opening=opening)
+    """Raise BackendDiffers unless the ids found for each text are those expected, which stand end to end."""
     ends = np.cumsum(lengths)
     for place, ids in enumerate(found):
         own = expected[ends[place] - lengths[place] : ends[place]]
