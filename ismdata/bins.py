@@ -14,6 +14,7 @@ Two plans are made, the one with fewer bins is taken (best-fit at a tie):
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,12 +98,11 @@ def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
     # The others wait by their room; as the length sinks they come to have room again, and less of it than all on the
     # stack: so the stack stays sorted without being searched.
     roomy: list[tuple[int, int, int]] = []
-    waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(seq_len)]
+    waiting: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     above = seq_len
     for length in np.flatnonzero(histogram)[::-1].tolist():
         for room in range(above - 1, length - 1, -1):
-            roomy.extend(waiting[room])
-            waiting[room].clear()
+            roomy.extend(waiting.pop(room, ()))
         above = length
         left = int(histogram[length])
         while left:
@@ -120,7 +120,7 @@ def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
                 if left:  # fewer than one bin takes
                     roomy.append((room - left * length, put(left, length, newest), 1))
                     left = 0
-    classes = roomy + [class_ for row in waiting for class_ in row]
+    classes = roomy + [class_ for room in sorted(waiting) for class_ in waiting[room]]
     newest_of = np.array([newest for _, newest, _ in classes], np.int64)
     before_of = np.array(entry_before, np.int64)
     # Unroll all lists side by side, one entry of each a step.
