@@ -34,7 +34,7 @@ LATER_SAMPLE = 1
 _MOST_MESSAGES = 100
 
 #: Bytes of text to compare for each conversation of a sample. Long texts take the tokenizer longer and show no more.
-_BYTES_EACH = 1 << 12
+_BYTES_EACH = 1 << 11
 
 
 class ColumnsDiffer(Exception):
@@ -63,23 +63,48 @@ def sample(batch: ConversationBatch, count: int) -> IntArray:
     return taken
 
 
-def check(encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests) -> int:
-    """Compare documents with their references; how many were compared. `encoder` must have begun `batch`.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Documents of the columnar road, and what the reference is going to make of the same conversations."""
 
-    Raises ColumnsDiffer where the columnar road does not give what the template renders, DataError where that is not
-    what the tokenizer makes of it. Documents that the template refuses are passed over: packing quarantines them.
+    encoding: Encoding
+    found: Sequence[list[int]]
+    cut: Sequence[bool]  # whether a document ends with its last answer
+    rendered: Sequence[_Rendered]
+
+    def check(self) -> int:
+        """Encode by the reference and compare; how many documents. Nearly all of its time is the tokenizer's, which
+        holds up no other thread.
+
+        Raises ColumnsDiffer where the columnar road does not give what the template renders, DataError where that is
+        not what the tokenizer makes of it.
+        """
+        rendered = _encode(self.encoding, self.rendered)
+        for document, found, cut in zip(rendered, self.found, self.cut, strict=True):
+            if found != (document.ids[: len(found)] if cut else document.ids):
+                raise ColumnsDiffer(document.place)
+        _compare_with_tokenizer(self.encoding, [document for document in rendered if document.as_written])
+        return len(rendered)
+
+
+def comparison(
+    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests
+) -> Comparison:
+    """The documents asked for by both roads, up to the reference's tokens. `encoder` must have begun `batch`.
+
+    Raises ColumnsDiffer where the template refuses what the columnar road takes. Documents that both refuse are passed
+    over: packing quarantines them.
     """
     layout = encoder.lay_out(requests)
     documents = encoder.documents(layout, requests)
     ends = np.cumsum(documents.lengths)
     there = [r for r in range(len(requests)) if r not in layout.refused]
-    rendered = _encode(encoding, [_render(encoding, batch, requests, r) for r in there])
-    for r, document in zip(there, rendered, strict=True):
-        found = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
-        if found != (document.ids[: len(found)] if requests.cut[r] else document.ids):
-            raise ColumnsDiffer(document.place)
-    _compare_with_tokenizer(encoding, [document for document in rendered if document.as_written])
-    return len(rendered)
+    return Comparison(
+        encoding=encoding,
+        found=[documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist() for r in there],
+        cut=[bool(requests.cut[r]) for r in there],
+        rendered=[_render(encoding, batch, requests, r) for r in there],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,8 @@ _SHARE = 0.001
 
 #: Texts and bytes of each stratum of a sample; a longer text is taken where it comes first in its stratum.
 _STRATUM_TEXTS = 8
-_STRATUM_BYTES = 1 << 12
-_LONGEST_TEXT = 1 << 16
+_STRATUM_BYTES = 1 << 11
+_LONGEST_TEXT = 1 << 15
 
 #: What looks like a piece that a tokenizer may treat by itself.
 _SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"

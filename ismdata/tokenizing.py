@@ -7,6 +7,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from ismdata.tokenizer_backends import (
     choose,
     disagreement,
 )
-from ismdata.tokens import DocumentEncoder
+from ismdata.tokens import DocumentEncoder, Requests
 
 #: Conversations and bytes of text that are tokenised at a time.
 _BATCH_CONVERSATIONS = 4096
@@ -256,19 +258,24 @@ def _go_on(
     encoder = DocumentEncoder(
         encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons, backend=backend
     )
-    for rows in _from((rows for source in sources for rows in source.batches()), done):
-        batch = conversation_batch(rows, encoding.sensitivity)
-        tally.weighted |= batch.weight is not None
-        encoder.begin(batch)
-        _check_parity(encoding, encoder, batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
-        made = make_documents(encoder, batch, options)
-        spool.append(made.documents, made.names)
-        quarantine.add(batch, made.refused)
-        tally.add(made, conversations=len(batch) - len(made.refused))
-        done += len(batch)
-        if journal.due():
-            record()
-        progress("tokenize", done, total)
+    with ThreadPoolExecutor(1) as thread:
+        for rows in _from((rows for source in sources for rows in source.batches()), done):
+            batch = conversation_batch(rows, encoding.sensitivity)
+            tally.weighted |= batch.weight is not None
+            encoder.begin(batch)
+            requests = _sampled_requests(batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
+            with _finding_out_why(encoding, encoder, batch, requests):
+                # Law 5 is checked meanwhile: nothing is spooled before it holds.
+                checked = thread.submit(parity.comparison(encoding, encoder, batch, requests).check)
+                made = make_documents(encoder, batch, options)
+                checked.result()
+            spool.append(made.documents, made.names)
+            quarantine.add(batch, made.refused)
+            tally.add(made, conversations=len(batch) - len(made.refused))
+            done += len(batch)
+            if journal.due():
+                record()
+            progress("tokenize", done, total)
     if done > state.get("done", 0):
         record()
     spool.close()
@@ -283,21 +290,26 @@ def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBa
         start = max(0, start - len(batch))
 
 
-def _check_parity(
-    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, options: Options, count: int
-) -> None:
-    """Law 5 on a sample of the batch. Raises DataError, BackendDiffers, and ColumnsDiffer where it is the template."""
+def _sampled_requests(batch: ConversationBatch, options: Options, count: int) -> Requests:
+    """The documents of some conversations of the batch, for law 5."""
     requests = wanted(batch, options)
     chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
-    requests = requests.take(chosen)
+    return requests.take(chosen)
+
+
+@contextmanager
+def _finding_out_why(
+    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests
+) -> Iterator[None]:
+    """Where law 5 does not hold, tell the backend's fault (BackendDiffers) from the template's (ColumnsDiffer)."""
     try:
-        parity.check(encoding, encoder, batch, requests)
+        yield
     except parity.ColumnsDiffer as found:
         if encoder.backend is None or encoder.backend.name == "hf":
             raise
         by_reference = DocumentEncoder(
-            encoding.renderer, encoding.tokenizer, options.history, use_skeletons=encoder.use_skeletons
+            encoding.renderer, encoding.tokenizer, encoder.history, use_skeletons=encoder.use_skeletons
         )
         by_reference.begin(batch)
-        parity.check(encoding, by_reference, batch, requests)
+        parity.comparison(encoding, by_reference, batch, requests).check()
         raise BackendDiffers(str(found)) from found

@@ -31,7 +31,7 @@ from ismdata.convert import convert
 from ismdata.encoder import set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import PackReport, pack
-from ismdata.parity import ColumnsDiffer
+from ismdata.parity import ColumnsDiffer, Comparison
 from ismdata.readers import framing
 from ismdata.verify import verify
 from tests.test_pack import bytes_tokenizer as bytes_tokenizer
@@ -246,17 +246,17 @@ def test_the_decision_to_render_one_by_one_is_kept(
 ) -> None:
     """A template that needs it is found out once; the run goes on without skeletons after a crash."""
     output = tmp_path / "out" / "packed"
-    check, used = ismdata.tokenizing.parity.check, []
+    comparison, used = ismdata.tokenizing.parity.comparison, []
 
-    def differs(encoding: Any, encoder: Any, batch: Any, requests: Any) -> int:
+    def differs(encoding: Any, encoder: Any, batch: Any, requests: Any) -> Comparison:
         used.append(encoder.use_skeletons)
         if encoder.use_skeletons and len(used) == 3:
             raise ColumnsDiffer("chats.jsonl:40")
         if len(used) == 6:
             raise Death
-        return check(encoding, encoder, batch, requests)
+        return comparison(encoding, encoder, batch, requests)
 
-    monkeypatch.setattr(ismdata.tokenizing.parity, "check", differs)
+    monkeypatch.setattr(ismdata.tokenizing.parity, "comparison", differs)
     with pytest.raises(Death):
         packed(converted, output)
     packed(converted, output)
