@@ -219,7 +219,8 @@ def test_an_archive_of_a_folder_without_a_corpus_is_left_aside_and_named(corpus,
     folder.mkdir()
     (folder / "talks.jsonl").write_text(corpus.read_text())
     with tarfile.open(folder / "pictures.tar", "w") as archive:
-        archive.add(__file__, "pictures/readme.py")
+        for name in ("pictures/one.png", "pictures/two.png"):
+            archive.add(__file__, name)
     report = convert([str(folder)], tmp_path / "out")
     assert (report.written, report.read) == (300, 300)
     assert any("pictures.tar" in name for source in report.sources for name in source.left_aside)
