@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from operator import attrgetter
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -91,6 +92,7 @@ class Gigatoken:
         from gigatoken import Tokenizer
 
         self.identity = f"gigatoken {version('gigatoken')}"
+        self._lock = Lock()  # it does not say whether threads may share it
         with _refusals():
             self._inside = Tokenizer.from_json(reference.inside.to_str())
             same = reference.opening is reference.inside
@@ -98,7 +100,7 @@ class Gigatoken:
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused where gigatoken fails."""
-        with _refusals():
+        with self._lock, _refusals():
             encoded = (self._opening if opening else self._inside).encode_batch(_as_awkward(texts)).layout
         offsets = np.asarray(encoded.offsets.data)
         ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]]
@@ -113,12 +115,13 @@ class Compared:
         self.name = fast.name
         self.identity = fast.identity
         self._fast, self._reference = fast, reference
-        self._random = np.random.default_rng(0)
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused, BackendDiffers."""
         ids, lengths = self._fast.encode(texts, opening=opening)
-        chosen = np.flatnonzero(self._random.random(len(texts)) < _SHARE)
+        # Of the texts alone, for calls may come in any order.
+        seed = (len(texts), len(ids))
+        chosen = np.flatnonzero(np.random.default_rng(seed).random(len(texts)) < _SHARE)
         if len(chosen):
             ends = np.cumsum(lengths)
             found = [ids[ends[at] - lengths[at] : ends[at]] for at in chosen.tolist()]

@@ -36,7 +36,7 @@ from ismdata.tokenizer_backends import (
     choose,
     disagreement,
 )
-from ismdata.tokens import DocumentEncoder, Requests
+from ismdata.tokens import Ahead, DocumentEncoder, Requests
 
 #: Conversations and bytes of text that are tokenised at a time.
 _BATCH_CONVERSATIONS = 4096
@@ -258,11 +258,17 @@ def _go_on(
     encoder = DocumentEncoder(
         encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons, backend=backend
     )
-    with ThreadPoolExecutor(1) as thread:
-        for rows in _from((rows for source in sources for rows in source.batches()), done):
+    rows = _from((rows for source in sources for rows in source.batches()), done)
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as ahead_thread:
+
+        def begun(rows: pa.RecordBatch) -> Ahead:
             batch = conversation_batch(rows, encoding.sensitivity)
+            return encoder.ahead(batch, wanted(batch, options), ahead_thread)
+
+        for ahead in _one_ahead(map(begun, rows)):
+            batch = ahead.batch
             tally.weighted |= batch.weight is not None
-            encoder.begin(batch)
+            encoder.begin(ahead)
             requests = _sampled_requests(batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
             with _finding_out_why(encoding, encoder, batch, requests):
                 # Law 5 is checked meanwhile: nothing is spooled before it holds.
@@ -280,6 +286,17 @@ def _go_on(
         record()
     spool.close()
     return spool, quarantine, tally
+
+
+def _one_ahead(batches: Iterable[Ahead]) -> Iterator[Ahead]:
+    """The batches, each handed on when the next one is begun: its texts are encoded while this one is worked on."""
+    before: Ahead | None = None
+    for batch in batches:
+        if before is not None:
+            yield before
+        before = batch
+    if before is not None:
+        yield before
 
 
 def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:

@@ -13,6 +13,7 @@ Shape legend: C conversations, M messages, R requests (documents), P pieces, S s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,14 +120,27 @@ class DocumentEncoder:
         self._shape_list: list[tuple[Any, ...]] = []
         self._static = RunTable()
 
-    def begin(self, batch: ConversationBatch) -> None:
-        """Start a batch: the texts of earlier ones are forgotten."""
-        self.batch = batch
+    def begin(self, batch: ConversationBatch | Ahead) -> None:
+        """Start a batch: the texts of earlier ones are forgotten. What `ahead` gave goes on from there."""
+        ahead = batch if isinstance(batch, Ahead) else None
+        self.batch: ConversationBatch = ahead.batch if ahead else batch  # type: ignore[assignment]
         self._encoded = RunTable()
         self._rendered: dict[tuple[int, ...], _PieceBlock | Refusal] = {}
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
         self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
+        self._ahead = ahead
+
+    def ahead(self, batch: ConversationBatch, requests: Requests, thread: Executor) -> Ahead:
+        """Begin a batch, and have `thread` encode its texts while another batch is worked on."""
+        self.begin(batch)
+        skeleton_of, _ = self._match(requests, {})
+        matched = np.flatnonzero(skeleton_of >= 0)
+        keys = self._pieces(matched, skeleton_of[matched], requests)[2] if len(matched) else self._keys
+        keys = keys[_distinct(keys)[1]]
+        texts = self._grouped_texts(keys)
+        encoded = [thread.submit(self._ids, group.texts, group.opening) for group in texts]
+        return Ahead(batch=batch, keys=keys, groups=texts, encoded=encoded)
 
     def lay_out(self, requests: Requests) -> Layout:
         """The pieces of the documents asked for, every text in them encoded."""
@@ -287,6 +301,16 @@ class DocumentEncoder:
 
     def _fill(self, matched: IntArray, numbers: IntArray, requests: Requests) -> _PieceBlock:
         """The pieces of the requests that have a skeleton."""
+        block, texts, keys = self._pieces(matched, numbers, requests)
+        if len(texts):
+            block.run[texts] = self._encode(keys)
+        return block
+
+    def _pieces(
+        self, matched: IntArray, numbers: IntArray, requests: Requests
+    ) -> tuple[_PieceBlock, IntArray, IntArray]:
+        """The same, the runs of texts left open: which pieces these are, and each one's key, its shape and the messages
+        in its slots."""
         tables = {found.number: found.columns for found in self._skeletons.values() if isinstance(found, _Skeleton)}
         used, inverse = np.unique(numbers, return_inverse=True)
         width = max(tables[number].shape[1] for number in used.tolist())
@@ -296,53 +320,64 @@ class DocumentEncoder:
         pieces = np.concatenate(padded)[ragged_arange(begins[inverse], counts[inverse])]
         request = np.repeat(matched, counts[inverse])
 
-        run = pieces[:, 3].copy()
         texts = np.flatnonzero(pieces[:, 4] >= 0)
-        if len(texts):
-            slots = pieces[texts, 6:]
-            owner = request[texts, None]
-            head = requests.head[owner]
-            inside = np.where(slots < head, slots, slots - head + requests.lo[owner])
-            in_batch = self.batch.first[requests.conversation[owner]] + inside
-            keys = np.concatenate([pieces[texts, 4:5], np.where(slots < 0, -1, in_batch)], axis=1)
-            run[texts] = self._encode(keys)
-        return _PieceBlock(
+        slots = pieces[texts, 6:]
+        owner = request[texts, None]
+        head = requests.head[owner]
+        inside = np.where(slots < head, slots, slots - head + requests.lo[owner])
+        in_batch = self.batch.first[requests.conversation[owner]] + inside
+        keys = np.concatenate([pieces[texts, 4:5], np.where(slots < 0, -1, in_batch)], axis=1)
+        block = _PieceBlock(
             request=request,
             span=pieces[:, 0],
             kind=pieces[:, 1],
             message=pieces[:, 2],
-            run=run,
+            run=pieces[:, 3].copy(),
             controls=pieces[:, 5],
         )
+        return block, texts, keys
 
     def _encode(self, keys: IntArray) -> IntArray:
-        """Run numbers (negative: in the batch's table) of texts, each a shape and the messages in its slots."""
+        """Run numbers (negative: in the batch's table) of texts given by their keys."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self._remember(ahead.keys, self._runs(ahead.groups, [future.result() for future in ahead.encoded]))
         width = max(keys.shape[1], self._keys.shape[1])
         known = len(self._keys)
         every = np.ascontiguousarray(np.concatenate([_pad(self._keys, width), _pad(keys, width)]))
         distinct, firsts = _distinct(every)
-        fresh = firsts[firsts >= known]
-        new_keys = every[fresh]
-        runs = np.empty(len(every), np.int64)
-        runs[:known] = self._key_runs
-        runs[fresh] = self._encode_texts(new_keys)
-        self._keys = np.concatenate([_pad(self._keys, width), new_keys])
-        self._key_runs = np.concatenate([self._key_runs, runs[fresh]])
-        found: IntArray = runs[firsts[distinct]][known:]
+        fresh = every[firsts[firsts >= known]]
+        groups = self._grouped_texts(fresh)
+        self._remember(fresh, self._runs(groups, [self._ids(group.texts, group.opening) for group in groups]))
+        found: IntArray = self._key_runs[distinct][known:]
         return found
 
-    def _encode_texts(self, keys: IntArray) -> IntArray:
-        runs = np.empty(len(keys), np.int64)
+    def _remember(self, keys: IntArray, runs: IntArray) -> None:
+        """Texts of which every one is new, and their runs."""
+        width = max(keys.shape[1], self._keys.shape[1])
+        self._keys = np.concatenate([_pad(self._keys, width), _pad(keys, width)])
+        self._key_runs = np.concatenate([self._key_runs, runs])
+
+    def _grouped_texts(self, keys: IntArray) -> list[_Texts]:
+        """The texts of keys, those that open a document apart from the others."""
+        groups = []
         for opening in (False, True):
             texts: list[pa.LargeStringArray] = []
-            places: list[IntArray] = []
+            places: list[IntArray] = [np.empty(0, np.int64)]
             for shape in np.unique(keys[:, 0]).tolist():
                 if self._shape_list[shape][0] is opening:
                     at = np.flatnonzero(keys[:, 0] == shape)
                     texts.append(self._texts(self._shape_list[shape][1:], keys[at, 1:]))
                     places.append(at)
             if texts:
-                runs[np.concatenate(places)] = -1 - self._encoded.add(*self._ids(pa.concat_arrays(texts), opening))
+                groups.append(_Texts(texts=pa.concat_arrays(texts), opening=opening, places=np.concatenate(places)))
+        return groups
+
+    def _runs(self, groups: Sequence[_Texts], encoded: Sequence[tuple[NDArray[np.int32], IntArray]]) -> IntArray:
+        """Run numbers of grouped texts, in the order of their keys."""
+        runs = np.empty(sum(len(group.places) for group in groups), np.int64)
+        for group, ids in zip(groups, encoded, strict=True):
+            runs[group.places] = -1 - self._encoded.add(*ids)
         return runs
 
     def _texts(self, parts: Sequence[Any], messages: IntArray) -> pa.LargeStringArray:
@@ -455,6 +490,23 @@ def _cut(layout: Layout, requests: Requests) -> Layout:
         return layout
     columns = ("request", "span", "kind", "message", "run", "length", "controls")
     return Layout(**{name: getattr(layout, name)[keep] for name in columns}, refused=layout.refused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """A batch whose texts are being encoded. Made by DocumentEncoder.ahead, taken by its `begin`."""
+
+    batch: ConversationBatch
+    keys: IntArray  # [texts, 1 + slots], no two alike
+    groups: Sequence[_Texts]
+    encoded: Sequence[Future[tuple[NDArray[np.int32], IntArray]]]  # of each group
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    texts: pa.LargeStringArray
+    opening: bool
+    places: IntArray  # of each text, its key
 
 
 @dataclass(frozen=True, kw_only=True)

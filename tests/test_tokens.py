@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,11 @@ def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
         batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
         encoder.begin(batch)
         compared += check(with_, batch, whole(batch), encoder)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = encoder.ahead(batch, whole(batch), thread)
+            encoder.ahead(batch, whole(batch).take(np.arange(1)), thread)  # another one is begun before it is its turn
+            encoder.begin(ahead)
+            compared += check(with_, batch, whole(batch), encoder)
 
     run()
     assert compared > 20
@@ -181,6 +187,9 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
     )
     encoder.begin(batch)
     assert check(with_, batch, requests, encoder) == len(table)
+    with ThreadPoolExecutor(1) as thread:  # the texts of some documents encoded ahead, the others as they are asked for
+        encoder.begin(encoder.ahead(batch, requests.take(np.arange(0, len(table), 3)), thread))
+        assert check(with_, batch, requests, encoder) == len(table)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
