@@ -41,6 +41,9 @@ _STRATUM_TEXTS = 8
 _STRATUM_BYTES = 1 << 11
 _LONGEST_TEXT = 1 << 15
 
+#: Bytes of text after which gigatoken forgets the words it has seen. Loading it takes as long as some 30 MB of text.
+_REMEMBERED_BYTES = 256 << 20
+
 #: What looks like a piece that a tokenizer may treat by itself.
 _SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
 
@@ -89,14 +92,11 @@ class Gigatoken:
     name: Literal["hf", "gigatoken"] = "gigatoken"
 
     def __init__(self, reference: Reference) -> None:
-        from gigatoken import Tokenizer
-
         self.identity = f"gigatoken {version('gigatoken')}"
         self._lock = Lock()  # it does not say whether threads may share it
-        with _refusals():
-            self._inside = Tokenizer.from_json(reference.inside.to_str())
-            same = reference.opening is reference.inside
-            self._opening = self._inside if same else Tokenizer.from_json(reference.opening.to_str())
+        same = reference.opening is reference.inside
+        self._inside = _Forgetting(reference.inside.to_str())
+        self._opening = self._inside if same else _Forgetting(reference.opening.to_str())
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused where gigatoken fails."""
@@ -106,6 +106,31 @@ class Gigatoken:
         ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]]
         # Ids are far below 2**31: the same bytes are int32.
         return ids.view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
+
+
+class _Forgetting:
+    """A tokenizer of gigatoken that is loaded anew once in a while.
+
+    It remembers every word that it has seen, without a limit: 0.3 bytes and more for each byte of text.
+    """
+
+    def __init__(self, serialized: str) -> None:
+        self._serialized = serialized
+        self._load()
+
+    def _load(self) -> None:
+        from gigatoken import Tokenizer
+
+        with _refusals():
+            self._tokenizer = Tokenizer.from_json(self._serialized)
+        self._seen = 0
+
+    def encode_batch(self, texts: Any) -> Any:
+        if self._seen > _REMEMBERED_BYTES:
+            del self._tokenizer  # before another one takes as much memory
+            self._load()
+        self._seen += texts.nbytes
+        return self._tokenizer.encode_batch(texts)
 
 
 class Compared:

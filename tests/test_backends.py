@@ -90,6 +90,21 @@ def gigatoken_for(reference: Reference) -> Gigatoken:
     return Gigatoken(reference)
 
 
+def test_gigatoken_forgets_what_it_has_seen(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded anew where it has seen enough, and gives the same ids."""
+    import gigatoken
+
+    load, loads = gigatoken.Tokenizer.from_json, []
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: loads.append(text) or load(text))
+    monkeypatch.setattr("ismdata.tokenizer_backends._REMEMBERED_BYTES", 250)
+    backend = Gigatoken(encoding(bytes_tokenizer).tokenizer.reference)
+    first = len(loads)
+    texts = large(["forty bytes of text that stand in a line"] * 2)
+    found = [backend.encode(texts, opening=False)[0].tolist() for _ in range(6)]
+    assert len(loads) == first + 1
+    assert all(ids == found[0] for ids in found)
+
+
 def test_a_sample_has_a_text_of_every_kind() -> None:
     plain = [f"plain text number {k}" for k in range(1000)]
     odd = {
