@@ -171,6 +171,7 @@ def convert(
             join=join,
             selection=selection,
             workers=workers,
+            processes=True,
             overwrite=overwrite,
             progress=lambda done, total: progress("convert", done, total),
         )

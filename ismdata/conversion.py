@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,9 +31,7 @@ from ismdata.readers.opening import EMPTY, UNKNOWN, Format, Placed, UnknownForma
 from ismdata.readers.reading import Reading, read_block
 from ismdata.readers.sources import FileSource, SavedDataset, Source
 from ismdata.sampling import SPLIT_NAMES, parse_split, sampled, split_of
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+from ismdata.workers import Workers
 
 #: What is gathered before it is cleaned and written: bytes of rows, or blocks. The shards' batches follow from these.
 _BATCH_BYTES, _BATCH_BLOCKS = 1 << 20, 4096
@@ -139,23 +137,22 @@ class Conversion:
         sources: Sequence[Source | SavedDataset],
         format: Format,
         rules: Rules,
-        pool: ThreadPoolExecutor,
-        threads: int,
+        workers: Workers,
         progress: Callable[[int, int], None],
     ) -> None:
         """Read what is not read yet of all sources, block by block, and write what comes of it. Raises DataError."""
         total = sum(source.bytes for source in sources)
         done = sum(source.bytes for source in sources[: len(self.mark.reports)])
         for source in [] if self.mark.drawing else sources[len(self.mark.reports) :]:
-            digest = None if source.once else pool.submit(source.sha256)
+            digest = None if source.once else workers.submit_thread(source.sha256)
             seen: list[tuple[str, str]] = []
             blocks = self._unread(
                 self._blocks(source, format, seen, partial(_further, progress, done, total)), source.name
             )
-            for reading, checksum in _in_order(pool, partial(_read, rules=rules), blocks, ahead=2 * threads):
-                self.mark.checksum = _chained(self.mark.checksum, checksum)
+            for read in _in_order(workers, partial(_read, rules=rules), blocks):
+                self.mark.checksum = _chained(self.mark.checksum, read.checksum)
                 self.mark.blocks += 1
-                self._add(reading)
+                self._add(read.reading)
                 if not self._waiting and self.journal.due():
                     self._record()
             done += source.bytes
@@ -365,9 +362,21 @@ def _further(progress: Callable[[int, int], None], done: int, total: int, here: 
     progress(done + here, total)
 
 
-def _read(one: _Sorted, *, rules: Rules) -> tuple[Reading, int]:
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What came of a block, and the checksum of the block."""
+
+    reading: Reading
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.reading.rows.nbytes)
+
+
+def _read(one: _Sorted, *, rules: Rules) -> _Read:
     reader, (block, place) = one
-    return read_block(block, reader, place, rules), _checksum((block, place))
+    return _Read(reading=read_block(block, reader, place, rules), checksum=_checksum((block, place)))
 
 
 def _checksum(placed: Placed) -> int:
@@ -380,15 +389,13 @@ def _chained(before: int, checksum: int) -> int:
     return zlib.crc32(checksum.to_bytes(4, "little"), before)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], *, ahead: int
-) -> Iterator[_Result]:
-    """`map` over a pool that reads at most `ahead` items more than it has given back."""
-    waiting: deque[Future[_Result]] = deque()
+def _in_order(workers: Workers, read: Callable[[_Sorted], _Read], blocks: Iterable[_Sorted]) -> Iterator[_Read]:
+    """What comes of the blocks, in their order; some blocks are read ahead, so that no worker waits."""
+    waiting: deque[Future[_Read]] = deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
+        for block in blocks:
+            waiting.append(workers.submit(read, block))
+            if len(waiting) > 2 * workers.count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

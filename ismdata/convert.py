@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +34,7 @@ from ismdata.readers.opening import Format, opened
 from ismdata.readers.reading import read_block
 from ismdata.readers.sources import SavedDataset, Source, expand
 from ismdata.sampling import parse_split
+from ismdata.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ def convert(
     join: bool = False,
     selection: Selection = Selection(),  # noqa: B008  # frozen
     workers: int = 0,
+    processes: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
@@ -79,8 +80,9 @@ def convert(
 
     `format` is "auto" or a key of READERS; `mapping` a TOML file that says how to read anything else. `roles` adds role
     names to the usual ones. `assistant`, `tree` and `preference` decide what the data leave open (`base.Choices`);
-    `join` makes one message of several in a row of one side. `workers` threads read blocks side by side, 0 means one a
-    core. `progress` is called with bytes done and bytes in all.
+    `join` makes one message of several in a row of one side. `workers` blocks are read side by side, 0 means one a
+    core: in threads and, with `processes`, in processes where reading turns out to be slow (`workers.Workers`).
+    `progress` is called with bytes done and bytes in all.
 
     Raises UsageError when an option cannot be or the output is in use, DataError when a source cannot be read, is
     broken, is of no known format, has changed since an interrupted run, or when no conversation at all comes of it.
@@ -89,10 +91,9 @@ def convert(
     _check_call(sources, format, mapping)
     _check_selection(selection, workers)
     wanted, rules = _format(format, mapping, roles, assistant, tree, preference, join)
-    threads = workers or os.cpu_count() or 1
     with (
         output_folder(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
-        ThreadPoolExecutor(max_workers=threads) as pool,
+        Workers(workers or os.cpu_count() or 1, processes=processes) as pool,
     ):
         expanded = [source for argument in sources for source in expand(argument)]
         others = [_other(argument) for argument in selection.against]
@@ -121,7 +122,7 @@ def convert(
         try:
             against = np.concatenate([other.digests(wanted, rules) for other in others]) if others else None
             job = Conversion(folder, selection, against, journal)
-            job.read(expanded, wanted, rules, pool, threads, progress or (lambda done, total: None))
+            job.read(expanded, wanted, rules, pool, progress or (lambda done, total: None))
             job.finish(options)
         finally:
             journal.close()

@@ -8,9 +8,9 @@ import json
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +20,7 @@ from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.convert import convert
 from ismdata.errors import DataError, UsageError
 from ismdata.readers import framing
+from ismdata.workers import Workers
 
 OPTIONAL = ("train", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content")
 CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
@@ -462,10 +463,10 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
 def test_blocks_are_not_read_far_ahead():
     given = []
     items = (given.append(n) or n for n in range(100))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for n, result in enumerate(conversion._in_order(pool, lambda item: item * 2, items, ahead=3)):
-            assert result == 2 * n
-            assert len(given) <= n + 4
+    with Workers(2, processes=False) as pool:
+        for n, result in enumerate(conversion._in_order(pool, lambda item: np.full(1, 2 * item), items)):
+            assert result[0] == 2 * n
+            assert len(given) <= n + 5
     assert len(given) == 100
 
 

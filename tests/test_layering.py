@@ -20,7 +20,7 @@ conversation masks columns lock folders journal
 digests near sampling limits
 shards bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
 encoder batch runs tokens overlong behind spool documents sequences parity
-mapping explain cleaning conversation_files conversion convert tokenizing pack
+mapping explain cleaning conversation_files workers conversion convert tokenizing pack
 problems invariants verify
 dataset collate canary attention presets train chat
 row_view view demo bench
