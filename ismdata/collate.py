@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ismdata import masks, shards
+from ismdata import masks, shards, varlen_tables
 from ismdata.dataset import Sample
 from ismdata.errors import UsageError
 
@@ -28,9 +28,14 @@ class Collator:
     `mask` is the mask to train under; None takes the one that the shards were packed for. `ism` and `causal` share
     their packing, so either may be asked of the other's shards; `prefix` expands conversations when it packs and can
     be neither asked of other shards nor exchanged for another mask: UsageError.
+
+    `tables` adds the index tables of the backend `varlen` (`varlen_tables.py`), so that a DataLoader's worker makes
+    them; without them the backend makes them itself, and waits for the device once a batch. Only that backend reads
+    them and a batch should be no larger than it need be, so they are made when asked for.
     """
 
     mask: str | None = None
+    tables: bool = False
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.mask not in masks.MASKS:
@@ -43,6 +48,10 @@ class Collator:
         - `doc_start`, `kv_end`: int32[B, T]; row t sees the keys `[doc_start[t], kv_end[t])`
         - `block_table`: int16[B, T / 128, 4]; which blocks of keys a block of rows sees
         - `loss_weight`: float32[B, T], where the shards have weights
+        - `varlen_documents`, `varlen_alone`, `varlen_rows`, `varlen_blocks`: int32, and `varlen_longest`, a shape
+          without elements, where `tables` are asked for. They count over the B samples laid end to end. Of a batch
+          that was cut the backend makes its own; where batches are joined on their way (accelerate's
+          `dispatch_batches`), leave them out
         """
         packed_mask = _common_mask(samples)
         mask = packed_mask if self.mask is None else self.mask
@@ -67,6 +76,8 @@ class Collator:
         weights = [row.loss_weight for row in rows if row.loss_weight is not None]
         if weights:
             batch["loss_weight"] = np.stack(weights)
+        if self.tables:
+            batch |= varlen_tables.tables(doc_start, kv_end).as_batch()
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -33,7 +33,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ismdata.attention import attach, refuse_pickles
+from ismdata.attention import attach, attached_backend, refuse_pickles
+from ismdata.canary import check_training
 from ismdata.collate import IGNORE_INDEX, Collator, check_mask
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
@@ -53,6 +54,7 @@ class TrainReport:
 
     output: Path
     mask: str
+    backend: str
     parameters: int
     steps: int
     first_loss: float
@@ -70,6 +72,7 @@ def train(
     model: str,
     output: Path,
     mask: str | None = None,
+    backend: str = "auto",
     steps: int | None = None,
     epochs: float = 1.0,
     batch_size: int = 4,
@@ -85,9 +88,10 @@ def train(
     """Train `model` on the sequences of `packed` and save it to `output`.
 
     model: a preset (`presets.py`), a local folder, a GGUF file or a hub name. mask: None for the one that the shards
-    were packed for. steps: optimizer steps, else `epochs` over the data. One step sees batch_size x accumulation
-    sequences. The loss is the mean over all targets of a step. float32 on a CPU, bfloat16 autocast on a GPU.
-    Raises UsageError, DataError and UnsupportedModelError before any training, with nothing left behind.
+    were packed for. backend: of attention (`backends.py`). steps: optimizer steps, else `epochs` over the data. One
+    step sees batch_size x accumulation sequences. The loss is the mean over all targets of a step. float32 on a CPU,
+    bfloat16 autocast on a GPU. Raises UsageError, DataError and UnsupportedModelError before any training,
+    with nothing left behind.
     """
     on_terminal = sys.stderr.isatty()
     if not on_terminal:
@@ -111,8 +115,11 @@ def train(
     with _training_folder(output, packed=packed, overwrite=overwrite) as folder:
         set_seed(seed)
         trained = open_model(model, dataset)
-        attach(trained, mask=mask)
         on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        attach(trained, backend, mask, device=device)
+        check_training(trained, device=device, autocast=torch.bfloat16 if on_gpu else None)
+        backend = attached_backend(trained)
         log = _MetricsLog(folder / METRICS_NAME, say=None if on_terminal else say)
         trainer = _CountingTrainer(
             model=trained,
@@ -137,7 +144,7 @@ def train(
                 disable_tqdm=not on_terminal,
                 report_to=[],
             ),
-            data_collator=collator,
+            data_collator=replace(collator, tables=backend == "varlen"),
             train_dataset=dataset,
             callbacks=[log],
         )
@@ -155,6 +162,7 @@ def train(
     return TrainReport(
         output=output,
         mask=mask,
+        backend=backend,
         parameters=sum(parameter.numel() for parameter in trained.parameters()),
         steps=trainer.state.global_step,
         first_loss=log.losses[0],

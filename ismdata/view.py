@@ -428,6 +428,7 @@ def train_report(report: TrainReport) -> View:
     facts = {
         "output": str(report.output),
         "mask": report.mask,
+        "backend": report.backend,
         "parameters": report.parameters,
         "steps": report.steps,
         "first_loss": report.first_loss,
@@ -439,7 +440,10 @@ def train_report(report: TrainReport) -> View:
         "dtype": report.dtype,
     }
     drawing = Group(
-        _title(str(report.output), f"mask {report.mask} · {report.device}, {report.dtype} · {report.seconds:.0f} s"),
+        _title(
+            str(report.output),
+            f"mask {report.mask} by {report.backend} · {report.device}, {report.dtype} · {report.seconds:.0f} s",
+        ),
         _numbers(
             ("parameters", report.parameters, ""),
             ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),

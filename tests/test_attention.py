@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BloomConfig,
-    DynamicCache,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GptOssConfig,
-    MambaConfig,
-    MistralConfig,
-    StaticCache,
-    T5Config,
-)
+from transformers import DynamicCache, StaticCache
 
-from ismdata import attention, canary, masks
-from ismdata.attention import BACKENDS, attach, detach, load
+from ismdata import backends, canary, masks
+from ismdata.attention import attach, attached_backend, detach, load
+from ismdata.backends import BACKENDS, choose
 from ismdata.collate import IGNORE_INDEX, Collator
+from ismdata.dense import dense_attention, dense_mask
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from tests.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, SIZES, VOCABULARY, sample, tiny_model
+from ismdata.intervals import Intervals, PerWindow
+from tests.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model
 
 DOCUMENTS = [
     [(PROMPT, 2), (QUERY, 3), (ANSWER, 4), (QUERY, 2), (ANSWER, 3)],
@@ -129,7 +122,9 @@ def test_bfloat16_stays_near_float32():
 def test_the_mask_is_built_once_a_micro_batch(monkeypatch):
     built = []
     real = BACKENDS["sdpa"]
-    counting = attention.replace(real, build_mask=lambda *args: built.append(args[3]) or real.build_mask(*args))
+    counting = dataclasses.replace(
+        real, prepare=lambda intervals: PerWindow(intervals, lambda each: built.append(each.keys) or dense_mask(each))
+    )
     monkeypatch.setitem(BACKENDS, "sdpa", counting)
     model = attach(tiny_model())
     built.clear()
@@ -241,40 +236,7 @@ def test_other_ways_in_are_refused():
         )
 
 
-HEADS = {**SIZES, "head_dim": 8}
-FULL = ["full_attention"] * 2
-UNSUPPORTED = {
-    "a sliding window": (lambda: MistralConfig(**SIZES, sliding_window=8), "sliding_window"),
-    "sliding layers": (lambda: Gemma3TextConfig(**HEADS), "layers of kind sliding_attention"),
-    "soft caps": (lambda: Gemma2Config(**HEADS, layer_types=FULL), "softcap"),
-    "sinks": (lambda: GptOssConfig(**HEADS, num_local_experts=4, layer_types=FULL), "attention sinks"),
-    "state space layers": (
-        lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-        "layers of kind|AttentionInterface",
-    ),
-    "an attention of its own": (
-        lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-        "would ignore the mask",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_unsupported_models_are_refused_with_the_reason_and_left_alone(case):
-    config, reason = UNSUPPORTED[case]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config()).eval()
-    tokens = torch.arange(2, 12)[None]
-    before = model(input_ids=tokens, use_cache=False).logits
-    with pytest.raises(UnsupportedModelError, match=reason):
-        attach(model)
-    torch.testing.assert_close(model(input_ids=tokens, use_cache=False).logits, before, rtol=0, atol=0)
-
-
 def test_models_of_another_kind_are_refused():
-    t5 = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=64)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        attach(AutoModelForSeq2SeqLM.from_config(t5))
     with pytest.raises(UnsupportedModelError, match="Attach the model first and wrap it afterwards"):
         attach(torch.nn.DataParallel(tiny_model()))
     with pytest.raises(UnsupportedModelError, match="no weights yet"):
@@ -285,26 +247,27 @@ def test_models_of_another_kind_are_refused():
         attach(tiny_model(), mask="full")
 
 
-def broken(build_mask=None, attend=None):
+def broken(mask=None, attend=None):
     """The sdpa backend with one part replaced by something wrong."""
     real = BACKENDS["sdpa"]
-    return attention.replace(real, build_mask=build_mask or real.build_mask, attention=attend or real.attention)
+    prepare = real.prepare if mask is None else lambda intervals: PerWindow(intervals, mask)
+    return dataclasses.replace(real, prepare=prepare, attention=attend or real.attention)
 
 
-def causal_only(doc_start, kv_end, block_table, keys):
-    return attention.dense_mask(doc_start, kv_end, None, keys) & torch.ones(keys, keys, dtype=torch.bool).tril()
+def causal_only(intervals):
+    return dense_mask(intervals) & torch.ones(intervals.keys, intervals.keys, dtype=torch.bool).tril()
 
 
-def no_documents(doc_start, kv_end, block_table, keys):
-    return attention.dense_mask(torch.zeros_like(doc_start), kv_end, None, keys)
+def no_documents(intervals):
+    return dense_mask(dataclasses.replace(intervals, doc_start=torch.zeros_like(intervals.doc_start)))
 
 
-def everything(doc_start, kv_end, block_table, keys):
-    return torch.ones(*doc_start.shape[:1], 1, doc_start.shape[1], keys, dtype=torch.bool)
+def everything(intervals):
+    return torch.ones_like(dense_mask(intervals))
 
 
 def wrong_scale(*args, scaling=None, **kwargs):
-    return attention.dense_attention(*args, scaling=2.0, **kwargs)
+    return dense_attention(*args, scaling=2.0, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -315,9 +278,10 @@ def wrong_scale(*args, scaling=None, **kwargs):
         (broken(everything), "other logits once attached"),
         (broken(attend=wrong_scale), "other logits once attached"),
     ],
+    ids=["causal-only", "no-documents", "everything", "wrong-scale"],
 )
 def test_the_canary_dies_of_a_wrong_mask(backend, reason, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "sdpa", attention.replace(backend, name="ismdata_broken"))
+    monkeypatch.setitem(BACKENDS, "sdpa", dataclasses.replace(backend, name="ismdata_broken"))
     model = tiny_model(dtype=torch.float32)
     with pytest.raises(UnsupportedModelError, match=reason):
         attach(model)
@@ -400,6 +364,66 @@ def test_loading_refuses_what_it_cannot_know(tmp_path):
         load(tmp_path / "plain", mask="ism")
 
 
+@pytest.fixture
+def lacking(monkeypatch):
+    """Make backends lack something on a CUDA device that is not there."""
+
+    def lack(*names):
+        for name, backend in list(BACKENDS.items()):
+            reason = f"no {name} here" if name in names else None
+            monkeypatch.setitem(BACKENDS, name, dataclasses.replace(backend, missing=lambda device, why=reason: why))
+
+    monkeypatch.setattr(backends, "_SAID", set())
+    return lack
+
+
+@pytest.mark.parametrize(
+    ("lacks", "chosen"),
+    [((), "varlen"), (("varlen",), "flex"), (("varlen", "flex"), "sdpa")],
+    ids=["all", "no-varlen", "sdpa-alone"],
+)
+def test_auto_takes_the_fastest_on_a_gpu_and_says_so_once(lacks, chosen, lacking, capsys):
+    lacking(*lacks)
+    assert [choose("auto", torch.device("cuda")) for _ in range(3)] == [chosen] * 3
+    assert capsys.readouterr().err == f"attention backend: {chosen} on cuda\n"
+
+
+def test_auto_is_dense_on_a_cpu(lacking, capsys):
+    lacking()
+    model = attach(attach(tiny_model()))
+    assert attached_backend(model) == "sdpa"
+    assert capsys.readouterr().err == "attention backend: sdpa on cpu\n"
+    assert choose("flex", torch.device("cpu")) == "flex"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_backend_that_cannot_run_names_what_is_missing(lacking):
+    lacking("varlen")
+    model = tiny_model()
+    with pytest.raises(UsageError, match="varlen cannot run on cpu: no varlen here"):
+        attach(model, backend="varlen")
+    with pytest.raises(UsageError, match="not attached"):
+        attached_backend(model)
+
+
+def test_the_device_to_come_decides(lacking):
+    lacking("varlen")
+    assert attached_backend(attach(tiny_model(), device="cuda")) == "flex"
+
+
+def test_a_large_dense_mask_is_told():
+    def prepared(rows, keys):
+        ends = torch.zeros(2, rows, dtype=torch.int32)
+        return BACKENDS["sdpa"].prepare(Intervals(doc_start=ends, kv_end=ends + 1, keys=keys))
+
+    with pytest.warns(UserWarning, match=r"dense mask of 0\.50 GiB for 2 x 16384 tokens.*flex or varlen"):
+        prepared(16384, 16384)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(8192, 8192)
+        prepared(1, 100_000)
+
+
 def test_registered_names_do_not_catch_the_dispatch_of_transformers():
     for backend in BACKENDS.values():
         assert not any(word in backend.name for word in ("flash", "sdpa", "flex_attention"))
@@ -407,8 +431,8 @@ def test_registered_names_do_not_catch_the_dispatch_of_transformers():
 
 def test_the_canary_covers_every_kind_of_pair():
     """Its sequence has rows that see ahead, rows that do not, a second document and padding."""
-    doc_start, kv_end = masks.intervals(canary._SEQ_LENS, canary._SPANS, seq_len=canary._SEQ_LEN, mask="ism")
-    rows = np.arange(canary._SEQ_LEN)
+    doc_start, kv_end = masks.intervals(canary._SEQ_LENS, canary._SPANS, seq_len=canary._TOKENS, mask="ism")
+    rows = np.arange(canary._TOKENS)
     assert (kv_end > rows + 1).any()
     assert (kv_end == rows + 1).any()
     assert set(doc_start) > {0, 8}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ismdata
-from ismdata import masks
+from ismdata import masks, varlen_tables
 from ismdata.collate import IGNORE_INDEX, Collator
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
@@ -115,6 +115,18 @@ def test_loss_weight_comes_along_only_where_there_is_one():
     assert batch["loss_weight"].dtype == torch.float32
     assert batch["loss_weight"][0].tolist() == weight.tolist()
     assert "loss_weight" not in Collator()([sample([DOCUMENT])])
+
+
+@pytest.mark.parametrize("mask", masks.MASKS)
+def test_tables_come_along_only_where_they_are_asked_for(mask):
+    """They are those of the batch's own intervals, over all its samples."""
+    samples = [sample([DOCUMENT] * n, mask=mask) for n in (1, 3)]
+    batch = Collator(tables=True)(samples)
+    expected = varlen_tables.tables(batch["doc_start"].numpy(), batch["kv_end"].numpy()).as_batch()
+    assert batch.keys() - Collator()(samples).keys() == set(varlen_tables.NAMES)
+    for name, array in expected.items():
+        assert batch[name].shape == array.shape
+        assert np.array_equal(batch[name].numpy(), array), name
 
 
 @pytest.mark.parametrize(("packed", "wanted"), [("ism", "prefix"), ("causal", "prefix"), ("prefix", "ism")])
@@ -224,10 +236,9 @@ def test_a_pickled_dataset_opens_its_maps_anew(packed):
 def test_workers_give_the_same_batches(packed, start):
     dataset = PackedDataset(packed[0])
     dataset[0]  # the map is open when the workers start
-    alone = list(DataLoader(dataset, batch_size=3, collate_fn=Collator("causal")))
-    loader = DataLoader(
-        dataset, batch_size=3, collate_fn=Collator("causal"), num_workers=2, multiprocessing_context=start
-    )
+    collator = Collator("causal", tables=True)
+    alone = list(DataLoader(dataset, batch_size=3, collate_fn=collator))
+    loader = DataLoader(dataset, batch_size=3, collate_fn=collator, num_workers=2, multiprocessing_context=start)
     for expected, batch in zip(alone, loader, strict=True):
         assert batch.keys() == expected.keys()
         assert all(torch.equal(batch[name], expected[name]) for name in batch)

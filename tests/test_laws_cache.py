@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from ismdata.attention import attach
+from ismdata.backends import BACKENDS
 from ismdata.chat import Chat, Sampling, feed
 from ismdata.collate import Collator
 from tests.tiny import ANSWER, ARCHITECTURES, QUERY, sample, tiny_model
@@ -71,11 +72,14 @@ def test_a_causal_prefill_of_ism_contexts_is_another_model():
     assert (wrong - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [(each, "sdpa") for each in ARCHITECTURES] + [("llama", each) for each in BACKENDS if each != "sdpa"],
+)
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
-def test_law_3_a_whole_chat(architecture, mask):
+def test_law_3_a_whole_chat(architecture, backend, mask):
     """Three turns of greedy chat: every choice was made on the logits that one full forward of the mask gives."""
-    model = attach(tiny_model(architecture))
+    model = attach(tiny_model(architecture), backend=backend)
     encoder = FixedEncoder()
     chat = Chat(model, encoder, mask=mask, max_new_tokens=4)
     seen = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from ismdata import attention
 from ismdata import train as training
@@ -19,7 +19,7 @@ from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.folders import write_index
 from ismdata.presets import PRESETS, preset_model
 from ismdata.train import METRICS, train
-from tests.tiny import ANSWER, CONFIGS, QUERY, VOCABULARY, sample, tiny_model, write_packed
+from tests.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 
 
 def word_tokenizer(folder):
@@ -288,11 +288,10 @@ def test_models_that_do_not_fit_the_shards_are_refused(packed, tmp_path):
     with pytest.raises(DataError, match=r"has 16 positions and the longest document 18 tokens"):
         run(packed, tmp_path / "out", model=saved("short", max_position_embeddings=16))
     torch.manual_seed(0)
-    gemma = CONFIGS["gemma3"]()
-    gemma.layer_types = ["sliding_attention", "full_attention"]
-    AutoModelForCausalLM.from_config(gemma).save_pretrained(tmp_path / "sliding")
-    with pytest.raises(UnsupportedModelError, match="sliding_attention"):
-        run(packed, tmp_path / "out", model=str(tmp_path / "sliding"))
+    mixed = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+    AutoModelForCausalLM.from_config(mixed).save_pretrained(tmp_path / "mixed")
+    with pytest.raises(UnsupportedModelError, match="layers of kind conv"):
+        run(packed, tmp_path / "out", model=str(tmp_path / "mixed"))
     run(packed, tmp_path / "out", model=saved("long enough", max_position_embeddings=18))
 
 

@@ -1,5 +1,6 @@
-"""`ismdata bench`: the road beside its yardsticks and peers, measured in turn on the same files.
+"""`ismdata bench`: what the package does beside its yardsticks and peers, measured in turn on this machine.
 
-`corpus` makes text of any size, `stages` are the measurements, each in a process of its own, `data` puts them in order,
-`report` draws what came of them.
+`data`: `corpus` makes text of any size, `stages` are the measurements, each in a process of its own, `report` draws
+what came of them. `attention`: `workload` draws documents, `cases` and `yardstick` are what is timed (`timing`),
+`steps` are training steps, `attention_report` draws. `commands` has the command line of both.
 """

