@@ -47,7 +47,12 @@ class Attachment:
 
 
 def attach(
-    model: Model, backend: str = "auto", mask: str | None = None, *, device: torch.device | str | None = None
+    model: Model,
+    backend: str = "auto",
+    mask: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Model:
     """Give a Hugging Face decoder the attention of packed sequences, in place, and return it.
 
@@ -56,9 +61,10 @@ def attach(
     everything; several tokens without intervals are refused. A layer's sliding window narrows the intervals.
     `loss_weight` multiplies each target's loss before the mean over targets.
 
-    backend: `auto`, or a name in `backends.BACKENDS`. device: where the model will run, if it is not there yet; it
-    decides what `auto` is. `mask` is recorded in the model's config as `ismdata_mask`, and so in the folder it is saved
-    to. Attaching again replaces the former backend. Wrap the model (PEFT, FSDP, DDP) after this, not before.
+    backend: `auto`, or a name in `backends.BACKENDS`. device: where the model will run, if it is not there yet.
+    autocast: the dtype it will run in, if not its own. The two decide what `auto` is. `mask` is recorded in the model's
+    config as `ismdata_mask`, and so in the folder it is saved to. Attaching again replaces the former backend. Wrap the
+    model (PEFT, FSDP, DDP) after this, not before.
 
     Raises UsageError for an unknown mask, and for a backend that is unknown or cannot run on the device (naming what is
     missing); UnsupportedModelError, with the reason, for a model inside which the mask cannot work. The model is then
@@ -68,7 +74,12 @@ def attach(
         raise UsageError(f"mask is {mask!r}; expected one of {', '.join(masks.MASKS)}")
     check_architecture(model)
     check_parallelism()
-    name = choose(backend, torch.device(model.device if device is None else device))
+    name = choose(
+        backend,
+        torch.device(model.device if device is None else device),
+        dtype=autocast or model.dtype,
+        soft_caps=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
+    )
     chosen = BACKENDS[name]
     detach(model)
     expected = stock_logits(model, chosen)

@@ -32,10 +32,12 @@ _PREFERENCE = ("varlen", "flex", "sdpa")
 _SAID: set[str] = set()
 
 
-def choose(backend: str, device: torch.device) -> str:
+def choose(backend: str, device: torch.device, *, dtype: torch.dtype = torch.bfloat16, soft_caps: bool = False) -> str:
     """The name of the backend to use on `device`. `auto` says once which one it is.
 
-    Raises UsageError for an unknown backend, and for one that cannot run there, naming what is missing.
+    dtype: what attention is to be computed in, under autocast or by itself. soft_caps: whether the model caps its
+    scores; `auto` leaves out what cannot do either. Raises UsageError for an unknown backend, and for one that cannot
+    run there, naming what is missing.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
@@ -44,9 +46,16 @@ def choose(backend: str, device: torch.device) -> str:
         if reason is not None:
             raise UsageError(f"the backend {backend} cannot run on {device}: {reason}. Use auto, or another backend")
         return backend
-    chosen = "sdpa"
+    chosen = _PREFERENCE[-1]
     if device.type == "cuda":
-        chosen = next(name for name in _PREFERENCE if BACKENDS[name].missing(device) is None)
+        able = [
+            name
+            for name in _PREFERENCE
+            if BACKENDS[name].missing(device) is None
+            and (dtype in (torch.bfloat16, torch.float16) or not BACKENDS[name].half_only)
+            and (BACKENDS[name].soft_caps or not soft_caps)
+        ]
+        chosen = (able or [chosen])[0]
     line = f"attention backend: {chosen} on {device.type}"
     if line not in _SAID and os.environ.get("RANK", "0") == "0":
         _SAID.add(line)

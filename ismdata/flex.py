@@ -238,4 +238,5 @@ FLEX = Backend(
     missing=_missing,
     missing_for_training=_missing_for_training,
     rows_multiple=BLOCK_SIZE,
+    soft_caps=True,
 )

@@ -108,6 +108,8 @@ class Backend:
     rows_multiple: int = 1
     #: Whether it computes in bfloat16 and float16 alone: a float32 model runs it under autocast.
     half_only: bool = False
+    #: Whether it can compute soft-capped scores (Gemma 2).
+    soft_caps: bool = False
 
 
 def check_call(module: nn.Module, prepared: object, features: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def train(
         trained = open_model(model, dataset)
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
-        attach(trained, backend, mask, device=device)
+        attach(trained, backend, mask, device=device, autocast=torch.bfloat16 if on_gpu else None)
         check_training(trained, device=device, autocast=torch.bfloat16 if on_gpu else None)
         backend = attached_backend(trained)
         log = _MetricsLog(folder / METRICS_NAME, say=None if on_terminal else say)

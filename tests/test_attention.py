@@ -388,6 +388,20 @@ def test_auto_takes_the_fastest_on_a_gpu_and_says_so_once(lacks, chosen, lacking
     assert capsys.readouterr().err == f"attention backend: {chosen} on cuda\n"
 
 
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ({"dtype": torch.float32}, "flex"),
+        ({"dtype": torch.float16}, "varlen"),
+        ({"soft_caps": True}, "flex"),
+    ],
+    ids=["float32", "float16", "soft-caps"],
+)
+def test_auto_leaves_out_what_cannot_compute_the_model(asked, chosen, lacking):
+    lacking()
+    assert choose("auto", torch.device("cuda"), **asked) == chosen
+
+
 def test_auto_is_dense_on_a_cpu(lacking, capsys):
     lacking()
     model = attach(attach(tiny_model()))
@@ -407,8 +421,9 @@ def test_a_backend_that_cannot_run_names_what_is_missing(lacking):
 
 
 def test_the_device_to_come_decides(lacking):
-    lacking("varlen")
+    lacking()
     assert attached_backend(attach(tiny_model(), device="cuda")) == "flex"
+    assert attached_backend(attach(tiny_model(), device="cuda", autocast=torch.bfloat16)) == "varlen"
 
 
 def test_a_large_dense_mask_is_told():
