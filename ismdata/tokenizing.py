@@ -209,6 +209,11 @@ def tokenize(
             backend = reference
             skeletons = (journal.state or {}).get("skeletons", True)
         except parity.ColumnsDiffer as found:
+            if not (journal.state or {}).get("skeletons", True):
+                raise DataError(
+                    f"{found}: rendered twice, the conversation gave two texts; expected the same each time. "
+                    "The template draws at random or tells the time: take that out of a copy, --chat-template FILE"
+                ) from found
             notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
             skeletons = False
         # Recorded first: what was spooled counts for nothing before the files are cut.

@@ -18,6 +18,7 @@ from ismdata import masks
 from ismdata.convert import convert
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import PackReport, pack
+from ismdata.parity import ColumnsDiffer
 from ismdata.sensitivity import Sensitivity
 from ismdata.shards import PackedShards, packed_schema
 from ismdata.verify import verify
@@ -278,6 +279,22 @@ def test_a_template_that_does_more_than_its_probing_showed(
         "T0A.......<|im_end|>",
         "T1A.......<|im_end|>",
     ]
+
+
+def test_law_5_that_holds_in_no_way_is_an_error(
+    tmp_path: Path, bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a template that draws at random: trying on would never end."""
+    asked = []
+
+    def never_alike(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise ColumnsDiffer("c.jsonl:1")
+
+    monkeypatch.setattr("ismdata.tokenizing.parity.comparison", never_alike)
+    with pytest.raises(DataError, match=r"c\.jsonl:1: rendered twice, the conversation gave two texts"):
+        packed(tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, tokenizer_backend="hf")
+    assert len(asked) == 2
 
 
 def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, bytes_tokenizer: Path) -> None:
