@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ismdata import masks
+from ismdata import glm, masks
 from ismdata.canary import check_attached, loss_is_weighed, stock_logits
 from ismdata.collate import IGNORE_INDEX
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
@@ -119,11 +119,12 @@ class Attachment:
 def attach(model: Model, backend: str = "auto", mask: str | None = None) -> Model:
     """Give a Hugging Face decoder the attention of packed sequences, in place, and return it.
 
-    From then on `model(**batch)` takes the Collator's tensors; position_ids that are missing follow from `doc_start`;
-    with a cache the intervals count over cached and current keys; a single token without intervals (decoding) sees
-    everything; several tokens without intervals are refused. `loss_weight` multiplies each target's loss before the
-    mean over targets. `mask` is recorded in the model's config as `ismdata_mask`, and so in the folder it is saved to.
-    Attaching again replaces the former backend. Wrap the model (PEFT, FSDP, DDP) after this, not before.
+    From then on `model(**batch)` takes the Collator's tensors; position_ids that are missing follow from `doc_start`
+    (a model of two positions needs both); with a cache the intervals count over cached and current keys; a single token
+    without intervals (decoding) sees everything; several tokens without intervals are refused. `loss_weight` multiplies
+    each target's loss before the mean over targets. `mask` is recorded in the model's config as `ismdata_mask`, and so
+    in the folder it is saved to. Attaching again replaces the former backend. Wrap the model (PEFT, FSDP, DDP) after
+    this, not before.
 
     Raises UsageError for an unknown backend or mask and UnsupportedModelError, with the reason, for a model inside
     which the mask cannot work; the model is then as it was.
@@ -296,6 +297,11 @@ def _before_forward(
         )
     elif cache is None:
         kwargs.setdefault("use_cache", False)  # training fills no cache: it would only cost memory
+    glm.check_positions(
+        module,
+        position_ids=kwargs.get("position_ids") is not None,
+        position_ids_2=kwargs.get("position_ids_2") is not None,
+    )
     if kwargs.get("position_ids") is None:
         row = torch.arange(past, past + rows, device=doc_start.device)
         kwargs["position_ids"] = (row - doc_start).long()

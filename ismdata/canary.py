@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ismdata import masks
+from ismdata import glm, masks
 from ismdata.errors import UnsupportedModelError
 from ismdata.masks import ANSWER, PROMPT, QUERY
 
@@ -122,6 +122,9 @@ def _call(model: PreTrainedModel, tokens: Tensor, doc_start: IntArray, kv_end: I
         name: torch.from_numpy(ends).to(tokens.device).expand(tokens.shape)
         for name, ends in (("doc_start", doc_start), ("kv_end", kv_end))
     }
+    if glm.takes_two_positions(model):  # all tokens as context, as the model by itself has them
+        first = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) - intervals["doc_start"]
+        intervals |= {"position_ids": first, "position_ids_2": torch.zeros_like(first)}
     return model(input_ids=tokens, use_cache=False, **intervals, **others)
 
 

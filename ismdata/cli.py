@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from ismdata.chat_command import chat
 from ismdata.errors import IsmdataError, Terminated, UsageError
 from ismdata.terminal import StageProgress, note
 
@@ -43,6 +44,9 @@ Side = Literal["second", "first", "both"]
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+BenchOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+]
 Workers = Annotated[int, typer.Option(help="Threads to use, 0 for all cores. The output does not depend on it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
@@ -206,6 +210,16 @@ def pack(
         str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
     ] = None,
     prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    layout: Annotated[
+        Literal["plain", "glm"],
+        typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
+    ] = "plain",
+    glm_mask_token: Annotated[
+        str | None, typer.Option(help="The control token that is [MASK]. Default: the tokenizer's own.")
+    ] = None,
+    glm_start_token: Annotated[
+        str | None, typer.Option(help="The control token that is [START]. Default: the tokenizer's own.")
+    ] = None,
     tokenizer_backend: Annotated[
         Literal["auto", "hf", "gigatoken"],
         typer.Option(
@@ -239,6 +253,9 @@ def pack(
             template_arguments=parse_arguments(template_arg or []),
             template_date=_date(template_date) if template_date else DEFAULT_DATE,
             prefix_every=prefix_every,
+            layout=layout,
+            glm_mask_token=glm_mask_token,
+            glm_start_token=glm_start_token,
             tokenizer_backend=tokenizer_backend,
             workers=workers,
             seed=seed,
@@ -290,7 +307,10 @@ def inspect(
 def train(
     packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
     model: Annotated[
-        str, typer.Option(help="tiny, small or base from scratch; or a local folder, GGUF file or hub name.")
+        str,
+        typer.Option(
+            help="tiny, small, base, glm-tiny or glm-small from scratch; or a local folder, GGUF file, hub name."
+        ),
     ],
     output: Output,
     mask: Annotated[
@@ -329,24 +349,7 @@ def train(
     _show(view.train_report(report), as_json=False)
 
 
-@app.command()
-@explained
-def chat(
-    model: Annotated[Path, typer.Argument(help="A folder that `ismdata train` wrote.")],
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides what is drawn at a temperature above 0.")] = 0,
-    mask: Annotated[
-        Mask | None, typer.Option(help="For a model that records no mask. Default: the one it was trained under.")
-    ] = None,
-) -> None:
-    """Talk with a model in the terminal, turn after turn. The KV cache survives from turn to turn."""
-    from ismdata.chat import Sampling, open_chat, run_terminal
-
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    run_terminal(open_chat(model, mask=mask, system=system, max_new_tokens=max_new_tokens, sampling=sampling))
+app.command()(explained(chat))
 
 
 @app.command()
@@ -364,9 +367,7 @@ def demo(
 @bench_app.command("data")
 @explained
 def bench_data(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
-    ],
+    output: BenchOutput,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
@@ -415,6 +416,41 @@ def bench_data(
     _show(table(results), as_json=as_json)
     if any(row["failed"] for row in results["rows"]):
         raise typer.Exit(1)
+
+
+@bench_app.command("latency")
+@explained
+def bench_latency(
+    output: BenchOutput,
+    model: Annotated[
+        str | None, typer.Option(help="A preset; 1b, on a GPU; a folder, GGUF file, hub name. Default: SmolLM2-135M.")
+    ] = None,
+    turns: Annotated[int, typer.Option(help="Turns of 40 tokens for the query and 160 for the answer.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 10,
+    prefix_rounds: Annotated[
+        int | None, typer.Option(help="In how many of them prefix takes part. Default: all on a GPU, 2 on a CPU.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of a CPU, 0 for all cores.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the time to first token under each mask, turn by turn, and the operations that it takes."""
+    from ismdata.bench.latency import run_latency_bench
+    from ismdata.bench.latency_report import latency_table
+
+    results = run_latency_bench(
+        output,
+        model=model,
+        turns=turns,
+        rounds=rounds,
+        prefix_rounds=prefix_rounds,
+        threads=threads,
+        device=device,
+        overwrite=overwrite,
+        say=note,
+    )
+    _show(latency_table(results), as_json=as_json)
 
 
 def _show(shown: Any, *, as_json: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.control_tokens import AddedToken
-from ismdata.encoder import Encoding
+from ismdata.encoder import Encoding, marked_pieces
 from ismdata.errors import DataError
 from ismdata.skeleton import NotRendered, Piece, compile_chunks, rendered_chunks
 from ismdata.template import TemplateRefused
@@ -65,7 +65,8 @@ def check(encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch
             pieces = compile_chunks(chunks, encoding.tokenizer, lambda text: (escapes.undo(text),))  # noqa: B023
         except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
             raise ColumnsDiffer(f"{place}: {error}") from error
-        reference = [id for piece in pieces for id in piece.ids or ()]
+        whole = pieces if encoding.glm is None else marked_pieces(pieces, encoding.glm)
+        reference = [id for piece in whole for id in piece.ids or ()]
         found = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
         if found != (reference[: len(found)] if requests.cut[r] else reference):
             raise ColumnsDiffer(place)

@@ -254,7 +254,12 @@ def _go_on(
         journal.record(state, [*spool.columns, quarantine.file])
 
     encoder = DocumentEncoder(
-        encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons, backend=backend
+        encoding.renderer,
+        encoding.tokenizer,
+        options.history,
+        use_skeletons=skeletons,
+        backend=backend,
+        glm=encoding.glm,
     )
     for rows in _from((rows for source in sources for rows in source.batches()), done):
         batch = conversation_batch(rows, encoding.sensitivity)
@@ -296,7 +301,11 @@ def _check_parity(
         if encoder.backend is None or encoder.backend.name == "hf":
             raise
         by_reference = DocumentEncoder(
-            encoding.renderer, encoding.tokenizer, options.history, use_skeletons=encoder.use_skeletons
+            encoding.renderer,
+            encoding.tokenizer,
+            options.history,
+            use_skeletons=encoder.use_skeletons,
+            glm=encoding.glm,
         )
         by_reference.begin(batch)
         parity.check(encoding, by_reference, batch, requests)

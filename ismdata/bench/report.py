@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,15 @@ def machine() -> dict[str, Any]:
         "load_at_the_end": list(os.getloadavg()),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in _PACKAGES if find_spec(package) is not None},
+        "versions": {package: _version(package) for package in _PACKAGES if find_spec(package) is not None},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a source tree on the path that was never installed
+        return "not installed"
 
 
 def _processor() -> str:
@@ -94,7 +101,8 @@ def _processor() -> str:
     return models[0] if models else platform.processor()
 
 
-def _machine_line(about: dict[str, Any]) -> str:
+def machine_line(about: dict[str, Any]) -> str:
+    """What `machine` found, in one line."""
     versions = ", ".join(f"{name} {of}" for name, of in about["versions"].items())
     memory = about["memory_bytes"] / 2**30
     return f"{about['processor']}, {about['cores']} cores, {memory:.0f} GiB; Python {about['python']}, {versions}"
@@ -102,7 +110,7 @@ def _machine_line(about: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> View:
     """The results as a JSON object and as a table for the terminal."""
-    drawing = Table(title=_machine_line(results["machine"]), title_justify="left", title_style="dim")
+    drawing = Table(title=machine_line(results["machine"]), title_justify="left", title_style="dim")
     drawing.add_column("what")
     drawing.add_column("corpus")
     for name in ("ours", "yardstick", "ratio"):
@@ -121,25 +129,25 @@ def picture(rows: Sequence[Row], about: dict[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
         'font-family="system-ui, sans-serif" font-size="13">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        _text(16, 24, "ismdata (blue) and its yardsticks (grey)", size=16),
-        _text(16, 44, _machine_line(about), size=9, colour="#667"),
+        svg_text(16, 24, "ismdata (blue) and its yardsticks (grey)", size=16),
+        svg_text(16, 44, machine_line(about), size=9, colour="#667"),
     ]
     for at, row in enumerate(compared):
         top = _TOP + at * _ROW
         what, corpus, _, _, ratio, _ = row.cells()
-        parts += [_text(16, top + 15, what), _text(16, top + 30, corpus, size=11, colour="#667")]
+        parts += [svg_text(16, top + 15, what), svg_text(16, top + 30, corpus, size=11, colour="#667")]
         most = max(row.ours or 0, row.yardstick or 0) or 1
         for kind, value, below in (("ours", row.ours or 0, 0), ("yardstick", row.yardstick or 0, 16)):
             length = max(1.0, _BAR * value / most)
             parts.append(
                 f'<rect x="{_LABEL}" y="{top + 3 + below}" width="{length:.1f}" height="13" fill="{_COLOURS[kind]}"/>'
             )
-            parts.append(_text(_LABEL + length + 6, top + 14 + below, _with_unit(value, row.unit), size=11))
-        parts.append(_text(_WIDTH - 12, top + 22, ratio, anchor="end", weight="bold"))
+            parts.append(svg_text(_LABEL + length + 6, top + 14 + below, _with_unit(value, row.unit), size=11))
+        parts.append(svg_text(_WIDTH - 12, top + 22, ratio, anchor="end", weight="bold"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _text(
+def svg_text(
     x: float,
     y: float,
     text: str,
@@ -149,6 +157,7 @@ def _text(
     anchor: str = "start",
     weight: str = "normal",
 ) -> str:
+    """A line of text in an SVG, its characters escaped."""
     return (
         f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">'
         f"{escape(text)}</text>"
