@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from ismdata.attention import attach
     from ismdata.collate import Collator
     from ismdata.dataset import PackedDataset
+    from ismdata.session import Session
 
-__all__ = ["Collator", "PackedDataset", "__version__", "attach"]
+__all__ = ["Collator", "PackedDataset", "Session", "__version__", "attach"]
 
-_HOME = {"PackedDataset": "ismdata.dataset", "Collator": "ismdata.collate", "attach": "ismdata.attention"}
+_HOME = {
+    "PackedDataset": "ismdata.dataset",
+    "Collator": "ismdata.collate",
+    "attach": "ismdata.attention",
+    "Session": "ismdata.session",
+}
 
 try:
     __version__ = version("ismdata")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from ismdata import masks
+from ismdata import glm, masks
 from ismdata.architecture import check_architecture, check_parallelism
 from ismdata.backends import BACKENDS, choose
 from ismdata.canary import check_attached, loss_is_weighed, stock_logits
@@ -56,10 +56,10 @@ def attach(
 ) -> Model:
     """Give a Hugging Face decoder the attention of packed sequences, in place, and return it.
 
-    From then on `model(**batch)` takes the Collator's tensors; position_ids that are missing follow from `doc_start`;
-    with a cache the intervals count over cached and current keys; a single token without intervals (decoding) sees
-    everything; several tokens without intervals are refused. A layer's sliding window narrows the intervals.
-    `loss_weight` multiplies each target's loss before the mean over targets.
+    From then on `model(**batch)` takes the Collator's tensors; position_ids that are missing follow from `doc_start`
+    (a model of two positions needs both); with a cache the intervals count over cached and current keys; a single token
+    without intervals (decoding) sees everything; several tokens without intervals are refused. A layer's sliding window
+    narrows the intervals. `loss_weight` multiplies each target's loss before the mean over targets.
 
     backend: `auto`, or a name in `backends.BACKENDS`. device: where the model will run, if it is not there yet.
     autocast: the dtype it will run in, if not its own. The two decide what `auto` is. `mask` is recorded in the model's
@@ -138,7 +138,13 @@ def load(folder: str | Path, *, backend: str = "auto", mask: str | None = None, 
     except Exception as error:  # broken files make the libraries raise anything, from KeyError to SafetensorError
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{folder}: not a loadable model ({first}). Train it again, or name another folder") from error
-    mask = mask or getattr(model.config, "ismdata_mask", None)
+    recorded = getattr(model.config, "ismdata_mask", None)
+    if mask is None and recorded is not None and recorded not in masks.MASKS:
+        raise DataError(
+            f"{folder}/config.json: ismdata_mask is {recorded!r}; expected one of {', '.join(masks.MASKS)}. Name "
+            "the one it was trained under: --mask"
+        )
+    mask = mask or recorded
     if mask is None:
         raise UsageError(
             f"{folder}: config.json records no ismdata_mask, so it is unknown under which mask the model was trained. "
@@ -206,6 +212,11 @@ def _before_forward(
             f"the batch has {rows} tokens a row; the backend {vars(module)[_ATTACHMENT].backend} takes multiples of "
             f"{backend.rows_multiple}. Pad the rows, or use the backend sdpa"
         )
+    glm.check_positions(
+        module,
+        position_ids=kwargs.get("position_ids") is not None,
+        position_ids_2=kwargs.get("position_ids_2") is not None,
+    )
     if kwargs.get("position_ids") is None:
         row = torch.arange(past, past + rows, device=doc_start.device)
         kwargs["position_ids"] = (row - doc_start).long()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ismdata import masks
+from ismdata import glm, masks
 from ismdata.architecture import check_parallelism
 from ismdata.backends import BACKENDS
 from ismdata.dense import dense_mask, plain_attention
@@ -332,6 +332,9 @@ def _call(model: PreTrainedModel, doc_start: IntArray, kv_end: IntArray, **tenso
         name: _on(given.device, array).expand(given.shape[:2])
         for name, array in (("doc_start", doc_start), ("kv_end", kv_end))
     }
+    if glm.takes_two_positions(model):  # all tokens as context, as the model by itself has them
+        first = torch.arange(1, given.shape[1] + 1, device=given.device) - ends["doc_start"]
+        ends |= {"position_ids": first, "position_ids_2": torch.zeros_like(first)}
     return model(use_cache=False, **ends, **tensors)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ismdata.bench.commands import bench_app
+from ismdata.chat_command import chat
 from ismdata.command import AsJson, Output, Overwrite, Workers, explained, show
 from ismdata.errors import Terminated, UsageError
 from ismdata.terminal import StageProgress, note
@@ -176,6 +177,16 @@ def pack(
         str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
     ] = None,
     prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    layout: Annotated[
+        Literal["plain", "glm"],
+        typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
+    ] = "plain",
+    glm_mask_token: Annotated[
+        str | None, typer.Option(help="The control token that is [MASK]. Default: the tokenizer's own.")
+    ] = None,
+    glm_start_token: Annotated[
+        str | None, typer.Option(help="The control token that is [START]. Default: the tokenizer's own.")
+    ] = None,
     tokenizer_backend: Annotated[
         Literal["auto", "hf", "gigatoken"],
         typer.Option(
@@ -209,6 +220,9 @@ def pack(
             template_arguments=parse_arguments(template_arg or []),
             template_date=_date(template_date) if template_date else DEFAULT_DATE,
             prefix_every=prefix_every,
+            layout=layout,
+            glm_mask_token=glm_mask_token,
+            glm_start_token=glm_start_token,
             tokenizer_backend=tokenizer_backend,
             workers=workers,
             seed=seed,
@@ -260,7 +274,10 @@ def inspect(
 def train(
     packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
     model: Annotated[
-        str, typer.Option(help="tiny, small or base from scratch; or a local folder, GGUF file or hub name.")
+        str,
+        typer.Option(
+            help="tiny, small, base, glm-tiny or glm-small from scratch; or a local folder, GGUF file, hub name."
+        ),
     ],
     output: Output,
     mask: Annotated[
@@ -306,24 +323,7 @@ def train(
     show(view.train_report(report), as_json=False)
 
 
-@app.command()
-@explained
-def chat(
-    model: Annotated[Path, typer.Argument(help="A folder that `ismdata train` wrote.")],
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides what is drawn at a temperature above 0.")] = 0,
-    mask: Annotated[
-        Mask | None, typer.Option(help="For a model that records no mask. Default: the one it was trained under.")
-    ] = None,
-) -> None:
-    """Talk with a model in the terminal, turn after turn. The KV cache survives from turn to turn."""
-    from ismdata.chat import Sampling, open_chat, run_terminal
-
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    run_terminal(open_chat(model, mask=mask, system=system, max_new_tokens=max_new_tokens, sampling=sampling))
+app.command()(explained(chat))
 
 
 @app.command()

@@ -47,6 +47,7 @@ class Collator:
         - `input_ids`, `position_ids`, `labels`: int64[B, T]; labels are unshifted, IGNORE_INDEX where not a target
         - `doc_start`, `kv_end`: int32[B, T]; row t sees the keys `[doc_start[t], kv_end[t])`
         - `block_table`: int16[B, T / 128, 4]; which blocks of keys a block of rows sees
+        - `position_ids_2`: int64[B, T], in the GLM layout
         - `loss_weight`: float32[B, T], where the shards have weights
         - `varlen_documents`, `varlen_alone`, `varlen_rows`, `varlen_blocks`: int32, and `varlen_longest`, a shape
           without elements, where `tables` are asked for. They count over the B samples laid end to end. Of a batch
@@ -73,6 +74,11 @@ class Collator:
             "kv_end": kv_end,
             "block_table": block_table,
         }
+        second = [row.position_ids_2 for row in rows if row.position_ids_2 is not None]
+        if second:
+            if len(second) != len(rows):
+                raise UsageError("a batch has samples in the GLM layout and plain ones. Batch each folder by itself")
+            batch["position_ids_2"] = _widened(second)
         weights = [row.loss_weight for row in rows if row.loss_weight is not None]
         if weights:
             batch["loss_weight"] = np.stack(weights)

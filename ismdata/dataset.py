@@ -34,6 +34,11 @@ class PackedDataset(Dataset[Sample]):
         return self.shards.mask
 
     @property
+    def layout(self) -> str:
+        """`plain`, or `glm`: two tokens before answers and two positions (`glm_layout.py`)."""
+        return self.shards.layout
+
+    @property
     def seq_len(self) -> int:
         """T: tokens in every sequence, padding included."""
         return self.shards.seq_len

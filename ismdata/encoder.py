@@ -8,13 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ismdata.control_tokens import AddedToken, Escapes
 from ismdata.errors import DataError, UsageError
-from ismdata.masks import QUERY
+from ismdata.glm_layout import GlmTokens, choose_tokens
+from ismdata.masks import ANSWER, QUERY
 from ismdata.sensitivity import Sensitivity, sensitivity
 from ismdata.skeleton import History, Piece, compile_chunks, render_document
 from ismdata.template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in, profile
@@ -30,16 +31,37 @@ SETTINGS_NAME = "ismdata_template.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """A tokenizer, its probed template and the way with history. `notes` are what a user should be told once."""
+    """A tokenizer, its probed template and the way with history. `notes` are what a user should be told once.
+
+    glm: in the GLM layout, the tokens put before answers.
+    """
 
     tokenizer: Tokenizer
     renderer: Renderer
     history: History
     sensitivity: Sensitivity
     notes: tuple[str, ...]
+    glm: GlmTokens | None = None
+
+    def with_glm(self, *, mask_token: str | None, start_token: str | None, every_answer: bool) -> Encoding:
+        """The same in the GLM layout, with these control tokens or those the tokenizer has for it. Raises
+        UsageError.
+        """
+        taken = (self.tokenizer.unknown_id, self.tokenizer.pad_id, self.tokenizer.eos_id)
+        controls = {text: token for text, token in self.tokenizer.controls.tokens.items() if token.id not in taken}
+        glm = choose_tokens(
+            controls,
+            self.tokenizer.name,
+            mask_token=mask_token,
+            start_token=start_token,
+            every_answer=every_answer,
+        )
+        return replace(self, glm=glm)
 
     def document(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[Piece, ...]:
-        """One conversation rendered by itself: the reference for what `pack` writes."""
+        """One conversation rendered by itself: the reference for what `pack` writes, in the GLM layout before
+        `marked_pieces`.
+        """
         return render_document(self.renderer, self.tokenizer, messages, tools, self.history)
 
     def save(self, folder: Path) -> None:
@@ -53,6 +75,8 @@ class Encoding:
             "date": template.date.isoformat(),
             "arguments": dict(template.arguments),
         }
+        if self.glm is not None:
+            settings["glm"] = asdict(self.glm)
         (folder / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -174,6 +198,26 @@ def _check_vocabulary(tokenizer: Tokenizer, source: str, name: str) -> None:
         )
 
 
+def marked_pieces(pieces: Sequence[Piece], glm: GlmTokens) -> tuple[Piece, ...]:
+    """The pieces of a document, all of them known tokens, with `[MASK]` and `[START]` put in: the plain version of
+    `glm_layout.insert_markers`, with which a sample of every batch is compared.
+    """
+    answers = list(dict.fromkeys(piece.span for piece in pieces if piece.kind == ANSWER and piece.ids))
+    chosen = answers if glm.every_answer else answers[-1:]
+    marked: list[Piece] = []
+    for piece in pieces:
+        if piece.span in chosen and not any(other.span == 4 * piece.span for other in marked):
+            before = marked[-1] if marked else None
+            joins = before is not None and before.kind == QUERY and before.message < 0
+            span = before.span if before is not None and joins else 4 * piece.span - 2
+            marked.append(Piece(span=span, kind=QUERY, message=-1, ids=(glm.mask_id,), controls=1))
+            marked.append(Piece(span=4 * piece.span - 1, kind=ANSWER, message=-1, ids=(glm.start_id,), controls=1))
+        history = not glm.every_answer and piece.kind == ANSWER and piece.span not in chosen
+        kind = QUERY if history else piece.kind
+        marked.append(replace(piece, span=4 * piece.span, kind=kind))
+    return tuple(marked)
+
+
 class ConversationEncoder:
     """What chat feeds a model, turn by turn: the tokens that `pack` would have written.
 
@@ -198,7 +242,14 @@ class ConversationEncoder:
             arguments=settings["arguments"],
             date=datetime.date.fromisoformat(settings["date"]),
         )
-        return cls(encoding)
+        return cls(replace(encoding, glm=GlmTokens(**settings["glm"])) if "glm" in settings else encoding)
+
+    @property
+    def glm(self) -> GlmTokens | None:
+        """In the GLM layout, the tokens to put before answers. What the methods here give is without them:
+        `glm_layout.marked` puts them into blocks to feed, and `glm_layout.block_positions` says where tokens stand.
+        """
+        return self.encoding.glm
 
     @property
     def history(self) -> History:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ismdata import shards
 from ismdata.errors import DataError
+from ismdata.glm_layout import opened_runs, tiled_positions
 from ismdata.masks import BLOCK_SIZE, Tiling, block_table, tile, tiled_intervals, tiled_targets
 from ismdata.problems import Problems
 
@@ -38,6 +39,7 @@ class Terms:
     vocab_size: int
     pad_id: int
     schema: pa.Schema
+    glm: tuple[int, int] | None = None  # ids of [MASK] and [START] in the GLM layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Rows:
     block_table: NDArray[np.int16]  # [R, T / B, 4]
     row_ids: NDArray[np.int64]  # [R] conversation ids per row
     loss_weight: NDArray[np.float32] | None  # [R * T]
+    position_ids_2: NDArray[np.int32] | None  # [R * T]
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, first: int, terms: Terms) -> Rows:
@@ -78,6 +81,7 @@ class Rows:
             block_table=flat("block_table").reshape(batch.num_rows, -1, 4),
             row_ids=per_row("conversation_ids"),
             loss_weight=flat("loss_weight") if terms.weighted else None,
+            position_ids_2=flat("position_ids_2") if terms.glm else None,
         )
 
     def __len__(self) -> int:
@@ -102,6 +106,7 @@ class Rows:
                 block_table=self.block_table[start:stop],
                 row_ids=self.row_ids[start:stop],
                 loss_weight=None if self.loss_weight is None else self.loss_weight[tokens],
+                position_ids_2=None if self.position_ids_2 is None else self.position_ids_2[tokens],
             )
 
     def totals(self, terms: Terms) -> dict[str, int]:
@@ -140,14 +145,12 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
     doc_start, kv_end = tiled_intervals(tiling, mask=terms.mask)
     _check_ids(rows, tiling, terms, report)
     _check_targets(rows, tiling, kv_end, terms, report)
-    position = np.arange(len(doc_start), dtype=doc_start.dtype)
-    position -= doc_start
-    if not np.array_equal(rows.position_ids, position):
-        report(
-            "position_ids",
-            rows.position_ids != position,
-            lambda at: f"position_ids is {rows.position_ids[at]}; expected {position[at]}",
-        )
+    if terms.glm is None:
+        position = np.arange(len(doc_start), dtype=doc_start.dtype)
+        position -= doc_start
+        _check_positions("position_ids", rows.position_ids, position, report)
+    else:
+        _check_glm(rows, tiling, terms.glm, report)
     shape = (len(rows), terms.seq_len)
     expected = block_table(doc_start.reshape(shape), kv_end.reshape(shape))
     # Offsets count from the first row; a table counts from its own. int16 wraps, so the difference is right anyway.
@@ -172,6 +175,39 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
 
 
 _Report = Callable[[str, NDArray[np.bool_], Callable[[int], str]], None]
+
+
+def _check_positions(name: str, found: NDArray[Any], expected: NDArray[Any], report: _Report) -> None:
+    if not np.array_equal(found, expected):
+        report(name, found != expected, lambda at: f"{name} is {found[at]}; expected {expected[at]}")
+
+
+def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Report) -> None:
+    """Both positions, and before each answer `[MASK]` and an untrained span that is `[START]`."""
+    first, second = tiled_positions(tiling)
+    _check_positions("position_ids", rows.position_ids, first, report)
+    assert rows.position_ids_2 is not None
+    _check_positions("position_ids_2", rows.position_ids_2, second, report)
+    mask_id, start_id = tokens
+    opened = opened_runs(tiling)
+    start = tiling.start[opened]
+    ids = rows.input_ids
+    bad = np.zeros(len(ids), bool)
+    bad[start] = (
+        (start == tiling.document_start[opened])
+        | (ids[start - 1] != mask_id)
+        | (ids[start] != start_id)
+        | (tiling.length[opened] != 1)
+        | (tiling.train[opened] != 0)
+    )
+    report(
+        "glm_tokens",
+        bad,
+        lambda at: (
+            f"an answer begins here with {ids[at]} after {ids[at - 1]}; expected [START] ({start_id}) as an untrained "
+            f"span of its own after [MASK] ({mask_id})"
+        ),
+    )
 
 
 def _check_ids(rows: Rows, tiling: Tiling, terms: Terms, report: _Report) -> None:

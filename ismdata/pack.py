@@ -28,6 +28,7 @@ from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, output_folder, write_index
+from ismdata.glm_layout import LAYOUTS, LayoutName
 from ismdata.journal import Journal
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.overlong import POLICIES, Policy
@@ -70,6 +71,9 @@ def pack(
     template_arguments: Mapping[str, Any] | None = None,
     template_date: datetime.date = DEFAULT_DATE,
     prefix_every: int = 1,
+    layout: LayoutName = "plain",
+    glm_mask_token: str | None = None,
+    glm_start_token: str | None = None,
     tokenizer_backend: BackendName = "auto",
     workers: int = 0,
     seed: int = 0,
@@ -79,17 +83,19 @@ def pack(
 ) -> PackReport:
     """Pack converted folders into `output`, or go on with it where the same call was killed.
 
-    workers: threads of the tokenizer, 0 for all cores; the output does not depend on it. tokenizer_backend: `auto` is
-    gigatoken where it is installed and gives the ids of tokenizers (`hf`), the reference; the output does not depend on
-    it either, but for the entries in the index that name it. Raises UsageError for options
-    that cannot be and for a call that differs from the one to go on with, DataError for what is wrong with the data;
-    then no output folder is left.
+    layout: `glm` puts two tokens before answers and writes two positions (`glm_layout.py`); which control tokens, the
+    two options say, or the tokenizer by itself. workers: threads of the tokenizer, 0 for all cores; the output does not
+    depend on it. tokenizer_backend: `auto` is gigatoken where it is installed and gives the ids of tokenizers (`hf`),
+    the reference; the output does not depend on it either, but for the entries in the index that name it. Raises
+    UsageError for options that cannot be and for a call that differs from the one to go on with, DataError for what is
+    wrong with the data; then no output folder is left.
     """
     started = time.perf_counter()
     options = Options(
         seq_len=seq_len, mask=mask, over_long=over_long, history=history, prefix_every=prefix_every, seed=seed
     )
     _check_options(options, tokenizer_backend, workers)
+    _check_layout(layout, glm_mask_token, glm_start_token)
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     sources = [Source(folder) for folder in converted]
@@ -97,6 +103,10 @@ def pack(
         encoding = set_up(
             tokenizer, chat_template=chat_template, history=history, arguments=template_arguments, date=template_date
         )
+        if layout == "glm":
+            encoding = encoding.with_glm(
+                mask_token=glm_mask_token, start_token=glm_start_token, every_answer=mask != "prefix"
+            )
         for note in encoding.notes:
             notify(note)
         with closing(
@@ -157,6 +167,14 @@ def _check_options(options: Options, backend: BackendName, workers: int) -> None
         raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
 
 
+def _check_layout(layout: str, mask_token: str | None, start_token: str | None) -> None:
+    if layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout}: expected one of {', '.join(LAYOUTS)}")
+    for option, given in (("--glm-mask-token", mask_token), ("--glm-start-token", start_token)):
+        if given is not None and layout != "glm":
+            raise UsageError(f"{option} goes with --layout glm, not with --layout {layout}")
+
+
 def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other: all that the output depends on."""
     template = encoding.renderer.template
@@ -171,6 +189,7 @@ def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backen
             "tokenizer_backend": backend,
             "template_arg": dict(template.arguments),
             "template_date": template.date.isoformat(),
+            "glm": None if encoding.glm is None else asdict(encoding.glm),
         },
     }
 
@@ -236,7 +255,8 @@ def _write_shards(
     row_documents = planned.row_documents.astype(np.int64)
     rows = len(row_documents)
     begins = np.concatenate([[0], np.cumsum(row_documents)])
-    schema = packed_schema(options.seq_len, weighted=weighted)
+    layout = "plain" if encoding.glm is None else "glm"
+    schema = packed_schema(options.seq_len, weighted=weighted, layout=layout)
     shard_rows = max(1, _SHARD_TOKENS // options.seq_len)
     batch_rows = max(1, _BATCH_TOKENS // options.seq_len)
     with BehindThread() as finish:
@@ -284,12 +304,16 @@ def _index(
     tokenizer, template = encoding.tokenizer, encoding.renderer.template
     files = sorted(path for path in (folder / "tokenizer").rglob("*") if path.is_file())
     described = [describe_file(path, 0) for path in files]
+    glm: dict[str, Any] = {}  # the plain layout is not named
+    if encoding.glm is not None:
+        glm = {"layout": "glm", "glm_tokens": {"mask": encoding.glm.mask_id, "start": encoding.glm.start_id}}
     return {
         "format": FORMAT,
         "version": ismdata.__version__,
         "seq_len": options.seq_len,
         "block_size": BLOCK_SIZE,
         "mask": options.mask,
+        **glm,
         "weighted": weighted,
         "counts": counts,
         "totals": totals,

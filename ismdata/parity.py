@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.control_tokens import AddedToken
-from ismdata.encoder import Encoding
+from ismdata.encoder import Encoding, marked_pieces
 from ismdata.errors import DataError
 from ismdata.skeleton import NotRendered, Piece, compile_chunks, rendered_chunks
 from ismdata.template import TemplateRefused
@@ -80,8 +80,11 @@ class Comparison:
         not what the tokenizer makes of it.
         """
         rendered = _encode(self.encoding, self.rendered)
+        glm = self.encoding.glm
         for document, found, cut in zip(rendered, self.found, self.cut, strict=True):
-            if found != (document.ids[: len(found)] if cut else document.ids):
+            pieces = document.pieces if glm is None else marked_pieces(document.pieces, glm)
+            reference = _ids(pieces)
+            if found != (reference[: len(found)] if cut else reference):
                 raise ColumnsDiffer(document.place)
         _compare_with_tokenizer(self.encoding, [document for document in rendered if document.as_written])
         return len(rendered)
@@ -116,12 +119,8 @@ class _Rendered:
     pieces: tuple[Piece, ...]
     as_written: bool  # no text in it had to be escaped
 
-    @property
-    def ids(self) -> list[int]:
-        return [id for piece in self.pieces for id in piece.ids or ()]
-
     def ids_of(self, span: int) -> list[int]:
-        return [id for piece in self.pieces if piece.span == span for id in piece.ids or ()]
+        return _ids([piece for piece in self.pieces if piece.span == span])
 
 
 def _render(encoding: Encoding, batch: ConversationBatch, requests: Requests, r: int) -> _Rendered:
@@ -155,6 +154,10 @@ def _encode(encoding: Encoding, documents: Sequence[_Rendered]) -> list[_Rendere
     return [replace(document, pieces=tuple(map(known, document.pieces))) for document in documents]
 
 
+def _ids(pieces: Sequence[Piece]) -> list[int]:
+    return [id for piece in pieces for id in piece.ids or ()]
+
+
 def _compare_with_tokenizer(encoding: Encoding, documents: Sequence[_Rendered]) -> None:
     """Our ids against the tokenizer's own for the same text: of the whole if that agrees, else chunk by chunk.
 
@@ -166,7 +169,7 @@ def _compare_with_tokenizer(encoding: Encoding, documents: Sequence[_Rendered]) 
     wholes = _by_tokenizer(pretrained, ["".join(chunk.text for chunk in document.chunks) for document in documents])
     texts: list[str] = []
     compared: list[tuple[_Rendered, int, int]] = []  # a document, a span of it, and how many tokens stand before it
-    for document in (document for document, ids in zip(documents, wholes, strict=True) if ids != document.ids):
+    for document in (document for document, ids in zip(documents, wholes, strict=True) if ids != _ids(document.pieces)):
         before: AddedToken | str = ""
         for span, chunk in enumerate(document.chunks):
             if span == 0:

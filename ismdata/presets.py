@@ -5,6 +5,9 @@
 | tiny | about 1 M (2,000 tokens) | 0.8 M |
 | small | about 30 M (32,000 tokens) | 19.5 M |
 | base | about 125 M (49,152 tokens) | 85 M |
+| glm-tiny, glm-small | as tiny and small | |
+
+Those of `glm` have two rotary positions (`glm.py`), for shards in the GLM layout.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ismdata.errors import UsageError
+from ismdata.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
 
-PRESETS: dict[str, dict[str, Any]] = {
+_SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -39,6 +43,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Every preset by name: its class of configuration, and its shape.
+PRESETS: dict[str, tuple[type[LlamaConfig], dict[str, Any]]] = {
+    **{name: (LlamaConfig, shape) for name, shape in _SHAPES.items()},
+    **{f"glm-{name}": (IsmdataGlmConfig, _SHAPES[name]) for name in ("tiny", "small")},
+}
+
 #: Positions a preset can take at least; longer sequences raise it to their length.
 MIN_POSITIONS = 8192
 
@@ -47,8 +57,9 @@ def preset_config(name: str, *, vocab_size: int, seq_len: int, **special_token_i
     """The configuration of a preset for `vocab_size` tokens and sequences of `seq_len`. UsageError for another name."""
     if name not in PRESETS:
         raise UsageError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
-    options: dict[str, Any] = PRESETS[name] | special_token_ids
-    return LlamaConfig(
+    config_class, shape = PRESETS[name]
+    options: dict[str, Any] = shape | special_token_ids
+    return config_class(
         vocab_size=vocab_size,
         max_position_embeddings=max(MIN_POSITIONS, seq_len),
         tie_word_embeddings=True,
@@ -58,4 +69,5 @@ def preset_config(name: str, *, vocab_size: int, seq_len: int, **special_token_i
 
 def preset_model(name: str, *, vocab_size: int, seq_len: int, **special_token_ids: int | None) -> PreTrainedModel:
     """A preset with random weights in float32, drawn from torch's global generator. UsageError for another name."""
-    return LlamaForCausalLM(preset_config(name, vocab_size=vocab_size, seq_len=seq_len, **special_token_ids))
+    config = preset_config(name, vocab_size=vocab_size, seq_len=seq_len, **special_token_ids)
+    return IsmdataGlmForCausalLM(config) if isinstance(config, IsmdataGlmConfig) else LlamaForCausalLM(config)

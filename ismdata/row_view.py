@@ -53,6 +53,7 @@ def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str])
         "rows": len(packed),
         "seq_len": packed.seq_len,
         "mask": packed.mask,
+        "layout": packed.layout,
         "target_tokens": int(np.count_nonzero(sequence.loss_mask)),
         "padding_tokens": packed.seq_len - int(sequence.seq_lens.sum()),
         "documents": documents,
@@ -67,7 +68,11 @@ def _span(sequence: Sequence, span: list[int], decode: Callable[[list[int]], str
         {"target": bool(target[low]), "text": decode(sequence.input_ids[start + low : start + high].tolist())}
         for low, high in itertools.pairwise(borders)
     ]
-    return {"kind": KINDS[kind], "start": start, "end": end, "train": bool(train), "runs": runs}
+    facts = {"kind": KINDS[kind], "start": start, "end": end, "train": bool(train), "runs": runs}
+    if sequence.position_ids_2 is not None:  # first and last: within a span a position stands still or counts
+        for name, positions in (("position_1", sequence.position_ids), ("position_2", sequence.position_ids_2)):
+            facts[name] = [int(positions[start]), int(positions[end - 1])]
+    return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,10 @@ class RowDrawing:
             yield Rule(Text(f"padding · {facts['padding_tokens']:,} tokens", "dim"), align="left", style="dim")
         yield Rule(Text(f"mask {self.mask}", "bold"), align="left", style="dim")
         yield from self._mask(colours=console.is_terminal and console.color_system is not None)
+        if facts["layout"] == "glm":
+            yield Text(
+                "  before each span in brackets: position 1 | position 2, from its first token to its last", "dim"
+            )
         yield _legend()
 
     def _mask(self, *, colours: bool) -> Iterator[Text]:
@@ -161,10 +170,16 @@ def _document(document: dict[str, Any]) -> Table:
         style = _STYLES[span["kind"]]
         dot = " " if span["kind"] != "answer" else "●" if any(run["target"] for run in span["runs"]) else "○"
         text = Text()
+        if "position_1" in span:
+            text.append(f"({_range(span['position_1'])} | {_range(span['position_2'])}) ", "dim")
         for run in span["runs"]:
             text.append(printable(run["text"]), Style(color=style, underline=run["target"]))
         table.add_row(Text.assemble((span["kind"], f"bold {style}"), (dot, style)), _border_breaks(text))
     return table
+
+
+def _range(ends: list[int]) -> str:
+    return f"{ends[0]}" if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
 
 
 def _border_breaks(text: Text) -> Text:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.batch import IntArray
+from ismdata.glm_layout import tiled_positions
 from ismdata.masks import block_table, tile, tiled_intervals, tiled_targets
 from ismdata.runs import ragged_arange
 from ismdata.spool import Gathered
@@ -58,6 +59,9 @@ def sequences(
         "block_table": _fixed(schema, "block_table", block_table(doc_start - base, kv_end - base)),
         "conversation_ids": _ragged(schema, "conversation_ids", row_documents, documents.names),
     }
+    if "position_ids_2" in schema.names:
+        for name, positions in zip(("position_ids", "position_ids_2"), tiled_positions(tiling), strict=True):
+            columns[name] = _fixed(schema, name, positions)
     if "loss_weight" in schema.names:
         weights = np.zeros(rows * seq_len, np.float32)
         starts = spans[:, 0] + row_of_span * seq_len

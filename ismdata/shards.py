@@ -32,8 +32,10 @@ SPAN_TYPE = pa.struct(
 )
 
 
-def packed_schema(seq_len: int, *, weighted: bool) -> pa.Schema:
-    """The columns of a shard for sequences of `seq_len` tokens (a multiple of 128); `weighted` adds `loss_weight`."""
+def packed_schema(seq_len: int, *, weighted: bool, layout: str = "plain") -> pa.Schema:
+    """The columns of a shard for sequences of `seq_len` tokens (a multiple of 128); `weighted` adds `loss_weight`, the
+    layout `glm` adds `position_ids_2`.
+    """
 
     def fixed(value: pa.DataType, size: int) -> pa.DataType:
         return pa.list_(pa.field("item", value, nullable=False), size)
@@ -50,6 +52,8 @@ def packed_schema(seq_len: int, *, weighted: bool) -> pa.Schema:
         ("block_table", fixed(pa.int16(), 4 * seq_len // BLOCK_SIZE)),
         ("conversation_ids", ragged(pa.string())),
     ]
+    if layout == "glm":
+        columns.insert(2, ("position_ids_2", fixed(pa.int32(), seq_len)))
     if weighted:
         columns.append(("loss_weight", fixed(pa.float32(), seq_len)))
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
@@ -67,6 +71,7 @@ class Sequence:
     block_table: NDArray[np.int16]  # [T / 128, 4]
     conversation_ids: list[str]  # [D]
     loss_weight: NDArray[np.float32] | None  # [T], where any message had a weight
+    position_ids_2: NDArray[np.int32] | None = None  # [T], in the GLM layout
 
 
 class _Batch:
@@ -101,6 +106,7 @@ class _Batch:
             block_table=fixed["block_table"].reshape(-1, 4),
             conversation_ids=names.to_pylist(),
             loss_weight=fixed.get("loss_weight"),
+            position_ids_2=fixed.get("position_ids_2"),
         )
 
 
@@ -116,6 +122,7 @@ class PackedShards:
         self.index: dict[str, Any] = read_index(self.folder, FORMAT)
         self.seq_len: int = self.index["seq_len"]
         self.mask: str = self.index["mask"]
+        self.layout: str = self.index.get("layout", "plain")
         self.files = [ShardFile(**entry) for entry in self.index["shards"]]
         self.weighted = bool(self.index["weighted"])
         for file in self.files:
@@ -141,7 +148,7 @@ class PackedShards:
                     table = pa.ipc.open_stream(source).read_all()
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{path}: not a readable Arrow stream ({error}). Pack the corpus again") from error
-            expected = packed_schema(self.seq_len, weighted=self.weighted)
+            expected = packed_schema(self.seq_len, weighted=self.weighted, layout=self.layout)
             if not table.schema.equals(expected):
                 raise DataError(
                     f"{path}: columns are {', '.join(map(str, table.schema))}; expected {', '.join(map(str, expected))}"

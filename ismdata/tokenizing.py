@@ -261,7 +261,12 @@ def _go_on(
         journal.record(state, [*spool.columns, quarantine.file])
 
     encoder = DocumentEncoder(
-        encoding.renderer, encoding.tokenizer, options.history, use_skeletons=skeletons, backend=backend
+        encoding.renderer,
+        encoding.tokenizer,
+        options.history,
+        use_skeletons=skeletons,
+        backend=backend,
+        glm=encoding.glm,
     )
     rows = _from((rows for source in sources for rows in source.batches()), done)
     with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as ahead_thread:
@@ -330,7 +335,11 @@ def _finding_out_why(
         if encoder.backend is None or encoder.backend.name == "hf":
             raise
         by_reference = DocumentEncoder(
-            encoding.renderer, encoding.tokenizer, encoder.history, use_skeletons=encoder.use_skeletons
+            encoding.renderer,
+            encoding.tokenizer,
+            encoder.history,
+            use_skeletons=encoder.use_skeletons,
+            glm=encoding.glm,
         )
         by_reference.begin(batch)
         parity.comparison(encoding, by_reference, batch, requests).check()

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.conversation import ROLES, Refusal
+from ismdata.glm_layout import GlmTokens, insert_markers
 from ismdata.masks import ANSWER
 from ismdata.runs import RunTable, ragged_arange
 from ismdata.skeleton import (
@@ -97,7 +98,7 @@ class DocumentEncoder:
     """Makes documents of conversations. One encoder serves a whole corpus; `begin` starts a batch.
 
     use_skeletons: off where the columnar road turned out not to give what the template renders. backend: makes the ids
-    of texts; by default the tokenizer itself.
+    of texts; by default the tokenizer itself. glm: what to put before answers in the GLM layout.
     """
 
     def __init__(
@@ -108,12 +109,14 @@ class DocumentEncoder:
         *,
         use_skeletons: bool = True,
         backend: Backend | None = None,
+        glm: GlmTokens | None = None,
     ) -> None:
         self.renderer = renderer
         self.tokenizer = tokenizer
         self.history = history
         self.use_skeletons = use_skeletons
         self.backend = backend
+        self.glm = glm
         self._probing = remembering(renderer)
         self._skeletons: dict[bytes, _Skeleton | Refusal | None] = {}
         self._shapes: dict[tuple[Any, ...], int] = {}
@@ -166,17 +169,19 @@ class DocumentEncoder:
         number = np.maximum(message, 0)
         in_head = number < requests.head[request]
         in_batch = first[request] + np.where(in_head, number, number - requests.head[request] + requests.lo[request])
-        layout = Layout(
-            request=request,
-            span=column("span"),
-            kind=column("kind"),
-            message=np.where(message < 0, -1, in_batch),
-            run=run,
-            length=self._run_column(run, RunTable.all_lengths),
-            controls=column("controls"),
-            refused=refused,
-        )
-        return _cut(layout, requests)
+        columns = {
+            "request": request,
+            "span": column("span"),
+            "kind": column("kind"),
+            "message": np.where(message < 0, -1, in_batch),
+            "run": run,
+            "length": self._run_column(run, RunTable.all_lengths),
+            "controls": column("controls"),
+        }
+        if self.glm is not None:
+            runs = self._static.share((self.glm.mask_id,)), self._static.share((self.glm.start_id,))
+            columns = insert_markers(columns, runs, every_answer=self.glm.every_answer)
+        return _cut(Layout(**columns, refused=refused), requests)
 
     def documents(self, layout: Layout, requests: Requests) -> Documents:
         """The tokens and spans of laid-out documents, in the order of the requests."""

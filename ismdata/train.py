@@ -39,6 +39,7 @@ from ismdata.collate import IGNORE_INDEX, Collator, check_mask
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import check_output, make_partial, put_in_place
+from ismdata.glm import check_layout
 from ismdata.lock import locked
 from ismdata.presets import PRESETS, preset_model
 
@@ -115,6 +116,7 @@ def train(
     with _training_folder(output, packed=packed, overwrite=overwrite) as folder:
         set_seed(seed)
         trained = open_model(model, dataset)
+        check_layout(trained, model, layout=dataset.layout)
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         attach(trained, backend, mask, device=device, autocast=torch.bfloat16 if on_gpu else None)
@@ -303,8 +305,10 @@ class _CountingTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         positions = inputs["position_ids"]
-        # Padding is at position 0, as first tokens are; a document has a second token, so those stand for the first.
-        tokens = (positions > 0).sum() + (positions == 1).sum()
+        tokens = (positions > 0).sum()
+        if "position_ids_2" not in inputs:
+            # Padding is at position 0, as first tokens are; a document has a second token: those stand for the first.
+            tokens = tokens + (positions == 1).sum()
         batch = torch.stack([tokens, (inputs["labels"] != IGNORE_INDEX).sum()])
         self._counted = batch if self._counted is None else self._counted + batch
         return super().compute_loss(model, inputs, *args, **kwargs)

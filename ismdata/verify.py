@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from ismdata import conversation, shards
 from ismdata.errors import DataError
 from ismdata.folders import INDEX_NAME, QUARANTINE_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
+from ismdata.glm_layout import LAYOUTS
 from ismdata.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.problems import Problems
@@ -403,6 +404,11 @@ def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | N
     pad_id = tokenizer.get("pad_id") if tokenizer.get("pad_id") is not None else tokenizer.get("eos_id")
     if not isinstance(pad_id, int) or not 0 <= pad_id < tokenizer["vocab_size"]:
         problems.add(f"{path}: tokenizer pads with {pad_id}; expected pad_id or eos_id within the vocabulary")
+    layout, glm = index.get("layout", "plain"), index.get("glm_tokens")
+    if layout not in LAYOUTS:
+        problems.add(f"{path}: layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    elif layout == "glm" and not _are_tokens(glm, tokenizer["vocab_size"]):
+        problems.add(f"{path}: glm_tokens is {json.dumps(glm)[:80]}; expected mask and start within the vocabulary")
     if len(problems) > before:
         return None
     return Terms(
@@ -411,7 +417,14 @@ def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | N
         weighted=index["weighted"],
         vocab_size=tokenizer["vocab_size"],
         pad_id=int(pad_id),
-        schema=shards.packed_schema(index["seq_len"], weighted=index["weighted"]),
+        schema=shards.packed_schema(index["seq_len"], weighted=index["weighted"], layout=layout),
+        glm=(glm["mask"], glm["start"]) if glm and layout == "glm" else None,
+    )
+
+
+def _are_tokens(glm: Any, vocab_size: int) -> bool:
+    return isinstance(glm, dict) and all(
+        type(glm.get(name)) is int and 0 <= glm[name] < vocab_size for name in ("mask", "start")
     )
 
 

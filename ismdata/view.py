@@ -118,12 +118,13 @@ def _packed_summary(folder: Path) -> dict[str, Any]:
         table = packed.table(number)
         for seq_lens, spans in zip(table["seq_lens"].chunks, table["spans"].chunks, strict=True):
             lengths.append(seq_lens.flatten().to_numpy())
-            answers.append(_answers_per_document(seq_lens, spans, packed.seq_len))
+            answers.append(_answers_per_document(seq_lens, spans, packed.seq_len, layout=packed.layout))
     capacity = totals["sequences"] * packed.seq_len
     return {
         "folder": str(folder),
         "format": index["format"],
         "mask": packed.mask,
+        "layout": packed.layout,
         "seq_len": packed.seq_len,
         "tokenizer": index["tokenizer"].get("name"),
         **totals,
@@ -137,7 +138,9 @@ def _packed_summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def _answers_per_document(seq_lens: pa.ListArray, spans: pa.ListArray, seq_len: int) -> NDArray[np.int64]:
+def _answers_per_document(
+    seq_lens: pa.ListArray, spans: pa.ListArray, seq_len: int, *, layout: str
+) -> NDArray[np.int64]:
     """How many answers each document of some rows has, int64[D]."""
     documents = pc.list_value_length(seq_lens).to_numpy().astype(np.int64)
     lengths = seq_lens.flatten().to_numpy().astype(np.int64)
@@ -148,6 +151,8 @@ def _answers_per_document(seq_lens: pa.ListArray, spans: pa.ListArray, seq_len: 
     flat = spans.flatten()
     row_of_span = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy())
     answer = flat.field("kind").to_numpy() == ANSWER
+    if layout == "glm":  # [START] is a span before each answer: an answer is a run of spans
+        answer[1:] &= ~answer[:-1]
     place = (flat.field("start").to_numpy() + row_of_span * seq_len)[answer]
     return np.bincount(np.searchsorted(start, place, side="right") - 1, minlength=len(lengths))
 
@@ -231,7 +236,8 @@ def _draw_packed(facts: dict[str, Any]) -> RenderableType:
     bound = facts["lower_bound_sequences"]
     extra = f"lower bound {bound:,} · × {facts['sequences'] / bound:.4f}" if bound else ""
     handled = [f"{facts[name]:,} {name}" for name in ("split", "truncated", "dropped") if facts[name]]
-    head = f"mask {facts['mask']} · {facts['seq_len']:,} tokens a sequence"
+    layout = "" if facts["layout"] == "plain" else f"layout {facts['layout']} · "
+    head = f"mask {facts['mask']} · {layout}{facts['seq_len']:,} tokens a sequence"
     return Group(
         _title(facts["folder"], head + (f" · tokenizer {facts['tokenizer']}" if facts["tokenizer"] else "")),
         _numbers(

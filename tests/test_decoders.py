@@ -29,9 +29,9 @@ from transformers import (
 from ismdata.architecture import check_parallelism
 from ismdata.attention import attach
 from ismdata.backends import BACKENDS
-from ismdata.chat import feed
 from ismdata.collate import Collator
 from ismdata.errors import UnsupportedModelError
+from ismdata.feeding import feed
 from tests.decoders import CONFIGS, WINDOW, decoder, stock_forward
 from tests.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample
 

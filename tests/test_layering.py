@@ -19,22 +19,25 @@ errors terminal limits
 conversation masks columns lock folders journal
 digests near sampling limits
 shards bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
-encoder batch runs tokens overlong behind spool documents sequences parity
+glm_layout encoder batch runs tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack
 problems invariants verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends
-architecture weighted_loss canary attention presets train chat
-row_view view demo command bench
+architecture weighted_loss glm canary attention presets train
+next_context conversation_line decoding feeding cache_policy held transcript session batched chat
+row_view view demo command bench chat_command
 cli
 """.strip().splitlines()
 ORDER = {module: (line, at) for line, layer in enumerate(LAYERS) for at, module in enumerate(layer.split())}
 
 #: Files that are about models: they alone may import these packages when they are imported themselves.
 MODEL_FILES = {
-    *("dataset", "collate", "presets", "train", "chat"),
+    *("dataset", "collate", "presets", "train"),
     *("intervals", "dense", "flex", "varlen_kernels", "varlen", "backends"),
-    *("architecture", "weighted_loss", "canary", "attention"),
+    *("architecture", "weighted_loss", "glm", "canary", "attention"),
+    *("decoding", "feeding", "cache_policy", "held", "transcript", "session", "batched", "chat"),
     *("bench/attention", "bench/cases", "bench/steps", "bench/timing", "bench/yardstick"),
+    *("bench/flops", "bench/latency", "bench/models"),
 }
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
 

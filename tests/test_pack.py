@@ -367,7 +367,8 @@ def test_a_tokenizer_without_pad_and_eos(tmp_path: Path, bytes_tokenizer: Path) 
 
 def test_the_arrow_schema_is_the_published_one() -> None:
     text = "".join(
-        f"{f.name}: {f.type}{'' if f.nullable else ' not null'}\n" for f in packed_schema(1280, weighted=True)
+        f"{f.name}: {f.type}{'' if f.nullable else ' not null'}\n"
+        for f in packed_schema(1280, weighted=True, layout="glm")
     )
     published = (SCHEMAS / "packed.arrow.txt").read_text(encoding="utf-8")
     assert published.replace("[T]", "[1280]").replace("[4·T/128]", "[40]") == text

@@ -383,6 +383,6 @@ def test_preset_sizes(name, vocab_size, millions):
         model = preset_model(name, vocab_size=vocab_size, seq_len=16384)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.1)
     assert model.config.max_position_embeddings == 16384
-    assert set(PRESETS) == {"tiny", "small", "base"}
+    assert set(PRESETS) == {"tiny", "small", "base", "glm-tiny", "glm-small"}
     with pytest.raises(UsageError, match="no preset is called 'huge'; expected one of tiny, small, base"):
         preset_model("huge", vocab_size=10, seq_len=128)

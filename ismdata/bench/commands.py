@@ -10,15 +10,17 @@ import typer
 from ismdata.command import AsJson, Overwrite, explained, show
 from ismdata.terminal import note
 
+BenchOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+]
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers, on this machine.")
 
 
 @bench_app.command("data")
 @explained
 def bench_data(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
-    ],
+    output: BenchOutput,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
@@ -72,9 +74,7 @@ def bench_data(
 @bench_app.command("attention")
 @explained
 def bench_attention(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
-    ],
+    output: BenchOutput,
     seq_len: Annotated[
         str | None,
         typer.Option(
@@ -110,3 +110,38 @@ def bench_attention(
     show(attention_table(results), as_json=as_json)
     if any(row["failed"] for row in results["attention"] + results["steps"]):
         raise typer.Exit(1)
+
+
+@bench_app.command("latency")
+@explained
+def bench_latency(
+    output: BenchOutput,
+    model: Annotated[
+        str | None, typer.Option(help="A preset; 1b, on a GPU; a folder, GGUF file, hub name. Default: SmolLM2-135M.")
+    ] = None,
+    turns: Annotated[int, typer.Option(help="Turns of 40 tokens for the query and 160 for the answer.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 10,
+    prefix_rounds: Annotated[
+        int | None, typer.Option(help="In how many of them prefix takes part. Default: all on a GPU, 2 on a CPU.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of a CPU, 0 for all cores.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the time to first token under each mask, turn by turn, and the operations that it takes."""
+    from ismdata.bench.latency import run_latency_bench
+    from ismdata.bench.latency_report import latency_table
+
+    results = run_latency_bench(
+        output,
+        model=model,
+        turns=turns,
+        rounds=rounds,
+        prefix_rounds=prefix_rounds,
+        threads=threads,
+        device=device,
+        overwrite=overwrite,
+        say=note,
+    )
+    show(latency_table(results), as_json=as_json)

@@ -1,0 +1,118 @@
+"""The tokens that a session feeds are those that `pack` makes of the finished conversation, for real templates."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ismdata.encoder import ConversationEncoder
+from ismdata.masks import ANSWER
+from ismdata.next_context import quick
+from ismdata.session import Session
+from ismdata.skeleton import NotRendered
+from ismdata.template import TemplateRefused
+from ismdata.turns import HistoryRewritten
+from tests.conftest import conversations, encoding, template_named
+from tests.scripted import ScriptedModel
+
+EOS = 49_999
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Hello! 你好"},
+    {"role": "user", "content": "How do you write <|im_end|>?"},
+    {"role": "assistant", "content": "Like that:\n\n1. so"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long"},
+]
+
+
+class WideModel(ScriptedModel):
+    """With room for a real vocabulary."""
+
+    generation_config = SimpleNamespace(eos_token_id=EOS)
+
+    def forward(self, input_ids, past_key_values, logits_to_keep, **intervals):
+        states = torch.zeros(1, 1, input_ids.shape[1], 1)
+        past_key_values.update(states, states, 0)
+        logits = torch.zeros(1, 1, EOS + 1)
+        logits[0, 0, self.script.pop(0) if self.script else EOS] = 1
+        return SimpleNamespace(logits=logits)
+
+
+def through_the_last_answer(pieces):
+    last = max(place for place, piece in enumerate(pieces, 1) if piece.kind == ANSWER)
+    return [id for piece in pieces[:last] for id in piece.ids]
+
+
+#: One of each kind: plain, with a header or a blank before answers, with reasoning, rewriting history, without an end.
+NAMES = [
+    "llama3",
+    "gemma",
+    "qwen2_5",
+    "qwen3",
+    "gptoss",
+    "deepseekv3",
+    "phi3",
+    "llava_next",
+    "nemotron_3_nano",
+    "glm4moe",
+]
+
+
+@pytest.mark.parametrize("name", [None, *NAMES], ids=str)
+def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
+    """A model that writes the answers as `pack` encodes them; the conversation that comes out is packed again."""
+    with_ = encoding(smollm2, template_named(name), markers=True) if name else encoding(smollm2)
+    talk = TALK
+    try:
+        pieces = with_.document(talk)
+    except TemplateRefused:  # no system messages
+        talk = TALK[1:]
+        pieces = with_.document(talk)
+    answers = [k for k, message in enumerate(talk) if message["role"] == "assistant"]
+    written = [[id for piece in pieces if piece.message == k for id in piece.ids] for k in answers]
+    model = WideModel([id for answer in written for id in [*answer, EOS]])
+    system = talk[0]["content"] if talk[0]["role"] == "system" else None
+    session = Session(model, ConversationEncoder(with_), mask="ism", system=system)
+    for message in talk:
+        if message["role"] == "user":
+            session.reply(message["content"])
+    assert session.fed == through_the_last_answer(pieces)
+    assert session.fed == through_the_last_answer(with_.document(session.messages))
+    if with_.renderer.profile.end_of_turn:
+        assert [m["content"] for m in session.messages] == [m["content"] for m in talk]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_next_context_is_the_references(name, smollm2):
+    with_ = encoding(smollm2, template_named(name), markers=True)
+    reference, ours = with_.renderer, quick(with_).renderer
+    compared = 0
+    for messages in conversations(8):
+        for k in {len(messages), 3}:
+            try:
+                expected = reference.next_context(messages[:k])
+            except (TemplateRefused, HistoryRewritten, NotRendered) as error:
+                with pytest.raises(type(error)):
+                    ours.next_context(messages[:k])
+                continue
+            assert ours.next_context(messages[:k]) == expected
+            compared += 1
+    assert compared >= 3
+
+
+def test_a_long_conversation_is_rendered_three_times_a_turn(smollm2):
+    with_ = quick(encoding(smollm2))
+    messages = [{"role": role, "content": "x"} for _ in range(50) for role in ("user", "assistant")]
+    renders = []
+    template = with_.renderer.template
+    object.__setattr__(
+        with_.renderer,
+        "template",
+        SimpleNamespace(render=lambda *a, **k: renders.append(a) or template.render(*a, **k)),
+    )
+    assert with_.renderer.next_context([*messages, {"role": "user", "content": "y"}])
+    assert len(renders) == 3
