@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from ismdata.batch import ConversationBatch, IntArray
 from ismdata.conversation import Refusal
+from ismdata.document_columns import Documents, Requests
 from ismdata.errors import DataError
 from ismdata.overlong import Policy, split
 from ismdata.runs import ragged_arange
 from ismdata.skeleton import MOST_MESSAGES, History, TooManyMessages
-from ismdata.tokens import DocumentEncoder, Documents, Requests
+from ismdata.tokens import DocumentEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

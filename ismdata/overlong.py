@@ -14,8 +14,9 @@ import numpy as np
 
 from ismdata.batch import ConversationBatch, IntArray
 from ismdata.conversation import USER, Refusal
+from ismdata.document_columns import Layout, Requests
 from ismdata.masks import PROMPT
-from ismdata.tokens import DocumentEncoder, Layout, Requests
+from ismdata.tokens import DocumentEncoder
 
 Policy = Literal["split", "drop", "truncate", "error"]
 POLICIES: tuple[Policy, ...] = ("split", "drop", "truncate", "error")

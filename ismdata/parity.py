@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 
 from ismdata.batch import ConversationBatch, IntArray, as_template_messages
 from ismdata.control_tokens import AddedToken
+from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding, marked_pieces
 from ismdata.errors import DataError
 from ismdata.skeleton import NotRendered, Piece, compile_chunks, rendered_chunks
 from ismdata.template import TemplateRefused
-from ismdata.tokens import DocumentEncoder, Requests
+from ismdata.tokens import DocumentEncoder
 from ismdata.turns import Chunk, HistoryRewritten
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ismdata.batch import IntArray
 from ismdata.columns import Column
+from ismdata.document_columns import Documents
 from ismdata.runs import ragged_arange
-from ismdata.tokens import Documents
 
 #: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
 _FILES: dict[str, tuple[Any, int]] = {

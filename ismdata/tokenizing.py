@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ismdata import conversation, parity
 from ismdata.batch import ConversationBatch, conversation_batch
 from ismdata.conversation import Quarantined, Refusal
+from ismdata.document_columns import Requests
 from ismdata.documents import Made, Options, make_documents, wanted
 from ismdata.encoder import Encoding
 from ismdata.errors import DataError
@@ -36,7 +37,7 @@ from ismdata.tokenizer_backends import (
     choose,
     disagreement,
 )
-from ismdata.tokens import Ahead, DocumentEncoder, Requests
+from ismdata.tokens import Ahead, DocumentEncoder
 
 #: Conversations and bytes of text that are tokenised at a time.
 _BATCH_CONVERSATIONS = 4096

@@ -18,9 +18,10 @@ import pytest
 
 from ismdata.batch import as_template_messages, conversation_batch
 from ismdata.convert import convert
+from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding
 from ismdata.masks import ANSWER
-from ismdata.tokens import DocumentEncoder, Requests
+from ismdata.tokens import DocumentEncoder
 from tests.conftest import DATA, TEMPLATES, encoding, needs_data
 
 SAMPLE = int(os.environ.get("ISMDATA_LAW5_SAMPLE", "2"))

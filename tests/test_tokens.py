@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from ismdata.batch import as_template_messages, conversation_batch
 from ismdata.conversation import CONVERSATION_SCHEMA
+from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding
 from ismdata.masks import ANSWER
 from ismdata.overlong import TurnRange, split, split_turns
 from ismdata.template import TemplateRefused
-from ismdata.tokens import DocumentEncoder, Requests
+from ismdata.tokens import DocumentEncoder
 from ismdata.turns import HistoryRewritten
 from tests.conftest import encoding, template_named
 
