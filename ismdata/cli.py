@@ -16,8 +16,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from ismdata.distributed import is_first_process
 from ismdata.errors import IsmdataError, Terminated, UsageError
+from ismdata.eval_command import eval_command
 from ismdata.terminal import StageProgress, note
+from ismdata.train_command import train_command
 
 Returned = TypeVar("Returned")
 
@@ -27,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Multi-turn conversations to packed Arrow shards, and models trained with the Intermittent "
     "Semi-working Mask.\n\n"
-    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, chat. "
+    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, eval, chat. "
     "`ismdata demo` walks all of it on a bundled sample.",
     epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
 )
@@ -55,13 +58,13 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
         try:
             return command(*args, **kwargs)
         except IsmdataError as error:
-            note(f"error: {error}")
+            _say_once(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            note("interrupted: nothing half-written is left")
+            _say_once(str(interrupt) or "interrupted: nothing half-written is left")
             raise typer.Exit(130) from interrupt
         except Terminated as end:
-            note("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
+            _say_once("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
             raise typer.Exit(143) from end
 
     return wrapped
@@ -285,48 +288,19 @@ def inspect(
         )
 
 
-@app.command()
+@app.command("train")
 @explained
-def train(
-    packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
-    model: Annotated[
-        str, typer.Option(help="tiny, small or base from scratch; or a local folder, GGUF file or hub name.")
-    ],
-    output: Output,
-    mask: Annotated[
-        Mask | None, typer.Option(help="Default: the mask of the shards. ism and causal shards serve each other.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 4,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; cosine decay after the warm-up.")] = 3e-4,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
-    seed: Annotated[int, typer.Option(help="Decides initial weights and the order of sequences.")] = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a model on packed sequences. The mask is recorded with it, for `ismdata chat` and
-    `ismdata.attention.load`.
-    """
-    from ismdata import view
-    from ismdata.train import train
+@functools.wraps(train_command)
+def train(*args: Any, **options: Any) -> None:
+    _show(train_command(*args, **options), as_json=False)
 
-    report = train(
-        packed,
-        model=model,
-        output=output,
-        mask=mask,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        seed=seed,
-        overwrite=overwrite,
-        say=note,
-    )
-    _show(view.train_report(report), as_json=False)
+
+@app.command("eval")
+@explained
+@functools.wraps(eval_command)
+def evaluate(*args: Any, **options: Any) -> None:
+    shown, as_json = eval_command(*args, **options)
+    _show(shown, as_json=as_json)
 
 
 @app.command()
@@ -417,8 +391,16 @@ def bench_data(
         raise typer.Exit(1)
 
 
+def _say_once(text: str) -> None:
+    """A line, from the first of several processes alone: all of them end for the same reason."""
+    if is_first_process():
+        note(text)
+
+
 def _show(shown: Any, *, as_json: bool) -> None:
     """Print a view: as one JSON object, or rendered for the terminal."""
+    if not is_first_process():
+        return
     if as_json:
         json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
         print()

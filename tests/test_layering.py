@@ -18,18 +18,24 @@ LAYERS = """
 errors terminal limits
 conversation masks columns lock folders journal
 digests near sampling limits
-shards bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
+shards bootstrap text_scores answers bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
 encoder batch runs tokens overlong spool documents sequences parity
 mapping explain cleaning conversation_files conversion convert tokenizing pack
 problems invariants verify
-dataset collate canary attention presets train chat
-row_view view demo bench
+dataset collate canary attention presets
+train_options distributed order metrics loss resume base_model model_out train_progress trainer train chat
+evaluate generate_eval eval_results eval_run
+row_view view eval_view demo bench
+train_command eval_command
 cli
+__main__
 """.strip().splitlines()
 ORDER = {module: (line, at) for line, layer in enumerate(LAYERS) for at, module in enumerate(layer.split())}
 
 #: Files that are about models: they alone may import these packages when they are imported themselves.
 MODEL_FILES = {"dataset", "collate", "canary", "attention", "presets", "train", "chat"}
+MODEL_FILES |= {"order", "loss", "resume", "base_model", "model_out", "train_progress", "trainer"}
+MODEL_FILES |= {"evaluate", "generate_eval", "eval_results", "eval_run"}
 HEAVY = {"torch", "transformers", "datasets", "accelerate"}
 
 
