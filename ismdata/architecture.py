@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 
-from accelerate.state import AcceleratorState, is_initialized  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState, is_initialized
 from transformers import PreTrainedModel
 
 from ismdata.errors import UnsupportedModelError

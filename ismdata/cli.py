@@ -16,7 +16,9 @@ from ismdata.bench.commands import bench_app
 from ismdata.chat_command import chat
 from ismdata.command import AsJson, Output, Overwrite, Workers, explained, show
 from ismdata.errors import Terminated, UsageError
+from ismdata.eval_command import eval_command
 from ismdata.terminal import StageProgress, note
+from ismdata.train_command import train_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Multi-turn conversations to packed Arrow shards, and models trained with the Intermittent "
     "Semi-working Mask.\n\n"
-    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, chat. "
+    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, eval, chat. "
     "`ismdata demo` walks all of it on a bundled sample.",
     epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
 )
@@ -33,7 +35,6 @@ app.add_typer(bench_app, name="bench")
 Mask = Literal["ism", "causal", "prefix"]
 OverLong = Literal["split", "drop", "truncate", "error"]
 History = Literal["append", "expand"]
-AttentionBackend = Literal["auto", "sdpa", "flex", "varlen"]
 Side = Literal["second", "first", "both"]
 
 
@@ -269,61 +270,9 @@ def inspect(
         )
 
 
-@app.command()
-@explained
-def train(
-    packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="tiny, small, base, glm-tiny or glm-small from scratch; or a local folder, GGUF file, hub name."
-        ),
-    ],
-    output: Output,
-    mask: Annotated[
-        Mask | None, typer.Option(help="Default: the mask of the shards. ism and causal shards serve each other.")
-    ] = None,
-    backend: Annotated[
-        AttentionBackend,
-        typer.Option(
-            help="Of attention. auto: varlen on a GPU where it runs, else flex, else sdpa (docs/attention.md)."
-        ),
-    ] = "auto",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data, where --steps is not given.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 4,
-    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; cosine decay after the warm-up.")] = 3e-4,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 20,
-    seed: Annotated[int, typer.Option(help="Decides initial weights and the order of sequences.")] = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Train a model on packed sequences. The mask is recorded with it, for `ismdata chat` and
-    `ismdata.attention.load`.
-    """
-    from ismdata import view
-    from ismdata.train import train
-
-    report = train(
-        packed,
-        model=model,
-        output=output,
-        mask=mask,
-        backend=backend,
-        steps=steps,
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        seed=seed,
-        overwrite=overwrite,
-        say=note,
-    )
-    show(view.train_report(report), as_json=False)
-
-
-app.command()(explained(chat))
+app.command("train")(explained(train_command))
+app.command("eval")(explained(eval_command))
+app.command("chat")(explained(chat))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ismdata.distributed import is_first_process
 from ismdata.errors import IsmdataError, Terminated
 from ismdata.terminal import note
 
@@ -30,20 +31,28 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
         try:
             return command(*args, **kwargs)
         except IsmdataError as error:
-            note(f"error: {error}")
+            _say_once(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            note("interrupted: nothing half-written is left")
+            _say_once(str(interrupt) or "interrupted: nothing half-written is left")
             raise typer.Exit(130) from interrupt
         except Terminated as end:
-            note("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
+            _say_once("terminated: run the same command again to go on" if end.kept else "terminated: nothing is left")
             raise typer.Exit(143) from end
 
     return wrapped
 
 
+def _say_once(text: str) -> None:
+    """A line, from the first of several processes alone: all of them end for the same reason."""
+    if is_first_process():
+        note(text)
+
+
 def show(shown: Any, *, as_json: bool) -> None:
-    """Print a view: as one JSON object, or rendered for the terminal."""
+    """Print a view: as one JSON object, or rendered for the terminal. Of several processes the first one prints."""
+    if not is_first_process():
+        return
     if as_json:
         json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
         print()

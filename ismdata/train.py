@@ -1,57 +1,57 @@
 """Train a model on packed shards with Hugging Face's Trainer. Read `train` top to bottom.
 
 The output folder holds the model (safetensors, with the mask in config.json as `ismdata_mask`), the shards' tokenizer,
-`metrics.csv` and `checkpoints/`. It is written as `.NAME.partial` beside its final name and renamed last; a run that
-breaks off leaves that folder behind if it had reached a checkpoint, and nothing otherwise.
+`README.md` (its card), `metrics.csv` with `curves.png`, `run.json` and `checkpoints/`. It is written as
+`.NAME.partial` beside its final name and renamed last; a run that breaks off leaves that folder behind if it had
+reached a checkpoint, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import csv
-import math
+import dataclasses
+import logging as python_logging
+import platform
 import shutil
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import torch
+import transformers
+from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ismdata.attention import attach, attached_backend, refuse_pickles
+from ismdata import __version__
+from ismdata.attention import attach, attached_backend
+from ismdata.base_model import open_model, tokenizer_files, with_lora
 from ismdata.canary import check_training
-from ismdata.collate import IGNORE_INDEX, Collator, check_mask
+from ismdata.collate import check_mask
 from ismdata.dataset import PackedDataset
-from ismdata.errors import DataError, UsageError
-from ismdata.folders import check_output, make_partial, put_in_place
+from ismdata.distributed import is_first_process, on_first_process, together
+from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.glm import check_layout
-from ismdata.lock import locked
-from ismdata.presets import PRESETS, preset_model
+from ismdata.loss import TrainingCollator, compute_loss_at_targets
+from ismdata.metrics import METRICS, METRICS_NAME, RunMetrics, draw_curves, read_column
+from ismdata.model_out import save_model, write_card
+from ismdata.order import Order, OrderedDataset
+from ismdata.resume import CHECKPOINTS_NAME, go_on, partial_folder, step_of, training_folder, weights_digest
+from ismdata.train_options import TrainOptions
+from ismdata.train_progress import Cost, TrainProgress
+from ismdata.trainer import PackedTrainer, StopSignals
 
-METRICS_NAME = "metrics.csv"
-METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds")
-CHECKPOINTS_NAME = "checkpoints"
-TOKENIZER_NAME = "tokenizer"
+__all__ = ["METRICS", "METRICS_NAME", "TrainReport", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a run did. The losses are that of the first step, and the mean over the last steps that were logged."""
+    """What a run did, over all its restarts. The losses are those of the first and the last line of metrics.csv."""
 
     output: Path
     mask: str
@@ -70,307 +70,319 @@ class TrainReport:
 def train(
     packed: Path,
     *,
-    model: str,
     output: Path,
-    mask: str | None = None,
-    backend: str = "auto",
-    steps: int | None = None,
-    epochs: float = 1.0,
-    batch_size: int = 4,
-    accumulation: int = 1,
-    learning_rate: float = 3e-4,
-    warmup: int = 20,
-    seed: int = 0,
-    log_every: int = 10,
-    save_every: int = 500,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
+    options: TrainOptions | None = None,
+    **fields: Any,
 ) -> TrainReport:
-    """Train `model` on the sequences of `packed` and save it to `output`.
+    """Train a model on the sequences of `packed` and save it to `output`.
 
-    model: a preset (`presets.py`), a local folder, a GGUF file or a hub name. mask: None for the one that the shards
-    were packed for. backend: of attention (`backends.py`). steps: optimizer steps, else `epochs` over the data. One
-    step sees batch_size x accumulation sequences. The loss is the mean over all targets of a step. float32 on a CPU,
-    bfloat16 autocast on a GPU. Raises UsageError, DataError and UnsupportedModelError before any training,
-    with nothing left behind.
+    options: how; or the same as keywords, of which `model` alone must be given. Where an earlier call broke off, the
+    same call goes on from its last checkpoint. On several processes (torchrun) each of them makes this call.
+
+    Raises UsageError, DataError and UnsupportedModelError before any training where that is possible, and Terminated or
+    KeyboardInterrupt after a checkpoint where a signal ended the run.
     """
-    on_terminal = sys.stderr.isatty()
-    if not on_terminal:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    _check_numbers(
-        steps=steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        log_every=log_every,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        warmup=warmup,
-    )
+    options = TrainOptions(**fields) if options is None else dataclasses.replace(options, **fields)
+    on_gpu = torch.cuda.is_available()
+    precision = ("bfloat16" if on_gpu else "float32") if options.precision == "auto" else options.precision
+    _quiet()
+    processes = PartialState(cpu=not on_gpu).num_processes
+    if not is_first_process():
+        say = _nothing
     dataset = PackedDataset(packed)
-    mask = dataset.mask if mask is None else mask
-    collator = Collator(mask)
+    mask = dataset.mask if options.mask is None else options.mask
+    collator = TrainingCollator(mask, options.loss_weighting)
     check_mask(mask, packed_mask=dataset.mask)
-    if len(dataset) == 0:
-        raise DataError(f"{packed}: no sequences; expected at least one to train on. Look at its quarantine.jsonl")
-    tokenizer_files = _tokenizer_files(packed)
-    with _training_folder(output, packed=packed, overwrite=overwrite) as folder:
-        set_seed(seed)
-        trained = open_model(model, dataset)
-        check_layout(trained, model, layout=dataset.layout)
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda" if on_gpu else "cpu")
-        attach(trained, backend, mask, device=device, autocast=torch.bfloat16 if on_gpu else None)
-        check_training(trained, device=device, autocast=torch.bfloat16 if on_gpu else None)
-        backend = attached_backend(trained)
-        log = _MetricsLog(folder / METRICS_NAME, say=None if on_terminal else say)
-        trainer = _CountingTrainer(
+    evaluated = None if options.eval is None else _evaluation_set(Path(options.eval), dataset, mask)
+    accumulation, order = _plan(dataset, options, processes)
+    _check_here(options, on_gpu=on_gpu)
+    tokenizer = tokenizer_files(packed)
+    stop = StopSignals(alone=processes == 1)
+    partial = partial_folder(output)
+
+    with ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(training_folder(output, inputs=[packed], overwrite=overwrite)))
+        set_seed(options.seed)
+        model = together(lambda: open_model(options.model, dataset))
+        _tell_of_another_mask(model, mask, say)
+        check_layout(model, options.model, layout=dataset.layout)
+        autocast = torch.bfloat16 if precision == "bfloat16" else None
+        device = PartialState().device
+        attach(model, options.backend, mask, device=device, autocast=autocast)
+        check_training(model, device=device, autocast=autocast)
+        collator = replace(collator, tables=attached_backend(model) == "varlen")
+        if not compute_loss_at_targets(model):
+            say(f"{options.model}: its head cannot be parted from its loss, so logits are made at every token")
+        trained = with_lora(model, options) if options.lora else model
+        identity = _identity(trained, dataset, order, options, mask=mask, precision=precision)
+        decided = on_first_process(lambda: go_on(partial, identity, overwrite=overwrite))
+        checkpoint, told = _from_first_process(decided)
+        for line in told:
+            say(line)
+        if checkpoint is not None:
+            say(f"going on after step {step_of(checkpoint)} of {order.steps}")
+        metrics = RunMetrics(partial)
+        progress = TrainProgress(say, steps=order.steps, metrics=metrics, cost=Cost(model, processes=processes))
+        trainer = PackedTrainer(
             model=trained,
-            args=TrainingArguments(
-                output_dir=str(folder / CHECKPOINTS_NAME),
-                max_steps=-1 if steps is None else steps,
-                num_train_epochs=epochs,
-                per_device_train_batch_size=batch_size,
-                gradient_accumulation_steps=accumulation,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=warmup,
-                seed=seed,
-                data_seed=seed,
-                bf16=on_gpu,
-                use_cpu=not on_gpu,
-                dataloader_pin_memory=on_gpu,
-                remove_unused_columns=False,  # the intervals are no parameters of the model's forward
-                logging_steps=log_every,
-                save_steps=save_every,
-                save_total_limit=2,
-                disable_tqdm=not on_terminal,
-                report_to=[],
-            ),
-            data_collator=replace(collator, tables=backend == "varlen"),
-            train_dataset=dataset,
-            callbacks=[log],
+            args=_arguments(options, partial, order=order, accumulation=accumulation, precision=precision),
+            data_collator=collator,
+            train_dataset=OrderedDataset(dataset),
+            eval_dataset=None if evaluated is None else OrderedDataset(evaluated),
+            order=order,
+            metrics=metrics,
+            progress=progress,
+            final=output,
+            partial=partial,
+            keep=options.keep,
+            stop=stop,
+            callbacks=_trackers(options, partial),
         )
-        trainer.remove_callback(PrinterCallback)
-        log.count = trainer.counts
-        started = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - started
-        trained.save_pretrained(folder)
-        for file in tokenizer_files:
-            shutil.copy2(file, folder / file.name)
-        if not any((folder / CHECKPOINTS_NAME).glob("checkpoint-*")):
-            shutil.rmtree(folder / CHECKPOINTS_NAME, ignore_errors=True)
-    tokens, target_tokens = trainer.counts()
+        metrics.begin(checkpoint, write=is_first_process())
+        with stop.caught(), progress.shown(0 if checkpoint is None else step_of(checkpoint)):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.state.global_step < order.steps:
+            _raise_stopped(trainer)
+        report = _report(
+            partial,
+            trainer,
+            trained,
+            output=output,
+            mask=mask,
+            backend=attached_backend(model),
+            precision=precision,
+        )
+        finished, sharded = trainer.finished_model()
+        on_first_process(
+            lambda: _write_out(finished, sharded, partial, options, dataset, tokenizer, report, order=order, say=say)
+        )
+    return report
+
+
+def _plan(dataset: PackedDataset, options: TrainOptions, processes: int) -> tuple[int, Order]:
+    """Micro-batches of a step on each process, and the order in which sequences are seen."""
+    if len(dataset) == 0:
+        raise DataError(
+            f"{dataset.shards.folder}: no sequences; expected at least one to train on. Look at its quarantine.jsonl"
+        )
+    accumulation, global_batch = options.with_processes(processes)
+    by_epochs = max(1, round(options.epochs * len(dataset)))
+    total = by_epochs if options.steps is None else options.steps * global_batch
+    return accumulation, Order(sequences=len(dataset), total=total, global_batch=global_batch, seed=options.seed)
+
+
+def _evaluation_set(folder: Path, dataset: PackedDataset, mask: str) -> PackedDataset:
+    """The shards to evaluate on. Raises where they could not be compared with those to train on."""
+    evaluated = PackedDataset(folder)
+    try:
+        check_mask(mask, packed_mask=evaluated.mask)
+    except UsageError as error:
+        raise UsageError(f"--eval {folder}: {error}") from error
+    found, expected = (each.shards.index["tokenizer"].get("sha256") for each in (evaluated, dataset))
+    if found != expected:
+        raise DataError(
+            f"--eval {folder}: packed with another tokenizer (SHA-256 {str(found)[:12]}…) than "
+            f"{dataset.shards.folder} ({str(expected)[:12]}…). Pack it with the same one"
+        )
+    if len(evaluated) == 0:
+        raise DataError(f"--eval {folder}: no sequences; expected at least one. Look at its quarantine.jsonl")
+    return evaluated
+
+
+def _check_here(options: TrainOptions, *, on_gpu: bool) -> None:
+    """Raise UsageError for what this machine cannot do."""
+    if options.fsdp and not on_gpu:
+        raise UsageError(
+            "--fsdp needs GPUs: accelerate shards models over them alone. Leave it out to train on CPUs (DDP)"
+        )
+    if options.fsdp and options.lora:
+        raise UsageError(
+            "--fsdp and --lora exclude each other: adapters are small. Leave --fsdp out to train them by DDP"
+        )
+    if options.precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UsageError("--precision bfloat16: this GPU cannot compute in it; expected float32")
+
+
+def _tell_of_another_mask(model: PreTrainedModel, mask: str, say: Callable[[str], None]) -> None:
+    former = getattr(model.config, "ismdata_mask", None)
+    if former not in (None, mask):
+        say(f"the model was trained under the mask {former} and goes on under {mask}")
+
+
+def _identity(
+    trained: nn.Module, dataset: PackedDataset, order: Order, options: TrainOptions, *, mask: str, precision: str
+) -> dict[str, Any]:
+    """All that decides the course of a run: what may not change while it goes on."""
+    return {
+        "data": dataset.shards.index["sha256"],
+        "weights": weights_digest(trained),
+        "sequences": order.total,
+        "global_batch": order.global_batch,
+        "mask": mask,
+        "precision": precision,
+        **{name: getattr(options, name) for name in _DECIDING},
+        **({name: getattr(options, name) for name in ("lora_rank", "lora_alpha")} if options.lora else {}),
+    }
+
+
+_DECIDING = (
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "loss_weighting",
+    "seed",
+    "lora",
+)
+
+
+def _from_first_process(decided: Any) -> Any:
+    """What the first process knows, on all of them."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        box = [decided]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    return decided
+
+
+def _arguments(
+    options: TrainOptions, partial: Path, *, order: Order, accumulation: int, precision: str
+) -> TrainingArguments:
+    """Our options in the Trainer's words."""
+    on_gpu = torch.cuda.is_available()
+    names = {each.name for each in dataclasses.fields(TrainingArguments)}
+    checkpointing: dict[str, Any] = {}
+    if options.gradient_checkpointing:
+        # Newer releases of transformers have the one name, older ones the other.
+        name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+        checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(partial / CHECKPOINTS_NAME),
+        max_steps=order.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        warmup_steps=options.warmup,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=precision == "bfloat16",
+        use_cpu=not on_gpu,
+        torch_compile=options.compile,
+        fsdp=options.fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=dict(options.fsdp_config) if options.fsdp else None,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,  # the intervals are no parameters of the model's forward
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,  # a loss that is no number stops the run
+        save_steps=options.save_every,
+        eval_strategy="no" if options.eval_every is None else "steps",
+        eval_steps=options.eval_every,
+        disable_tqdm=True,
+        report_to=[name for name in options.report_to if name != "tensorboard"],
+        **checkpointing,
+    )
+
+
+def _trackers(options: TrainOptions, partial: Path) -> list[TrainerCallback]:
+    """TensorBoard writes into the run's folder; the other trackers know their places."""
+    if "tensorboard" not in options.report_to:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    writer = SummaryWriter(str(partial / "tensorboard")) if is_first_process() else None
+    return [TensorBoardCallback(writer)]  # type: ignore[no-untyped-call]
+
+
+def _raise_stopped(trainer: PackedTrainer) -> None:
+    if trainer.stopped_by == signal.SIGTERM:
+        raise Terminated
+    raise KeyboardInterrupt(
+        f"interrupted after step {trainer.state.global_step}: run the same command again to go on from there"
+    )
+
+
+def _report(
+    partial: Path,
+    trainer: PackedTrainer,
+    trained: nn.Module,
+    *,
+    output: Path,
+    mask: str,
+    backend: str,
+    precision: str,
+) -> TrainReport:
+    losses = together(lambda: read_column(partial / METRICS_NAME, "loss"))
+    sums = trainer.metrics.sums
     return TrainReport(
         output=output,
         mask=mask,
         backend=backend,
         parameters=sum(parameter.numel() for parameter in trained.parameters()),
         steps=trainer.state.global_step,
-        first_loss=log.losses[0],
-        last_loss=log.losses[-1],
-        tokens=tokens,
-        target_tokens=target_tokens,
-        seconds=seconds,
-        device=str(trained.device),
-        dtype="bfloat16" if on_gpu else "float32",
+        first_loss=losses[0][1],
+        last_loss=losses[-1][1],
+        tokens=sums.tokens,
+        target_tokens=sums.target_tokens,
+        seconds=sums.seconds,
+        device=str(trainer.args.device),
+        dtype=precision,
     )
 
 
-def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
-    """The model to start from, in float32, checked to have room for the shards' tokens and documents.
-
-    name: a preset, a local folder, a GGUF file or a hub name. Raises DataError with what to do.
-    """
-    index = dataset.shards.index["tokenizer"]
-    vocab_size: int = index["vocab_size"]
-    if name in PRESETS:
-        return preset_model(
-            name,
-            vocab_size=vocab_size,
-            seq_len=dataset.seq_len,
-            pad_token_id=index.get("pad_id"),
-            bos_token_id=None,
-            eos_token_id=index.get("eos_id"),
-        )
-    model = _pretrained(name)
-    room = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if vocab_size > room:
-        raise DataError(
-            f"{name}: the model knows {room} tokens and the shards' tokenizer has {vocab_size}. Pack with the model's "
-            "own tokenizer, or resize the model's embeddings and save it"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = _longest_document(dataset)
-    if positions is not None and longest > positions:
-        raise DataError(
-            f"{name}: the model has {positions} positions and the longest document {longest} tokens. "
-            f"Pack again with --seq-len {positions // 128 * 128} or less"
-        )
-    return model
-
-
-def _pretrained(name: str) -> PreTrainedModel:
-    path = Path(name)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise DataError(f"{name}: no such file; expected a GGUF file")
-        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif path.is_file():
-        raise DataError(f"{name}: is a file; expected a preset, a model folder, a .gguf file or a hub name")
-    else:
-        source["use_safetensors"] = True
-        refuse_pickles(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
-    except ImportError as error:
-        raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
-    except Exception as error:  # broken files make the libraries raise anything, from KeyError to SafetensorError
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{name}: no model could be loaded ({first}). Expected a preset ({', '.join(PRESETS)}), a model folder "
-            "with safetensors, a .gguf file, or a hub name that this machine can reach"
-        ) from error
-    return _plain(model) if path.suffix == ".gguf" else cast(PreTrainedModel, model)
+def _write_out(
+    model: nn.Module,
+    weights: dict[str, Tensor] | None,
+    folder: Path,
+    options: TrainOptions,
+    dataset: PackedDataset,
+    tokenizer: list[Path],
+    report: TrainReport,
+    *,
+    order: Order,
+    say: Callable[[str], None],
+) -> None:
+    """All that the finished folder holds besides metrics and checkpoints."""
+    save_model(model, weights, folder, dataset=dataset, tokenizer_files=tokenizer)
+    if not draw_curves(folder):
+        say("no curves.png: pip install 'ismdata[plots]' draws it")
+    evaluations = read_column(folder / METRICS_NAME, "eval_loss")
+    facts = {
+        "parameters": f"{report.parameters:,}",
+        "steps": f"{report.steps:,}",
+        "sequences seen": f"{order.total:,}",
+        "tokens seen": f"{report.tokens:,}, of which {report.target_tokens:,} targets",
+        "loss, first and last line": f"{report.first_loss:.4f}, {report.last_loss:.4f}",
+        **({"evaluation loss": f"{evaluations[-1][1]:.4f}"} if evaluations else {}),
+        "time": f"{report.seconds:,.0f} s on {report.device}, {report.dtype}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, ismdata {__version__}",
+    }
+    write_card(folder, options=options, dataset=dataset, mask=report.mask, global_batch=order.global_batch, facts=facts)
+    if not any((folder / CHECKPOINTS_NAME).glob("checkpoint-*")):
+        shutil.rmtree(folder / CHECKPOINTS_NAME, ignore_errors=True)
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as if it had never been a GGUF file: its weights are float32 by now, but it is marked as quantized."""
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(model)(config)
-    plain.load_state_dict(model.state_dict())
-    return plain
+def _quiet() -> None:
+    """Leave it to the first process to speak, and to progress bars on a terminal."""
+    if not (sys.stderr.isatty() and is_first_process()):
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # It compares intervals, which may change while a run goes on; what may not is compared by resume.py.
+    python_logging.getLogger("transformers.trainer_utils").setLevel(python_logging.ERROR)
+    if not is_first_process():
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        python_logging.getLogger("torch").setLevel(python_logging.ERROR)
+        warnings.simplefilter("ignore")
 
 
-def _longest_document(dataset: PackedDataset) -> int:
-    """Tokens in the longest document, read off the columns."""
-    import pyarrow.compute as pc
-
-    shards = dataset.shards
-    columns = (shards.table(number).column("seq_lens") for number in range(len(shards.files)))
-    return max((pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns), default=0)
-
-
-def _tokenizer_files(packed: Path) -> list[Path]:
-    folder = packed / TOKENIZER_NAME
-    files = sorted(path for path in folder.glob("*") if path.is_file())
-    if not files:
-        raise DataError(
-            f"{folder}: no tokenizer files; expected those that `ismdata pack` saves. Pack the corpus again"
-        )
-    return files
-
-
-def _check_numbers(*, steps: int | None, epochs: float, learning_rate: float, warmup: int, **at_least_one: int) -> None:
-    for option, count in (at_least_one | ({} if steps is None else {"steps": steps})).items():
-        if count < 1:
-            raise UsageError(f"--{option.replace('_', '-')} is {count}; expected 1 or more")
-    for name, value in (("epochs", epochs), ("learning-rate", learning_rate)):
-        if not 0 < value < math.inf:
-            raise UsageError(f"--{name} is {value}; expected a number above 0")
-    if warmup < 0:
-        raise UsageError(f"--warmup is {warmup}; expected 0 or more")
-
-
-@contextmanager
-def _training_folder(final: Path, *, packed: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield `.NAME.partial` to write into, renamed to `final` on success; on an error kept only for its checkpoints."""
-    partial = final.parent / f".{final.name}.partial"
-    with locked(final):
-        check_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=[packed])
-        if partial.exists() and any(partial.iterdir()) and not overwrite:
-            raise UsageError(
-                f"{partial}: holds the checkpoints of a run that broke off; name another output, or pass --overwrite "
-                "to replace it"
-            )
-        make_partial(partial, final)
-        try:
-            yield partial
-            put_in_place(partial, final)
-        except BaseException as error:
-            if not any(partial.glob(f"{CHECKPOINTS_NAME}/checkpoint-*")):
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise DataError(f"{final}: writing failed ({error.strerror or error})") from error
-            raise
-
-
-class _CountingTrainer(Trainer):
-    """The Trainer, counting the tokens and targets it was fed on the device, so that counting waits for nothing."""
-
-    _counted: Tensor | None = None
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        positions = inputs["position_ids"]
-        tokens = (positions > 0).sum()
-        if "position_ids_2" not in inputs:
-            # Padding is at position 0, as first tokens are; a document has a second token: those stand for the first.
-            tokens = tokens + (positions == 1).sum()
-        batch = torch.stack([tokens, (inputs["labels"] != IGNORE_INDEX).sum()])
-        self._counted = batch if self._counted is None else self._counted + batch
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def counts(self) -> tuple[int, int]:
-        """Tokens of documents and targets so far, this process."""
-        if self._counted is None:
-            return 0, 0
-        tokens, target_tokens = self._counted.tolist()
-        return tokens, target_tokens
-
-
-class _MetricsLog(TrainerCallback):
-    """Writes `metrics.csv`, a line at a time, and says the same in plain lines where there is no progress bar."""
-
-    def __init__(self, path: Path, say: Callable[[str], None] | None) -> None:
-        self.path = path
-        self.say = say
-        self.losses: list[float] = []
-        self.count: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        self.started = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.started = time.monotonic()
-        with self.path.open("w", encoding="utf-8", newline="") as file:
-            _writer(file).writeheader()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Besides every `log_every` steps, the first and the last step are logged."""
-        if state.global_step in (1, state.max_steps):
-            control.should_log = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        tokens, target_tokens = self.count()
-        seconds = time.monotonic() - self.started
-        row = {
-            "step": state.global_step,
-            "tokens": tokens,
-            "target_tokens": target_tokens,
-            "seconds": round(seconds, 3),
-        }
-        row |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-        self.losses.append(logs["loss"])
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            _writer(file).writerow(row)
-        if self.say is not None:
-            self.say(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"learning rate {logs.get('learning_rate', 0):.2e}  {tokens / max(seconds, 1e-9):,.0f} tokens/s"
-            )
-
-
-def _writer(file: TextIO) -> csv.DictWriter[str]:
-    return csv.DictWriter(file, METRICS, lineterminator="\n")
+def _nothing(line: str) -> None:
+    """What the other processes say."""

@@ -18,15 +18,20 @@ LAYERS = """
 errors terminal limits
 conversation masks columns lock folders journal
 digests near sampling limits
-shards bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
+shards bootstrap text_scores answers bins packing readers control_tokens template tokenizer_backends tokenizer turns
+skeleton sensitivity
 glm_layout encoder batch runs document_columns tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack
 problems invariants verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends
-architecture weighted_loss glm canary attention presets train
+architecture weighted_loss glm canary attention presets
+train_options distributed order metrics loss resume base_model model_out train_progress trainer train
 next_context conversation_line decoding feeding cache_policy held transcript session batched chat
-row_view view demo command bench chat_command
+evaluate generate_eval eval_results eval_run
+row_view view eval_view demo command bench
+train_command eval_command chat_command
 cli
+__main__
 """.strip().splitlines()
 ORDER = {module: (line, at) for line, layer in enumerate(LAYERS) for at, module in enumerate(layer.split())}
 
@@ -35,6 +40,8 @@ MODEL_FILES = {
     *("dataset", "collate", "presets", "train"),
     *("intervals", "dense", "flex", "varlen_kernels", "varlen", "backends"),
     *("architecture", "weighted_loss", "glm", "canary", "attention"),
+    *("order", "loss", "resume", "base_model", "model_out", "train_progress", "trainer"),
+    *("evaluate", "generate_eval", "eval_results", "eval_run"),
     *("decoding", "feeding", "cache_policy", "held", "transcript", "session", "batched", "chat"),
     *("bench/attention", "bench/cases", "bench/steps", "bench/timing", "bench/yardstick"),
     *("bench/flops", "bench/latency", "bench/models"),

@@ -8,11 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
-from ismdata import attention
-from ismdata import train as training
+from ismdata import attention, base_model
 from ismdata.collate import IGNORE_INDEX, Collator
 from ismdata.dataset import PackedDataset
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
@@ -20,38 +18,7 @@ from ismdata.folders import write_index
 from ismdata.presets import PRESETS, preset_model
 from ismdata.train import METRICS, train
 from tests.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
-
-
-def word_tokenizer(folder):
-    """A tokenizer of one word a token, saved as `ismdata pack` saves its own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2").save_pretrained(folder)
-    (folder / "ismdata_template.json").write_text("{}")
-
-
-def copying_rows(count, *, seq_len=128, mask="ism", **options):
-    """Documents whose answers repeat their queries, two queries and two answers each."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for _ in range(count):
-        documents, tokens = [], []
-        for _ in range(6):
-            document = []
-            for _ in range(2):
-                query = generator.integers(3, 20, 4).tolist()
-                tokens += [*query, *query, 2]
-                document += [(QUERY, 4), (ANSWER, 5)]
-            documents.append(document)
-        tokens += [0] * (seq_len - len(tokens))
-        row = sample(documents, seq_len=seq_len, mask=mask, **options)
-        row.sequence.input_ids[:] = tokens
-        rows.append(row)
-    return rows
+from tests.training_shards import copying_rows, run, weights, word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +65,7 @@ def test_what_the_folder_holds(trained, packed):
     output, report, _ = trained
     names = {path.name for path in output.iterdir()}
     assert {"config.json", "model.safetensors", "metrics.csv", "checkpoints", "tokenizer.json"} <= names
+    assert {"README.md", "run.json", "generation_config.json", "curves.png"} <= names
     assert not any(path.suffix in {".bin", ".pt", ".pth"} for path in output.iterdir())
     assert json.loads((output / "config.json").read_text())["ismdata_mask"] == "ism"
     for file in (packed / "tokenizer").iterdir():
@@ -134,15 +102,6 @@ def test_the_saved_model_is_the_trained_one_with_its_mask(trained, packed):
         loss = float(model(**Collator()([dataset[row] for row in range(8)])).loss)
     assert loss < 1.1 * report.last_loss
     assert sum(parameter.numel() for parameter in model.parameters()) == report.parameters
-
-
-def run(packed, output, **options):
-    defaults = {"steps": 1, "warmup": 0, "say": lambda line: None}
-    return train(packed, output=output, **(defaults | options))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def test_the_same_seed_gives_the_same_weights(packed, small_model, tmp_path):
@@ -228,33 +187,6 @@ def test_an_output_in_use_is_refused_unless_overwritten(packed, small_model, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         run(packed, tmp_path / "file", model=str(small_model), overwrite=True)
-
-
-class Stop(Exception):
-    pass
-
-
-def test_a_run_that_breaks_off_keeps_its_checkpoints_and_nothing_else(packed, small_model, tmp_path):
-    def stop_at(step):
-        def say(line):
-            if line.startswith(f"step {step}/"):
-                raise Stop
-
-        return say
-
-    output = tmp_path / "model"
-    options = {"model": str(small_model), "steps": 4, "log_every": 1}
-    with pytest.raises(Stop):
-        run(packed, output, **options, say=stop_at(2))
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(Stop):
-        run(packed, output, **options, say=stop_at(3), save_every=2)
-    assert not output.exists()
-    assert (tmp_path / ".model.partial" / "checkpoints" / "checkpoint-2").is_dir()
-    with pytest.raises(UsageError, match=r"\.model\.partial: holds the checkpoints of a run that broke off"):
-        run(packed, output, **options)
-    run(packed, output, **options, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 REFUSED = {
@@ -370,7 +302,7 @@ def test_a_missing_gguf_package_is_named(packed, tmp_path, monkeypatch):
         raise ImportError("loading a GGUF checkpoint requires gguf>=0.10")
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(training.AutoModelForCausalLM, "from_pretrained", without_gguf)
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", without_gguf)
     with pytest.raises(DataError, match=r"requires gguf.*pip install gguf"):
         run(packed, tmp_path / "out", model=str(tmp_path / "model.gguf"))
 
@@ -386,3 +318,14 @@ def test_preset_sizes(name, vocab_size, millions):
     assert set(PRESETS) == {"tiny", "small", "base", "glm-tiny", "glm-small"}
     with pytest.raises(UsageError, match="no preset is called 'huge'; expected one of tiny, small, base"):
         preset_model("huge", vocab_size=10, seq_len=128)
+
+
+def test_the_backend_is_an_option_and_changes_nothing(packed, tmp_path):
+    dense, varlen = (run(packed, tmp_path / name, backend=name, steps=3) for name in ("sdpa", "varlen"))
+    assert (dense.backend, varlen.backend) == ("sdpa", "varlen")
+    assert varlen.last_loss == pytest.approx(dense.last_loss, rel=1e-5)
+    with pytest.raises(UsageError, match="backend flex cannot train on cpu"):
+        run(packed, tmp_path / "flex", backend="flex")
+    assert not (tmp_path / "flex").exists()
+    with pytest.raises(UsageError, match="--backend is 'dense'; expected one of auto, sdpa, flex, varlen"):
+        run(packed, tmp_path / "dense", backend="dense")

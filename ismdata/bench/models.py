@@ -14,10 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ismdata.attention import attach
+from ismdata.base_model import pretrained
 from ismdata.errors import DataError, UsageError
 from ismdata.presets import PRESETS, preset_model
 from ismdata.session import positions_of
-from ismdata.train import _pretrained as pretrained
 
 #: The vocabulary of a preset, whose own comes from a tokenizer elsewhere.
 PRESET_VOCABULARY = 32_000

@@ -1,0 +1,43 @@
+"""The same loop on any number of devices: accelerate launch examples/with_accelerate.py PACKED MODEL OUTPUT [STEPS]
+
+The loss is the mean over all targets of a step, whatever process they are on: each process sums its own, and the
+gradients, which accelerate averages, are scaled back.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from ismdata import Collator, PackedDataset, attach
+
+
+def main(packed: str, model_name: str, output: str, steps: int = 100) -> list[float]:
+    accelerator = Accelerator()
+    dataset = PackedDataset(packed)
+    model = attach(AutoModelForCausalLM.from_pretrained(model_name), mask=dataset.mask)
+    loader = DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=Collator())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses: list[float] = []
+    while len(losses) < steps:
+        for batch in loader:
+            targets = accelerator.reduce((batch["labels"][:, 1:] != -100).sum(), "sum")
+            loss = model(**batch, num_items_in_batch=targets).loss
+            accelerator.backward(loss * accelerator.num_processes)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(accelerator.reduce(loss.detach(), "sum")))
+            if len(losses) == steps:
+                break
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output)
+    return losses
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:4], *map(int, sys.argv[4:])))

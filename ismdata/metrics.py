@@ -1,0 +1,163 @@
+"""What a run has done so far, exactly: `metrics.csv`, its sums between two lines, and the curves drawn from it.
+
+A checkpoint holds all of it, so that a run that goes on writes the lines that it would have written anyway; only the
+seconds differ.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+METRICS_NAME = "metrics.csv"
+PROGRESS_NAME = "progress.json"
+CURVES_NAME = "curves.png"
+METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds", "eval_loss")
+
+#: Dense bfloat16 operations a second, by a part of the card's name, as its maker gives them.
+_PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass
+class Sums:
+    """What adds up over a run. `window`: since the last line of metrics.csv. `pairs`: of a row and a key it sees."""
+
+    tokens: int = 0
+    target_tokens: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    window_loss: float = 0.0
+    window_steps: int = 0
+
+
+class RunMetrics:
+    """The metrics of a run in `folder`. All processes count; the first one writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_NAME
+        self.sums = Sums()
+        self._began = self._started = time.monotonic()
+        self._before = Sums()
+
+    def begin(self, checkpoint: Path | None, *, write: bool) -> None:
+        """Start the clock, with what a checkpoint holds where there is one. write: metrics.csv as well."""
+        if checkpoint is not None:
+            self.sums = Sums(**json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8")))
+        if write and checkpoint is not None:
+            shutil.copyfile(checkpoint / METRICS_NAME, self.path)
+        elif write:
+            self.path.write_text(",".join(METRICS) + "\n", encoding="utf-8")
+        self._before = replace(self.sums)
+        self._began = time.monotonic()
+        self._started = self._began - self.sums.seconds
+
+    def add_step(self, *, loss: float, tokens: int, target_tokens: int, pairs: int) -> None:
+        """One step's loss, the mean over its items, and its counts over all processes."""
+        self.sums.tokens += tokens
+        self.sums.target_tokens += target_tokens
+        self.sums.pairs += pairs
+        self.sums.window_loss += loss
+        self.sums.window_steps += 1
+        self.sums.seconds = time.monotonic() - self._started
+
+    def elapsed(self) -> float:
+        """Seconds since this process began to train."""
+        return max(time.monotonic() - self._began, 1e-9)
+
+    def since_start(self) -> dict[str, int]:
+        """Counts since this process began to train."""
+        names = ("tokens", "target_tokens", "pairs")
+        return {name: getattr(self.sums, name) - getattr(self._before, name) for name in names}
+
+    def speed(self) -> tuple[float, float]:
+        """Tokens and targets a second, since this process began to train."""
+        counts = self.since_start()
+        return counts["tokens"] / self.elapsed(), counts["target_tokens"] / self.elapsed()
+
+    def close_window(self) -> float:
+        """The mean loss over the steps since the last call."""
+        mean = self.sums.window_loss / max(self.sums.window_steps, 1)
+        self.sums.window_loss, self.sums.window_steps = 0.0, 0
+        return mean
+
+    def line(self, step: int, **values: float) -> None:
+        """Add a line to metrics.csv."""
+        row: dict[str, Any] = {"step": step, "seconds": round(self.sums.seconds, 3), **values}
+        if "loss" in values:
+            row |= {"tokens": self.sums.tokens, "target_tokens": self.sums.target_tokens}
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write all of it into a checkpoint."""
+        (checkpoint / PROGRESS_NAME).write_text(json.dumps(asdict(self.sums)) + "\n", encoding="utf-8")
+        shutil.copyfile(self.path, checkpoint / METRICS_NAME)
+
+
+def read_column(path: Path, name: str) -> list[tuple[int, float]]:
+    """Steps and values of one column of a metrics.csv, where it has one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
+
+
+def training_flops(
+    *, trained: int, frozen: int, head: int, layers: int, width: int, tokens: int, target_tokens: int, pairs: int
+) -> float:
+    """Floating-point operations of training steps, as the model needs them, whatever is computed twice.
+
+    trained, frozen: parameters in matrix products below the head, each 2 operations a token forward, 2 for the gradient
+    of its input and, where it is trained, 2 for its own. head: parameters of the output head, which sees targets alone.
+    pairs: of a row and a key it sees; each layer spends 4 x width on one forward and twice that backward.
+
+    >>> training_flops(trained=10, frozen=0, head=5, layers=1, width=2, tokens=3, target_tokens=2, pairs=6)
+    384.0
+    """
+    products = (6 * trained + 4 * frozen) * tokens + 6 * head * target_tokens
+    return float(products + 12 * layers * width * pairs)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 operations a second of a card, None where it is not known."""
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in device_name), None)
+
+
+def draw_curves(folder: Path) -> bool:
+    """Draw the loss, the gradient norm and the learning rate of `folder`'s metrics.csv as curves.png beside it.
+
+    False, and nothing drawn, without matplotlib (pip install 'ismdata[plots]').
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    path = folder / METRICS_NAME
+    for panel, names in zip(panels, (("loss", "eval_loss"), ("grad_norm",), ("learning_rate",)), strict=True):
+        for name in names:
+            points = read_column(path, name)
+            if points:
+                steps, values = zip(*points, strict=True)
+                marker = "o" if name == "eval_loss" or len(points) < 30 else None
+                panel.plot(steps, values, label=name.replace("_", " "), marker=marker, markersize=3, linewidth=1.2)
+        panel.set_ylabel(names[0].replace("_", " "))
+        panel.grid(alpha=0.3)
+    if len(panels[0].lines) > 1:
+        panels[0].legend()
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(folder / CURVES_NAME, dpi=120)
+    return True

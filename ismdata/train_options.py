@@ -1,0 +1,188 @@
+"""The options of `ismdata train`: their defaults, a TOML file that holds them, and flags that win over the file."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ismdata.errors import DataError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+#: After the warm-up the learning rate falls along a cosine, along a line, or not at all.
+SCHEDULES = ("cosine", "linear", "constant")
+WEIGHTINGS = ("token", "answer", "conversation")
+#: Of attention; `backends.BACKENDS` has them.
+BACKENDS = ("auto", "sdpa", "flex", "varlen")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train. A field is a key of the TOML file; with dashes for underscores it is the flag of the same name.
+
+    Raises UsageError for values that cannot be.
+    """
+
+    model: str
+    mask: str | None = None  # None: the mask of the shards
+    backend: str = "auto"  # of attention: auto, sdpa, flex, varlen
+    eval: str | None = None
+
+    steps: int | None = None  # None: `epochs` over the data
+    epochs: float = 1.0
+    batch_size: int = 4  # sequences of a micro-batch, on one process
+    accumulation: int | None = None  # micro-batches of a step, on one process; None: 1, or as global_batch asks
+    global_batch: int | None = None  # sequences of a step; None: batch_size x accumulation x processes
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    loss_weighting: str = "token"
+    seed: int = 0
+
+    precision: str = "auto"  # auto: bfloat16 on a GPU, float32 elsewhere
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    lora: bool = False
+    lora_rank: int = 16
+    lora_alpha: float | None = None  # None: twice the rank
+    fsdp: bool = False
+    fsdp_config: dict[str, Any] = field(default_factory=dict)  # goes to Hugging Face's Trainer
+
+    workers: int = 0  # processes that read data, for each process that trains
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2  # checkpoints
+    eval_every: int | None = None  # None: at the end alone
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        _check_values(self)
+
+    def with_processes(self, processes: int) -> tuple[int, int]:
+        """Micro-batches of a step on one process, and sequences of a step, on that many processes. Raises UsageError
+        where the global batch cannot be cut so.
+        """
+        micro = self.batch_size * processes
+        if self.global_batch is None:
+            accumulation = self.accumulation or 1
+            return accumulation, micro * accumulation
+        if self.global_batch % micro:
+            raise UsageError(
+                f"--global-batch is {self.global_batch}; expected a multiple of {micro}, which is --batch-size "
+                f"{self.batch_size} x {processes} processes. Change one of them"
+            )
+        accumulation = self.global_batch // micro
+        if self.accumulation not in (None, accumulation):
+            raise UsageError(
+                f"--accumulation is {self.accumulation}; --global-batch {self.global_batch} asks for {accumulation} on "
+                f"{processes} processes with --batch-size {self.batch_size}. Leave --accumulation out"
+            )
+        return accumulation, self.global_batch
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_options(config: Path | None, flags: Mapping[str, Any]) -> TrainOptions:
+    """The options of a TOML file, where one is given, with the flags that were given put over them.
+
+    flags: by field name; None and () mean that a flag was not given. Raises DataError where the file cannot be read or
+    holds a key that is no option, UsageError for values that cannot be and where no model is named.
+    """
+    found: dict[str, Any] = {} if config is None else _read_config(config)
+    found |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    if "model" not in found:
+        raise UsageError('no model given; expected --model, or model = "..." in the file that --config names')
+    return TrainOptions(**found)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            found = tomllib.load(file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a TOML file of options") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid TOML ({error}). Expected lines as in: learning_rate = 1e-4") from error
+    names = {each.name for each in fields(TrainOptions)}
+    options = {}
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
+            raise DataError(f"{path}: {key!r} is no option of training; the nearest is {near[0]!r}")
+        if name in options:
+            raise DataError(f"{path}: {name!r} is given twice, once as {key!r}. Leave one out")
+        options[name] = tuple(value) if name == "report_to" and isinstance(value, list) else value
+    try:
+        _check_kinds(options)
+    except UsageError as error:
+        raise DataError(f"{path}: {error}") from error
+    return options
+
+
+#: What a field's type, as it is written above, takes.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "tuple[str, ...]": (tuple,),
+    "dict[str, Any]": (dict,),
+}
+
+
+def _check_kinds(options: TrainOptions | Mapping[str, Any]) -> None:
+    values = options if isinstance(options, Mapping) else vars(options)
+    for each in fields(TrainOptions):
+        if each.name not in values:
+            continue
+        value = values[each.name]
+        kind, _, optional = str(each.type).partition(" | ")
+        fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
+        if not (fits or (optional and value is None)):
+            raise UsageError(f"{flag(each.name)} is {value!r}; expected {_KINDS[kind][-1].__name__}")
+
+
+def _check_values(options: TrainOptions) -> None:
+    values = vars(options)
+    at_least_one = "steps batch_size accumulation global_batch lora_rank log_every save_every keep eval_every"
+    for name in at_least_one.split():
+        if values[name] is not None and values[name] < 1:
+            raise UsageError(f"{flag(name)} is {values[name]}; expected 1 or more")
+    for name in ("warmup", "workers", "seed"):
+        if values[name] < 0:
+            raise UsageError(f"{flag(name)} is {values[name]}; expected 0 or more")
+    for name in ("epochs", "learning_rate", "lora_alpha"):
+        if values[name] is not None and not 0 < values[name] < math.inf:
+            raise UsageError(f"{flag(name)} is {values[name]}; expected a number above 0")
+    for name in ("weight_decay", "max_grad_norm"):
+        if not 0 <= values[name] < math.inf:
+            raise UsageError(f"{flag(name)} is {values[name]}; expected 0 or more")
+    choices = {"precision": PRECISIONS, "schedule": SCHEDULES, "loss_weighting": WEIGHTINGS, "backend": BACKENDS}
+    for name, known in choices.items():
+        if values[name] not in known:
+            raise UsageError(f"{flag(name)} is {values[name]!r}; expected one of {', '.join(known)}")
+    if options.fsdp_config and not options.fsdp:
+        raise UsageError("fsdp_config is given without fsdp; set fsdp = true as well, or leave it out")
+
+
+def flag(name: str) -> str:
+    """A field as it is typed.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
