@@ -18,7 +18,8 @@ LAYERS = """
 errors terminal limits
 conversation masks columns lock folders journal
 digests near sampling limits
-shards bootstrap text_scores answers bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
+shards answers bootstrap text_scores
+bins packing readers control_tokens template tokenizer_backends tokenizer turns skeleton sensitivity
 encoder batch runs tokens overlong spool documents sequences parity
 mapping explain cleaning conversation_files conversion convert tokenizing pack
 problems invariants verify
