@@ -113,12 +113,13 @@ def compare(
     for number in np.unique(turn).tolist():
         chosen = turn == number
         owner = np.unique(group[chosen], return_inverse=True)[1]
-        pair = (group_sums(owner, values[chosen]) for values in losses)
-        by_turn.append({"turn": number, "nll": paired_difference(*pair, ratio, bootstrap).as_json()})
+        left, right = (group_sums(owner, values[chosen]) for values in losses)
+        by_turn.append({"turn": number, "nll": paired_difference(left, right, ratio, bootstrap).as_json()})
+    left, right = (group_sums(group, values) for values in losses)
     bleu_difference, left_out = _compare_bleu(facts, mine, other.facts, theirs, bootstrap)
     return {
         "other": {"folder": other.name, "model": other.facts["model"], "mask": other.facts["mask"]},
-        "nll": paired_difference(*(group_sums(group, values) for values in losses), ratio, bootstrap).as_json(),
+        "nll": paired_difference(left, right, ratio, bootstrap).as_json(),
         "by_turn": by_turn,
         "bleu": bleu_difference,
         "bleu_left_out": left_out,
@@ -160,4 +161,4 @@ def _compare_bleu(
         )
         for side in (0, 1)
     ]
-    return paired_difference(*counts, bleu, bootstrap).as_json(), None
+    return paired_difference(counts[0], counts[1], bleu, bootstrap).as_json(), None

@@ -38,11 +38,11 @@ def eval_report(facts: dict[str, Any], output: str | None) -> View:
 
 
 def _likelihoods(facts: dict[str, Any]) -> RenderableType:
-    table = _table("turn", "conversations", "answers", "tokens", "nats a token", "", "perplexity", "")
+    table = _table("turn", "conversations", "tokens", "nats a token", "", "perplexity")
     rows = [("all", facts["overall"]), *((str(each["turn"]), each) for each in facts["by_turn"][:_TURNS])]
     for name, row in rows:
-        counts = (f"{row[count]:,}" for count in ("conversations", "answers", "target_tokens"))
-        table.add_row(name, *counts, *_estimate(row["nll"], 4), *_estimate(row["perplexity"], 2))
+        counts = (f"{row[count]:,}" for count in ("conversations", "target_tokens"))
+        table.add_row(name, *counts, *_estimate(row["nll"], 4), _estimate(row["perplexity"], 2)[0])
     if facts["by_turn"][_TURNS:]:
         table.add_row("…", f"{len(facts['by_turn']) - _TURNS} more")
     return Padding(table, (0, 0, 0, 2), expand=False)

@@ -47,7 +47,7 @@ def target_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
         return torch.zeros(0)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # A row of each sequence that has targets: padding may come out as zeros, which every head makes the same of.
-    tried = is_target.int().argmax(-1).unique()
+    tried = torch.unique(is_target.int().argmax(-1))
     with _hidden_states(model) as seen:
         logits = model(**inputs, logits_to_keep=tried).logits
     if head is not None and len(seen) == 1 and torch.equal(head(seen[0][:, tried]), logits):

@@ -151,9 +151,11 @@ def _left_filled(prompts: Sequence[Context], device: torch.device) -> tuple[Tens
         tokens[place, fill:] = prompt.input_ids
         doc_start[place, fill:] = fill
         kv_end[place, fill:] = prompt.kv_end + fill
-    on_device = (torch.from_numpy(array).to(device) for array in (tokens, doc_start, kv_end))
-    tokens_, doc_start_, kv_end_ = on_device
-    return tokens_, doc_start_, kv_end_
+    return (
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(doc_start).to(device),
+        torch.from_numpy(kv_end).to(device),
+    )
 
 
 def _feed(model: PreTrainedModel, tokens: Tensor, doc_start: Tensor, kv_end: Tensor, cache: DynamicCache) -> Tensor:

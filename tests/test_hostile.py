@@ -22,7 +22,6 @@ import torch
 
 from ismdata import attention, skeleton
 from ismdata import template as templates
-from ismdata.base_model import pretrained
 from ismdata.batch import as_template_messages, conversation_batch
 from ismdata.control_tokens import AddedToken, ControlTokens
 from ismdata.conversation import CONVERSATION_SCHEMA
@@ -30,7 +29,9 @@ from ismdata.encoder import Encoding
 from ismdata.errors import DataError
 from ismdata.limits import limited
 from ismdata.template import ChatTemplate, built_in, profile
+from ismdata.tokenizer import load_pretrained
 from ismdata.tokens import DocumentEncoder
+from ismdata.base_model import pretrained
 from tests.conftest import encoding, template_named
 from tests.test_tokens import whole
 from tests.tiny import tiny_model
@@ -247,7 +248,7 @@ def test_a_hostile_tokenizer_is_a_sentence(smollm2: Path, tmp_path: Path, name: 
         content = json.dumps(config).encode()
     (folder / name).write_bytes(content)
     with pytest.raises(DataError, match="no tokenizer could be loaded"):
-        loadpretrained(str(folder))
+        load_pretrained(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
