@@ -22,6 +22,7 @@ import torch
 
 from ismdata import attention, skeleton
 from ismdata import template as templates
+from ismdata.base_model import pretrained
 from ismdata.batch import as_template_messages, conversation_batch
 from ismdata.control_tokens import AddedToken, ControlTokens
 from ismdata.conversation import CONVERSATION_SCHEMA
@@ -31,7 +32,6 @@ from ismdata.limits import limited
 from ismdata.template import ChatTemplate, built_in, profile
 from ismdata.tokenizer import load_pretrained
 from ismdata.tokens import DocumentEncoder
-from ismdata.base_model import pretrained
 from tests.conftest import encoding, template_named
 from tests.test_tokens import whole
 from tests.tiny import tiny_model
