@@ -11,10 +11,11 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ismdata.attention import attach
 from ismdata.base_model import pretrained
+from ismdata.bench.steps import one_billion_config
 from ismdata.errors import DataError, UsageError
 from ismdata.presets import PRESETS, preset_model
 from ismdata.session import positions_of
@@ -24,21 +25,6 @@ PRESET_VOCABULARY = 32_000
 
 #: The name of the shape of Llama 3.2 1B.
 ONE_BILLION = "1b"
-
-
-def one_billion_config(seq_len: int) -> LlamaConfig:
-    """The shape of Llama 3.2 1B: 1.24 B parameters."""
-    return LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=max(131_072, seq_len),
-        tie_word_embeddings=True,
-    )
 
 
 def device_named(name: str) -> torch.device:
