@@ -126,7 +126,7 @@ class _Dealing:
     documents: int
     pieces: int
     shuffled: NDArray[np.int64]
-    dealt: NDArray[np.int64]  # the documents of the first piece in that order
+    dealt: NDArray[np.uint32]  # the documents of the first piece in that order
 
     @staticmethod
     def of(documents: int, seq_len: int, seed: int) -> _Dealing:
@@ -134,7 +134,7 @@ class _Dealing:
         turns = -(-documents // (pieces * _DEALT_TOGETHER))
         dealt = (np.arange(turns)[:, None] * (pieces * _DEALT_TOGETHER) + np.arange(_DEALT_TOGETHER)).ravel()
         shuffled = _random(seed, _OF_DOCUMENTS).permutation(len(dealt))
-        return _Dealing(documents=documents, pieces=pieces, shuffled=shuffled, dealt=dealt[shuffled])
+        return _Dealing(documents=documents, pieces=pieces, shuffled=shuffled, dealt=dealt[shuffled].astype(np.uint32))
 
     def piece(self, number: int, lengths: NDArray[Any]) -> NDArray[Any]:
         """The lengths of a piece, in the order of the corpus. lengths: those of all documents."""
@@ -144,12 +144,13 @@ class _Dealing:
         together = lengths[:complete].reshape(-1, self.pieces, _DEALT_TOGETHER)[:, number].ravel()
         return np.concatenate([together, lengths[last : last + _DEALT_TOGETHER]])
 
-    def order(self, number: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def order(self, number: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
         """The places of a piece that has `size` documents, shuffled, and the documents at these."""
+        first = np.uint32(number * _DEALT_TOGETHER)
         if size == len(self.shuffled):
-            return self.shuffled, self.dealt + number * _DEALT_TOGETHER
+            return self.shuffled, self.dealt + first
         there = self.shuffled < size
-        return self.shuffled[there], self.dealt[there] + number * _DEALT_TOGETHER
+        return self.shuffled[there], self.dealt[there] + first
 
 
 def _count(lengths: NDArray[Any], seq_len: int, dealing: _Dealing, threads: Executor) -> NDArray[np.uint32]:
