@@ -206,7 +206,7 @@ class _HeadAtTargets:
         loss_weight: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """As `attention.weighted_loss`; `logits` are hidden states here."""
+        """As `weighted_loss.weighted_loss`; `logits` are hidden states here."""
         total = target_loss(logits, self.head.weight, self.head.bias, labels, loss_weight)
         count = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)

@@ -19,21 +19,17 @@ from ismdata.loss import COUNTS, TrainingCollator
 from ismdata.metrics import peak_flops, read_column, training_flops
 from ismdata.train_progress import Cost
 from tests.tiny import VOCABULARY, tiny_model, write_packed
-from tests.training_shards import copying_rows, curve, run, weights, word_tokenizer
+from tests.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = write_packed(tmp_path_factory.mktemp("data") / "packed", copying_rows(8))
-    word_tokenizer(folder / "tokenizer")
-    return folder
+    return packed_folder(tmp_path_factory.mktemp("data") / "packed", 8)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
-    tiny_model(dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
+    return saved_model(tmp_path_factory.mktemp("model") / "small")
 
 
 def test_a_model_with_another_tokenizer_is_refused(packed, tmp_path):

@@ -112,7 +112,7 @@ def test_sharded_over_two_processes_the_gradients_are_those_of_one(two):
 
 def test_fsdp_without_a_gpu_is_refused(two, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("refused for want of a GPU, and here is one")
     with pytest.raises(UsageError, match="--fsdp needs GPUs"):
         run(two / "packed", tmp_path / "out", model=str(two / "model"), fsdp=True)
 

@@ -14,7 +14,7 @@ from ismdata import trainer as trainers
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.resume import check_checkpoint, checkpoints
 from tests.tiny import tiny_model, write_packed
-from tests.training_shards import copying_rows, curve, run, weights, word_tokenizer
+from tests.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
 
 STEPS = 6
 OPTIONS = {"steps": STEPS, "batch_size": 2, "warmup": 2, "learning_rate": 3e-3, "log_every": 2, "save_every": 2}
@@ -22,16 +22,12 @@ OPTIONS = {"steps": STEPS, "batch_size": 2, "warmup": 2, "learning_rate": 3e-3, 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    folder = write_packed(tmp_path_factory.mktemp("data") / "packed", copying_rows(7))
-    word_tokenizer(folder / "tokenizer")
-    return folder
+    return packed_folder(tmp_path_factory.mktemp("data") / "packed", 7)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
-    tiny_model(dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
+    return saved_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 
 from ismdata.train import train
-from tests.tiny import ANSWER, QUERY, VOCABULARY, sample
+from tests.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
 
 
 def word_tokenizer(folder, words=VOCABULARY):
@@ -57,3 +58,15 @@ def curve(folder: Path) -> list[dict[str, str]]:
     """The lines of metrics.csv without the seconds, which differ from run to run."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def packed_folder(folder, count):
+    """A packed folder of `count` copying rows, with its tokenizer."""
+    word_tokenizer(write_packed(folder, copying_rows(count)) / "tokenizer")
+    return folder
+
+
+def saved_model(folder):
+    """A saved model of the shards' vocabulary, smaller than the presets; its folder."""
+    tiny_model(dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
