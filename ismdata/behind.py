@@ -1,14 +1,16 @@
-"""Work that goes on behind one's back: writing and hashing while the next batch is made."""
+"""Work that goes on behind one's back: writing and hashing while the next batch is made, and batches side by side."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 #: Calls that may wait. What they hold stays in memory as long.
 _MOST_WAITING = 2
@@ -44,3 +46,21 @@ class BehindThread:
                 self._wait(0)
         finally:
             self._thread.shutdown(cancel_futures=True)
+
+
+def side_by_side(call: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result, None, None]:
+    """What `call` gives for each item, in their order: two threads make the next ones meanwhile.
+
+    Raises what a call raises, in its turn. Whoever stops before the end closes the iterator, which waits for both.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            for item in items:
+                waiting.append(threads.submit(call, item))
+                if len(waiting) == 2:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)

@@ -33,6 +33,10 @@ class Requests:
     def __len__(self) -> int:
         return len(self.conversation)
 
+    def equals(self, other: Requests) -> bool:
+        """Whether these are the same documents in the same order."""
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+
     def take(self, indices: NDArray[Any]) -> Requests:
         return Requests(**{name: getattr(self, name)[indices] for name in self.__dataclass_fields__})
 

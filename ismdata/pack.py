@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 import ismdata
-from ismdata.behind import BehindThread
+from ismdata.behind import BehindThread, side_by_side
 from ismdata.conversation import Quarantined
 from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
@@ -120,9 +120,10 @@ def pack(
             lengths = spool.seal()
             if not len(lengths):
                 raise DataError(_nothing_left(sources, quarantine))
-            rows = _write_shards(partial, spool, lengths, encoding, options, tally.weighted, journal, progress)
+            with BehindThread() as behind:  # gathering and writing leave Python's lock to it
+                behind(_save, encoding, partial / "tokenizer")
+                rows = _write_shards(partial, spool, lengths, encoding, options, tally.weighted, journal, progress)
             shards = [ShardFile(**entry) for entry in journal.finished]
-        _save(encoding, partial / "tokenizer")
         counts = _counts(sources, quarantine, tally)
         totals = tally.totals(lengths, options.seq_len, sequences=rows)
         refusals = quarantine.first()
@@ -259,6 +260,18 @@ def _write_shards(
     schema = packed_schema(options.seq_len, weighted=weighted, layout=layout)
     shard_rows = max(1, _SHARD_TOKENS // options.seq_len)
     batch_rows = max(1, _BATCH_TOKENS // options.seq_len)
+
+    def made(part: tuple[int, int]) -> pa.RecordBatch:
+        row, end = part
+        return sequences(
+            spool.gather(planned.order[begins[row] : begins[end]].astype(np.int64)),
+            row_documents[row:end],
+            schema,
+            seq_len=options.seq_len,
+            mask=options.mask,
+            pad_id=encoding.tokenizer.pad_id,
+        )
+
     with BehindThread() as finish:
         for number, shard in enumerate(range(0, rows, shard_rows)):
             if number < len(journal.finished):
@@ -270,19 +283,11 @@ def _write_shards(
                 pa.ipc.new_stream(sink, schema) as writer,
                 BehindThread() as write,
             ):
-                for row in range(shard, last, batch_rows):
-                    end = min(row + batch_rows, last)
-                    gathered = spool.gather(planned.order[begins[row] : begins[end]].astype(np.int64))
-                    batch = sequences(
-                        gathered,
-                        row_documents[row:end],
-                        schema,
-                        seq_len=options.seq_len,
-                        mask=options.mask,
-                        pad_id=encoding.tokenizer.pad_id,
-                    )
-                    write(writer.write_batch, batch)
-                    progress("write", end, rows)
+                parts = [(row, min(row + batch_rows, last)) for row in range(shard, last, batch_rows)]
+                with closing(side_by_side(made, parts)) as batches:
+                    for (_, end), batch in zip(parts, batches, strict=True):
+                        write(writer.write_batch, batch)
+                        progress("write", end, rows)
             finish(_finish, journal, path, last - shard)
     return rows
 

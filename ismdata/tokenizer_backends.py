@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from operator import attrgetter
@@ -40,6 +41,9 @@ _SHARE = 0.001
 _STRATUM_TEXTS = 8
 _STRATUM_BYTES = 1 << 11
 _LONGEST_TEXT = 1 << 15
+
+#: Bytes of text that tokenizers gets at a time.
+_SLICE_BYTES = 1 << 20
 
 #: Bytes of text after which gigatoken forgets the words it has seen. Loading it takes as long as some 30 MB of text.
 _REMEMBERED_BYTES = 256 << 20
@@ -80,10 +84,35 @@ class Reference:
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         backend = self.opening if opening else self.inside
-        encoded = backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        ids = chain.from_iterable(map(attrgetter("ids"), encoded))
-        return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
+        slices = _slices(texts, _SLICE_BYTES)
+        if len(slices) == 1:
+            return _encoded(backend, texts)
+        # Two at a time: the ids of one are taken out of Python's objects, which holds Python's lock, while all cores
+        # work on the other. Slices, because tokenizers does not begin other texts before it is through with these.
+        with ThreadPoolExecutor(2) as threads:
+            parts = list(threads.map(partial(_encoded, backend), slices))
+        ids, lengths = zip(*parts, strict=True)
+        return np.concatenate(ids), np.concatenate(lengths)
+
+
+def _encoded(backend: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    encoded = backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    ids = chain.from_iterable(map(attrgetter("ids"), encoded))
+    return np.fromiter(ids, np.int32, int(lengths.sum())), lengths
+
+
+def _slices(texts: pa.LargeStringArray, size: int) -> list[pa.LargeStringArray]:
+    """The texts in order in slices of at most `size` bytes, or of one longer text; at least one slice."""
+    ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False))
+    slices: list[pa.LargeStringArray] = []
+    at = 0
+    while at < len(texts) or not slices:
+        before = ends[at - 1] if at else 0
+        end = max(int(np.searchsorted(ends, before + size, side="right")), at + 1)
+        slices.append(texts[at:end])
+        at = end
+    return slices
 
 
 class Gigatoken:
@@ -172,15 +201,11 @@ class Sampled:
     lengths: NDArray[np.int64]
 
 
-def sampled(batches: Iterable[pa.LargeStringArray], reference: Reference) -> list[Sampled]:
-    """A stratified sample of each batch of texts, encoded by the reference."""
-    samples = []
-    for texts in (batch for batch in batches if len(batch)):
-        taken = texts.take(pa.array(stratified(texts)))
-        for opening in (False, True) if reference.opening is not reference.inside else (False,):
-            ids, lengths = reference.encode(taken, opening=opening)
-            samples.append(Sampled(texts=taken, opening=opening, ids=ids, lengths=lengths))
-    return samples
+def sampled(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
+    """Texts encoded by the reference in each of its ways."""
+    ways = (False, True) if reference.opening is not reference.inside else (False,)
+    encoded = [(way, *reference.encode(texts, opening=way)) for way in ways]
+    return [Sampled(texts=texts, opening=way, ids=ids, lengths=lengths) for way, ids, lengths in encoded]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +228,11 @@ def choose(
     if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
         return Chosen(backend=reference)
     try:
-        # The reference works on the sample while gigatoken reads the vocabulary.
+        taken = [texts.take(pa.array(stratified(texts))) for texts in sample if len(texts)]
+        # The reference works on the sample while gigatoken reads the vocabulary, which holds Python's lock.
         with ThreadPoolExecutor(1) as thread:
-            expected = thread.submit(sampled, sample, reference)
+            texts = pa.concat_arrays([pa.array([], pa.large_string()), *taken])
+            expected = thread.submit(sampled, texts, reference)
             backend = Compared(Gigatoken(reference), reference)
             backend.check(expected.result())
     except ImportError as error:

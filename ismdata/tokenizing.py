@@ -28,6 +28,7 @@ from ismdata.errors import DataError
 from ismdata.folders import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
 from ismdata.journal import Journal
 from ismdata.packing import lower_bound
+from ismdata.piece_columns import Ahead
 from ismdata.spool import Spool
 from ismdata.tokenizer_backends import (
     Backend,
@@ -37,7 +38,7 @@ from ismdata.tokenizer_backends import (
     choose,
     disagreement,
 )
-from ismdata.tokens import Ahead, DocumentEncoder
+from ismdata.tokens import DocumentEncoder
 
 #: Conversations and bytes of text that are tokenised at a time.
 _BATCH_CONVERSATIONS = 4096

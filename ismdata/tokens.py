@@ -13,8 +13,8 @@ Shape legend: C conversations, M messages, R requests (documents), P pieces, S s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ismdata.conversation import ROLES, Refusal
 from ismdata.document_columns import Documents, Layout, Requests, without_tail
 from ismdata.glm_layout import GlmTokens, insert_markers
 from ismdata.masks import ANSWER
+from ismdata.piece_columns import NO_PIECES, Ahead, PieceBlock, Skeleton, Texts, distinct, joined, pad
 from ismdata.runs import RunTable, ragged_arange
 from ismdata.skeleton import (
     History,
@@ -69,7 +70,7 @@ class DocumentEncoder:
         self.backend = backend
         self.glm = glm
         self._probing = remembering(renderer)
-        self._skeletons: dict[bytes, _Skeleton | Refusal | None] = {}
+        self._skeletons: dict[bytes, Skeleton | Refusal | None] = {}
         self._shapes: dict[tuple[Any, ...], int] = {}
         self._shape_list: list[tuple[Any, ...]] = []
         self._static = RunTable()
@@ -78,8 +79,10 @@ class DocumentEncoder:
         """Start a batch: the texts of earlier ones are forgotten. What `ahead` gave goes on from there."""
         ahead = batch if isinstance(batch, Ahead) else None
         self.batch: ConversationBatch = ahead.batch if ahead else batch  # type: ignore[assignment]
+        self._begun: Ahead | None = None  # what `ahead` gave, every text in it encoded
+        self._latest: tuple[Requests, Layout] | None = None
         self._encoded = RunTable()
-        self._rendered: dict[tuple[int, ...], _PieceBlock | Refusal] = {}
+        self._rendered: dict[tuple[int, ...], PieceBlock | Refusal] = {}
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
         self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
@@ -88,46 +91,65 @@ class DocumentEncoder:
     def ahead(self, batch: ConversationBatch, requests: Requests, thread: Executor) -> Ahead:
         """Begin a batch, and have `thread` encode its texts while another batch is worked on."""
         self.begin(batch)
-        skeleton_of, _ = self._match(requests, {})
+        skeleton_of, refused = self._match(requests)
         matched = np.flatnonzero(skeleton_of >= 0)
-        keys = self._pieces(matched, skeleton_of[matched], requests)[2] if len(matched) else self._keys
-        keys = keys[_distinct(keys)[1]]
-        texts = self._grouped_texts(keys)
-        encoded = [thread.submit(self._ids, group.texts, group.opening) for group in texts]
-        return Ahead(batch=batch, keys=keys, groups=texts, encoded=encoded)
+        block, texts, keys = self._pieces(matched, skeleton_of[matched], requests)
+        key_of, firsts = distinct(keys)
+        groups = self._grouped_texts(keys[firsts])
+        return Ahead(
+            batch=batch,
+            requests=requests,
+            skeleton_of=skeleton_of,
+            refused=refused,
+            block=block,
+            texts=texts,
+            key_of=key_of,
+            keys=keys[firsts],
+            groups=groups,
+            encoded=[thread.submit(self._ids, group.texts, group.opening) for group in groups],
+        )
 
     def lay_out(self, requests: Requests) -> Layout:
         """The pieces of the documents asked for, every text in them encoded."""
+        if self._latest is None or not self._latest[0].equals(requests):
+            self._latest = requests, self._lay_out(requests)
+        return self._latest[1]
+
+    def _lay_out(self, requests: Requests) -> Layout:
         batch = self.batch
         first = batch.first[requests.conversation]
         refused: dict[int, Refusal] = {}
-        blocks: list[_PieceBlock] = []
-        skeleton_of, singles = self._match(requests, refused)
-        if len(singles):
-            blocks += self._render(singles, requests, refused)
-        matched = np.flatnonzero(skeleton_of >= 0)
-        if len(matched):
+        blocks: list[PieceBlock] = []
+        skeleton_of = np.full(len(requests), -1)
+        fresh = np.arange(len(requests))
+        begun = self._taken()
+        if begun is not None:
+            places = begun.places(requests)
+            known, fresh = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+            skeleton_of[known] = begun.skeleton_of[places[known]]
+            if begun.refused:
+                refused |= {r: begun.refused[p] for r, p in enumerate(places.tolist()) if p in begun.refused}
+            blocks.append(begun.block.of(places[known], known, len(begun.requests)))
+        if len(fresh):
+            skeleton_of[fresh], found = self._match(requests.take(fresh))
+            refused |= {int(fresh[r]): refusal for r, refusal in found.items()}
+            matched = fresh[skeleton_of[fresh] >= 0]
             blocks.append(self._fill(matched, skeleton_of[matched], requests))
-        order = np.argsort(np.concatenate([b.request for b in blocks]), kind="stable") if blocks else np.empty(0, int)
-
-        def column(name: str) -> IntArray:
-            if not blocks:
-                return np.empty(0, np.int64)
-            joined: IntArray = np.concatenate([getattr(block, name) for block in blocks])[order].astype(np.int64)
-            return joined
-
-        request, message, run = column("request"), column("message"), column("run")
+        singles = [r for r in np.flatnonzero(skeleton_of < 0).tolist() if r not in refused]
+        blocks += self._render(singles, requests, refused)
+        pieces = joined(blocks)
+        request, message, run = pieces.request, pieces.message, pieces.run
         number = np.maximum(message, 0)
         in_head = number < requests.head[request]
         in_batch = first[request] + np.where(in_head, number, number - requests.head[request] + requests.lo[request])
         columns = {
             "request": request,
-            "span": column("span"),
-            "kind": column("kind"),
+            "span": pieces.span,
+            "kind": pieces.kind,
             "message": np.where(message < 0, -1, in_batch),
             "run": run,
             "length": self._run_column(run, RunTable.all_lengths),
-            "controls": column("controls"),
+            "controls": pieces.controls,
         }
         if self.glm is not None:
             runs = self._static.share((self.glm.mask_id,)), self._static.share((self.glm.start_id,))
@@ -182,8 +204,17 @@ class DocumentEncoder:
 
     # -- which skeleton a request has ----------------------------------------------------------------------------------
 
-    def _match(self, requests: Requests, refused: dict[int, Refusal]) -> tuple[IntArray, IntArray]:
-        """For every request the number of its skeleton in `self._table`, -1 where it has none; and those without."""
+    def _taken(self) -> Ahead | None:
+        """What `ahead` began of this batch, every text in it encoded; None where nothing was begun."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            runs = self._runs(ahead.groups, [future.result() for future in ahead.encoded])
+            self._remember(ahead.keys, runs)
+            self._begun = ahead.with_runs(runs)
+        return self._begun
+
+    def _match(self, requests: Requests) -> tuple[IntArray, dict[int, Refusal]]:
+        """For every request the number of its skeleton, -1 where it has none; and what no template takes."""
         batch = self.batch
         first = batch.first[requests.conversation]
         head, body = requests.head, requests.hi - requests.lo
@@ -198,23 +229,24 @@ class DocumentEncoder:
         refusals: dict[int, Refusal] = {}
         for place, key in enumerate(sequences.dictionary.to_pylist()):
             found = self._skeleton(key)
-            numbers.append(found.number if isinstance(found, _Skeleton) else -1)
+            numbers.append(found.number if isinstance(found, Skeleton) else -1)
             if isinstance(found, Refusal):
                 refusals[place] = found
         indices = sequences.indices.to_numpy()
         skeleton_of = np.array(numbers, np.int64)[indices] if len(requests) else np.empty(0, np.int64)
         by_itself = batch.by_itself[requests.conversation] | (not self.use_skeletons)
         skeleton_of[by_itself] = -1
-        for place, refusal in refusals.items():
-            for request in np.flatnonzero((indices == place) & ~by_itself).tolist():
-                refused[request] = refusal
-        singles = np.flatnonzero(skeleton_of < 0)
-        return skeleton_of, singles[[request not in refused for request in singles.tolist()]]
+        refused = {
+            request: refusal
+            for place, refusal in refusals.items()
+            for request in np.flatnonzero((indices == place) & ~by_itself).tolist()
+        }
+        return skeleton_of, refused
 
-    def _skeleton(self, key: bytes) -> _Skeleton | Refusal | None:
+    def _skeleton(self, key: bytes) -> Skeleton | Refusal | None:
         if key not in self._skeletons:
             roles = [ROLES[code] for code in key]
-            found: _Skeleton | Refusal | None
+            found: Skeleton | Refusal | None
             try:
                 pieces = skeleton(self._probing, self.tokenizer, roles, self.history)
             except NotDecomposable:
@@ -226,7 +258,7 @@ class DocumentEncoder:
             self._skeletons[key] = found
         return self._skeletons[key]
 
-    def _tabulate(self, pieces: Sequence[Piece]) -> _Skeleton:
+    def _tabulate(self, pieces: Sequence[Piece]) -> Skeleton:
         """Pieces as columns. Known runs and shapes are shared by all skeletons."""
         width = max((sum(isinstance(part, Slot) for part in piece.parts) for piece in pieces), default=0)
         columns = np.full((len(pieces), 6 + width), -1, np.int64)
@@ -239,8 +271,8 @@ class DocumentEncoder:
                 shape = self._shape(piece)
                 row[6 : 6 + len(slots)] = slots
             row[:6] = piece.span, piece.kind, piece.message, run, shape, piece.controls
-        number = sum(isinstance(found, _Skeleton) for found in self._skeletons.values())
-        return _Skeleton(number=number, columns=columns)
+        number = sum(isinstance(found, Skeleton) for found in self._skeletons.values())
+        return Skeleton(number=number, columns=columns)
 
     def _shape(self, piece: Piece) -> int:
         """The number of a piece's text less its contents: what stands around the slots, and how they are stripped."""
@@ -255,7 +287,7 @@ class DocumentEncoder:
 
     # -- filling skeletons ---------------------------------------------------------------------------------------------
 
-    def _fill(self, matched: IntArray, numbers: IntArray, requests: Requests) -> _PieceBlock:
+    def _fill(self, matched: IntArray, numbers: IntArray, requests: Requests) -> PieceBlock:
         """The pieces of the requests that have a skeleton."""
         block, texts, keys = self._pieces(matched, numbers, requests)
         if len(texts):
@@ -264,13 +296,15 @@ class DocumentEncoder:
 
     def _pieces(
         self, matched: IntArray, numbers: IntArray, requests: Requests
-    ) -> tuple[_PieceBlock, IntArray, IntArray]:
+    ) -> tuple[PieceBlock, IntArray, IntArray]:
         """The same, the runs of texts left open: which pieces these are, and each one's key, its shape and the messages
         in its slots."""
-        tables = {found.number: found.columns for found in self._skeletons.values() if isinstance(found, _Skeleton)}
+        if not len(matched):
+            return NO_PIECES, np.empty(0, np.int64), np.empty((0, 1), np.int64)
+        tables = {found.number: found.columns for found in self._skeletons.values() if isinstance(found, Skeleton)}
         used, inverse = np.unique(numbers, return_inverse=True)
         width = max(tables[number].shape[1] for number in used.tolist())
-        padded = [_pad(tables[number], width) for number in used.tolist()]
+        padded = [pad(tables[number], width) for number in used.tolist()]
         counts = np.array([len(table) for table in padded])
         begins = np.cumsum(counts) - counts
         pieces = np.concatenate(padded)[ragged_arange(begins[inverse], counts[inverse])]
@@ -283,38 +317,35 @@ class DocumentEncoder:
         inside = np.where(slots < head, slots, slots - head + requests.lo[owner])
         in_batch = self.batch.first[requests.conversation[owner]] + inside
         keys = np.concatenate([pieces[texts, 4:5], np.where(slots < 0, -1, in_batch)], axis=1)
-        block = _PieceBlock(
+        block = PieceBlock(
             request=request,
-            span=pieces[:, 0],
-            kind=pieces[:, 1],
-            message=pieces[:, 2],
+            span=pieces[:, 0].copy(),
+            kind=pieces[:, 1].copy(),
+            message=pieces[:, 2].copy(),
             run=pieces[:, 3].copy(),
-            controls=pieces[:, 5],
+            controls=pieces[:, 5].copy(),
         )
         return block, texts, keys
 
     def _encode(self, keys: IntArray) -> IntArray:
         """Run numbers (negative: in the batch's table) of texts given by their keys."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            self._remember(ahead.keys, self._runs(ahead.groups, [future.result() for future in ahead.encoded]))
         width = max(keys.shape[1], self._keys.shape[1])
         known = len(self._keys)
-        every = np.ascontiguousarray(np.concatenate([_pad(self._keys, width), _pad(keys, width)]))
-        distinct, firsts = _distinct(every)
+        every = np.ascontiguousarray(np.concatenate([pad(self._keys, width), pad(keys, width)]))
+        numbers, firsts = distinct(every)
         fresh = every[firsts[firsts >= known]]
         groups = self._grouped_texts(fresh)
         self._remember(fresh, self._runs(groups, [self._ids(group.texts, group.opening) for group in groups]))
-        found: IntArray = self._key_runs[distinct][known:]
+        found: IntArray = self._key_runs[numbers][known:]
         return found
 
     def _remember(self, keys: IntArray, runs: IntArray) -> None:
         """Texts of which every one is new, and their runs."""
         width = max(keys.shape[1], self._keys.shape[1])
-        self._keys = np.concatenate([_pad(self._keys, width), _pad(keys, width)])
+        self._keys = np.concatenate([pad(self._keys, width), pad(keys, width)])
         self._key_runs = np.concatenate([self._key_runs, runs])
 
-    def _grouped_texts(self, keys: IntArray) -> list[_Texts]:
+    def _grouped_texts(self, keys: IntArray) -> list[Texts]:
         """The texts of keys, those that open a document apart from the others."""
         groups = []
         for opening in (False, True):
@@ -326,10 +357,10 @@ class DocumentEncoder:
                     texts.append(self._texts(self._shape_list[shape][1:], keys[at, 1:]))
                     places.append(at)
             if texts:
-                groups.append(_Texts(texts=pa.concat_arrays(texts), opening=opening, places=np.concatenate(places)))
+                groups.append(Texts(texts=pa.concat_arrays(texts), opening=opening, places=np.concatenate(places)))
         return groups
 
-    def _runs(self, groups: Sequence[_Texts], encoded: Sequence[tuple[NDArray[np.int32], IntArray]]) -> IntArray:
+    def _runs(self, groups: Sequence[Texts], encoded: Sequence[tuple[NDArray[np.int32], IntArray]]) -> IntArray:
         """Run numbers of grouped texts, in the order of their keys."""
         runs = np.empty(sum(len(group.places) for group in groups), np.int64)
         for group, ids in zip(groups, encoded, strict=True):
@@ -366,10 +397,10 @@ class DocumentEncoder:
 
     # -- rendering by itself -------------------------------------------------------------------------------------------
 
-    def _render(self, singles: IntArray, requests: Requests, refused: dict[int, Refusal]) -> list[_PieceBlock]:
+    def _render(self, singles: Sequence[int], requests: Requests, refused: dict[int, Refusal]) -> list[PieceBlock]:
         """The pieces of requests without a skeleton. Each is rendered once a batch, their texts encoded together."""
         columns = (requests.conversation, requests.head, requests.lo, requests.hi)
-        keys = [tuple(int(column[request]) for column in columns) for request in singles.tolist()]
+        keys = [tuple(int(column[request]) for column in columns) for request in singles]
         fresh: dict[tuple[int, ...], tuple[Piece, ...]] = {}
         for key in keys:
             if key in self._rendered or key in fresh:
@@ -384,7 +415,7 @@ class DocumentEncoder:
         runs = self._encode_pieces([piece for pieces in fresh.values() for piece in pieces])
         at = 0
         for key, pieces in fresh.items():
-            self._rendered[key] = _PieceBlock(
+            self._rendered[key] = PieceBlock(
                 request=np.zeros(len(pieces), np.int64),
                 span=np.array([piece.span for piece in pieces], np.int64),
                 kind=np.array([piece.kind for piece in pieces], np.int64),
@@ -393,8 +424,8 @@ class DocumentEncoder:
                 controls=np.array([piece.controls for piece in pieces], np.int64),
             )
             at += len(pieces)
-        blocks: list[_PieceBlock] = []
-        for request, key in zip(singles.tolist(), keys, strict=True):
+        blocks: list[PieceBlock] = []
+        for request, key in zip(singles, keys, strict=True):
             found = self._rendered[key]
             if isinstance(found, Refusal):
                 refused[request] = found
@@ -434,56 +465,3 @@ def _refusal(error: Exception) -> Refusal:
         TooManyMessages: "too_many_messages",
     }
     return Refusal(reason=reasons.get(type(error), "template_refused"), detail=str(error))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """A batch whose texts are being encoded. Made by DocumentEncoder.ahead, taken by its `begin`."""
-
-    batch: ConversationBatch
-    keys: IntArray  # [texts, 1 + slots], no two alike
-    groups: Sequence[_Texts]
-    encoded: Sequence[Future[tuple[NDArray[np.int32], IntArray]]]  # of each group
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Texts:
-    texts: pa.LargeStringArray
-    opening: bool
-    places: IntArray  # of each text, its key
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Skeleton:
-    number: int
-    columns: IntArray  # [pieces, 6 + slots]: span, kind, message, run, shape, controls, messages in the slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PieceBlock:
-    request: IntArray
-    span: IntArray
-    kind: IntArray
-    message: IntArray
-    run: IntArray
-    controls: IntArray
-
-
-def _distinct(rows: IntArray) -> tuple[IntArray, IntArray]:
-    """Numbers of equal rows, in the order in which they first come, int[n]; and where each number first comes.
-
-    By hashes: a quarter of the time that sorting rows takes.
-    """
-    width = rows.shape[1] * rows.itemsize
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
-    encoded = column.dictionary_encode()
-    numbers = encoded.indices.to_numpy()
-    firsts = np.empty(len(encoded.dictionary), np.int64)
-    firsts[numbers[::-1]] = np.arange(len(rows))[::-1]
-    return numbers, firsts
-
-
-def _pad(matrix: IntArray, width: int) -> IntArray:
-    """More columns of -1 on the right."""
-    missing = width - matrix.shape[1]
-    return np.pad(matrix, ((0, 0), (0, missing)), constant_values=-1) if missing else matrix

@@ -189,8 +189,11 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
     encoder.begin(batch)
     assert check(with_, batch, requests, encoder) == len(table)
     with ThreadPoolExecutor(1) as thread:  # the texts of some documents encoded ahead, the others as they are asked for
-        encoder.begin(encoder.ahead(batch, requests.take(np.arange(0, len(table), 3)), thread))
+        begun = np.arange(0, len(table), 3)
+        encoder.begin(encoder.ahead(batch, requests.take(begun), thread))
         assert check(with_, batch, requests, encoder) == len(table)
+        for asked in (begun, begun[::-1], np.array([begun[2], 1, begun[2], begun[0]]), begun[:0]):
+            assert check(with_, batch, requests.take(asked), encoder) == len(asked)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -234,8 +237,31 @@ def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyP
         with_.tokenizer, "encode_flat", lambda texts, opening=False: (encoded.extend(texts), original(texts))[1]
     )
     encoder.lay_out(requests)
-    encoder.lay_out(requests)
+    encoder.lay_out(requests.take(np.arange(6)[::-1]))
     assert len(encoded) == len(set(encoded)) == 12
+
+
+def test_known_pieces_are_not_looked_up_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is laid out as it was begun ahead, or asked for twice, costs neither skeletons nor keys."""
+    with_ = encoding(smollm2)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    talk = [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(4)]
+    rows = [{"id": str(k), "source": f"t:{k}", "messages": talk[: 2 + 2 * (k % 2)]} for k in range(6)]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    requests = whole(batch)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = encoder.ahead(batch, requests, thread)
+    matched: list[int] = []
+    match = encoder._match
+    monkeypatch.setattr(encoder, "_match", lambda requests: (matched.append(len(requests)), match(requests))[1])
+    encoder.begin(ahead)
+    assert encoder.lay_out(requests) is encoder.lay_out(whole(batch))
+    encoder.lay_out(requests.take(np.array([4, 1])))
+    assert matched == []
+    shorter = requests.take(np.array([0, 1]))
+    shorter.hi[1] = 2
+    encoder.lay_out(shorter)
+    assert matched == [1]
 
 
 turn_lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)

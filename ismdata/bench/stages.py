@@ -233,12 +233,13 @@ def _setup(tokenizer: str, chat_template: str | None, backend: BackendName) -> C
 
 
 def _encoder(tokenizer: str, backend: BackendName) -> Callable[[Any], object]:
-    """A tokenizer alone: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
+    """A tokenizer alone, texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
     from ismdata.tokenizer import load_pretrained
 
     reference = load_pretrained(tokenizer).backend_tokenizer
     if backend == "hf":
-        return lambda texts: reference.encode_batch_fast(texts, add_special_tokens=False)
+        # With the ids, which lie in objects of tokenizers until they are asked for.
+        return lambda texts: [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     from gigatoken import Tokenizer
 
     encode: Callable[[Any], object] = Tokenizer.from_json(reference.to_str()).encode_batch
