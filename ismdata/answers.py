@@ -107,6 +107,8 @@ def _documents(sequence: Sequence, row: int) -> Iterator[_Found]:
     ends = np.cumsum(sequence.seq_lens, dtype=np.int64)
     begins = ends - sequence.seq_lens
     spans = sequence.spans[sequence.spans[:, 2] == ANSWER].astype(np.int64)
+    if sequence.position_ids_2 is not None:  # `[START]` is a span of its own, and no answer
+        spans = spans[sequence.position_ids_2[spans[:, 0]] > 1]
     owner = np.searchsorted(ends, spans[:, 0], side="right")
     before = np.concatenate([[0], np.cumsum(sequence.loss_mask, dtype=np.int64)])
     targets = before[spans[:, 1]] - before[spans[:, 0]]

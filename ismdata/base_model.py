@@ -47,9 +47,10 @@ def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = _longest_document(dataset)
     if positions is not None and longest > positions:
+        fits = positions // 128 * 128
+        advice = f"Pack again with --seq-len {fits} or less" if fits else "Take a model with more positions"
         raise DataError(
-            f"{name}: the model has {positions} positions and the longest document {longest} tokens. "
-            f"Pack again with --seq-len {positions // 128 * 128} or less"
+            f"{name}: the model has {positions} positions and the longest document {longest} tokens. {advice}"
         )
     return model
 

@@ -31,7 +31,7 @@ from ismdata.errors import DataError, UsageError
 from ismdata.eval_results import EVAL_NAME, FORMAT, check_same_answers, compare, read_results, write_results
 from ismdata.evaluate import answer_losses, conversation_numbers, group_sums, likelihood
 from ismdata.folders import output_folder
-from ismdata.generate_eval import contexts, generate_answers
+from ismdata.generate_eval import generate_answers
 from ismdata.presets import PRESETS
 from ismdata.resume import weights_digest
 from ismdata.text_scores import TOKENIZERS, bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
@@ -218,7 +218,10 @@ def _generation(
     tokens = generate_answers(
         model,
         encoder,
-        contexts(dataset, answers, chosen, mask=mask),
+        dataset,
+        answers,
+        chosen,
+        mask=mask,
         max_new_tokens=options.max_new_tokens,
         progress=lambda done, total: progress("generate", done, total),
     )

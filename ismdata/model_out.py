@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,7 +43,10 @@ def save_model(
         adapted.save_pretrained(folder / ADAPTER_NAME)
         adapted = adapted.merge_and_unload()
     set_generation_ends(adapted, dataset)
-    adapted.save_pretrained(folder, state_dict=weights)
+    try:
+        adapted.save_pretrained(folder, state_dict=weights)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # what safetensors says of a full disk is nothing more specific
     for file in tokenizer_files:
         shutil.copy2(file, folder / file.name)
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import dataclasses
 import logging as python_logging
 import platform
+import shlex
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,10 @@ def train(
     dataset = PackedDataset(packed)
     mask = dataset.mask if options.mask is None else options.mask
     collator = TrainingCollator(mask, options.loss_weighting)
-    check_mask(mask, packed_mask=dataset.mask)
+    try:
+        check_mask(mask, packed_mask=dataset.mask)
+    except UsageError as error:
+        raise UsageError(f"{packed}: {error}") from error
     evaluated = None if options.eval is None else _evaluation_set(Path(options.eval), dataset, mask)
     accumulation, order = _plan(dataset, options, processes)
     _check_here(options, on_gpu=on_gpu)
@@ -158,6 +163,8 @@ def train(
         on_first_process(
             lambda: _write_out(finished, sharded, partial, options, dataset, tokenizer, report, order=order, say=say)
         )
+    if options.eval is not None:
+        say(f"the evaluation set by turn, with intervals: {shlex.join(['ismdata', 'eval', str(output), options.eval])}")
     return report
 
 
@@ -193,6 +200,7 @@ def _evaluation_set(folder: Path, dataset: PackedDataset, mask: str) -> PackedDa
 
 def _check_here(options: TrainOptions, *, on_gpu: bool) -> None:
     """Raise UsageError for what this machine cannot do."""
+    _check_trackers(options.report_to)
     if options.fsdp and not on_gpu:
         raise UsageError(
             "--fsdp needs GPUs: accelerate shards models over them alone. Leave it out to train on CPUs (DDP)"
@@ -203,6 +211,20 @@ def _check_here(options: TrainOptions, *, on_gpu: bool) -> None:
         )
     if options.precision == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UsageError("--precision bfloat16: this GPU cannot compute in it; expected float32")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise UsageError for a tracker that the Trainer does not know, or whose package is not installed."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    if "tensorboard" in names and find_spec("tensorboard") is None:
+        raise UsageError("--report-to tensorboard: it is not installed. pip install tensorboard")
+    others = [name for name in names if name != "tensorboard"]
+    try:
+        for tracker in get_reporting_integration_callbacks(others):  # type: ignore[no-untyped-call]
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--report-to {' '.join(others)}: {error}") from error
 
 
 def _tell_of_another_mask(model: PreTrainedModel, mask: str, say: Callable[[str], None]) -> None:
@@ -327,7 +349,8 @@ def _report(
         output=output,
         mask=mask,
         backend=backend,
-        parameters=sum(parameter.numel() for parameter in trained.parameters()),
+        # Adapters are merged at the end: they are no parameters of what is saved.
+        parameters=sum(each.numel() for name, each in trained.named_parameters() if ".lora_" not in name),
         steps=trainer.state.global_step,
         first_loss=losses[0][1],
         last_loss=losses[-1][1],

@@ -144,6 +144,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+_KIND_NAMES = {
+    "str": "text in quotes",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple[str, ...]": 'a list of names, as in ["tensorboard"]',
+    "dict[str, Any]": "a table",
+}
+
+
 def _check_kinds(options: TrainOptions | Mapping[str, Any]) -> None:
     values = options if isinstance(options, Mapping) else vars(options)
     for each in fields(TrainOptions):
@@ -153,7 +163,10 @@ def _check_kinds(options: TrainOptions | Mapping[str, Any]) -> None:
         kind, _, optional = str(each.type).partition(" | ")
         fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
         if not (fits or (optional and value is None)):
-            raise UsageError(f"{flag(each.name)} is {value!r}; expected {_KINDS[kind][-1].__name__}")
+            raise UsageError(f"{flag(each.name)} is {value!r}; expected {_KIND_NAMES[kind]}")
+    words = values.get("report_to", ())
+    if not all(isinstance(word, str) for word in words):
+        raise UsageError(f"--report-to is {list(words)!r}; expected {_KIND_NAMES['tuple[str, ...]']}")
 
 
 def _check_values(options: TrainOptions) -> None:
@@ -165,6 +178,10 @@ def _check_values(options: TrainOptions) -> None:
     for name in ("warmup", "workers", "seed"):
         if values[name] < 0:
             raise UsageError(f"{flag(name)} is {values[name]}; expected 0 or more")
+    if values["seed"] >= 1 << 32:
+        raise UsageError(f"--seed is {values['seed']}; expected less than 2^32")
+    if options.eval_every is not None and options.eval is None:
+        raise UsageError("--eval-every is given without --eval; name the packed folder to measure, or leave it out")
     for name in ("epochs", "learning_rate", "lora_alpha"):
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise UsageError(f"{flag(name)} is {values[name]}; expected a number above 0")

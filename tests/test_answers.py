@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from ismdata.answers import find_answers
 from ismdata.convert import convert
@@ -88,6 +89,17 @@ def test_turns_of_every_third_answer(corpus, tmp_path, seq_len):
     shards = packed(corpus, tmp_path / "p", mask="prefix", seq_len=seq_len, prefix_every=3)
     found = check(shards)
     assert ("many", 24) in found and all(turn % 3 == 0 for _, turn in found)
+
+
+@pytest.mark.parametrize(("source", "seq_len"), [("whole", 128), ("whole", 1024), ("gaps", 1024)])
+def test_turns_in_the_glm_layout(corpus, tmp_path, source, seq_len):
+    """What stands before each answer there is no answer, though it is given to the model as one is."""
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "[MASK]", "[START]"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {"chat_template": "chatml", "workers": 1, "seq_len": seq_len, "layout": "glm"}
+    pack([corpus / source], tmp_path / "p", tokenizer=str(tmp_path / "tokenizer"), **options)
+    assert check(PackedShards(tmp_path / "p")) == check(packed(corpus, tmp_path / "plain", source=source, seq_len=1024))
 
 
 @pytest.mark.parametrize("mask", ["ism", "prefix"])

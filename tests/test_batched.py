@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from ismdata import batched
+from ismdata import batched, greedy
 from ismdata.attention import attach
 from ismdata.batched import answer_many
 from ismdata.errors import DataError, UsageError
@@ -69,20 +69,20 @@ def test_many_at_once_are_each_alone(architecture, mask, monkeypatch):
     assert len(chosen_on[0]) <= 3
     assert len({len(logits) for logits in chosen_on}) > 1  # they end at different times
 
-    seen = []
-    forward = batched._forward
-    monkeypatch.setattr(batched, "_forward", lambda *all: seen.append(forward(*all)) or seen[-1])
+    given, seen = [], []
+    greedy_answers = batched.greedy_answers
+    monkeypatch.setattr(
+        batched, "greedy_answers", lambda *all, **named: given.append(all[1]) or greedy_answers(*all, **named)
+    )
+    feed = greedy._feed
+    monkeypatch.setattr(greedy, "_feed", lambda *all, **named: seen.append(feed(*all, **named)) or seen[-1])
     for batch_size in (1, 3, 16):
         assert (
             answer_many(model, encoder, conversations, mask=mask, max_new_tokens=6, batch_size=batch_size) == expected
         )
-    order = sorted(range(7), key=lambda k: len(one_prompt(model, encoder, conversations[k], mask)))
-    first = seen[-max(map(len, chosen_on))]  # the prefill of the one batch of 16, shortest conversation first
+    order = sorted(range(7), key=lambda k: -len(given[-1][k]))
+    first = seen[-max(map(len, chosen_on))]  # the prefill of the one batch of 16, longest conversation first
     torch.testing.assert_close(first, torch.stack([chosen_on[k][0] for k in order]), rtol=0, atol=1e-5)
-
-
-def one_prompt(model, encoder, messages, mask):
-    return batched._prompt(model, encoder, messages, None, mask, 0).ids
 
 
 def test_answers_that_fill_the_positions():

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from ismdata import evaluate, generate_eval
+from ismdata import evaluate, greedy
 from ismdata.answers import find_answers
 from ismdata.attention import attach
 from ismdata.bootstrap import Bootstrap
 from ismdata.collate import Collator
+from ismdata.convert import convert
 from ismdata.dataset import PackedDataset
+from ismdata.decoding import EndOfTurn
 from ismdata.errors import DataError, UsageError
 from ismdata.evaluate import answer_losses, likelihood, target_losses
-from ismdata.generate_eval import Context, contexts, generate_answers
+from ismdata.generate_eval import generate_answers
+from ismdata.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
+from ismdata.greedy import Prompt, greedy_answers
+from ismdata.pack import pack
 from tests.oracle import Row
+from tests.test_glm_layout import save_tokenizer
 from tests.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -244,15 +251,15 @@ def test_greedy_answers_equal_the_plainest_way(tmp_path, monkeypatch, mask):
     dataset = packed_folder(tmp_path / "p", documents, mask=mask, rows=in_rows(8, 3, seed=2))
     answers = find_answers(dataset.shards)
     stock, model = tiny_model(seed=3), attach(tiny_model(seed=3))
-    prompts = contexts(dataset, answers, range(len(answers)), mask=mask)
-    first = generate_answers(model, Ending(), prompts, max_new_tokens=8)
+    options = {"mask": mask, "max_new_tokens": 8}
+    first = generate_answers(model, Ending(), dataset, answers, range(len(answers)), **options)
     # Two tokens in a row that it says anyway end an answer; so does one that it says elsewhere.
     said = next(answer for answer in first if len(set(answer)) > 2)
     ending, stop = said[1:3], next(answer for answer in first if answer != said)[1]
-    monkeypatch.setattr(generate_eval, "_BATCH_TOKENS", 120)
+    monkeypatch.setattr(greedy, "_BATCH_TOKENS", 120)
     for ids, stops in ([], set()), (ending, {stop}), (said[:1], {said[0], stop}):
         model.generation_config.eos_token_id = list(stops) or None
-        found = generate_answers(model, Ending(*ids), prompts, max_new_tokens=8)
+        found = generate_answers(model, Ending(*ids), dataset, answers, range(len(answers)), **options)
         for at, answer in enumerate(found):
             number, turn = int(answers.conversation[at]), int(answers.turn[at])
             document = documents[number]
@@ -265,17 +272,91 @@ def test_greedy_answers_equal_the_plainest_way(tmp_path, monkeypatch, mask):
     assert max(map(len, first)) == 8
 
 
-def test_generation_ends_with_the_positions():
-    model = attach(tiny_model())
+@pytest.mark.parametrize("mask", MASKS)
+def test_greedy_answers_in_the_glm_layout(tmp_path, mask):
+    """Each token on the logits of one forward of all before it, whose positions are counted out here."""
+    save_tokenizer(tmp_path / "tokenizer", "[MASK]", "<sop>")
+    lines = []
+    for number in range(5):
+        said = [f"{word} {number}" for word in ("red", "a blue one", "green", "so", "one two", "south")]
+        roles = ("user", "assistant") * 3
+        messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)][: 2 + number]
+        lines.append(json.dumps({"id": str(number), "messages": messages}) + "\n")
+    (tmp_path / "talks.jsonl").write_text("".join(lines), encoding="utf-8")
+    convert([str(tmp_path / "talks.jsonl")], tmp_path / "converted")
+    options = {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": "chatml", "layout": "glm", "mask": mask}
+    pack([tmp_path / "converted"], tmp_path / "packed", seq_len=256, **options)
+    dataset = PackedDataset(tmp_path / "packed")
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": dataset.shards.index["tokenizer"]["vocab_size"]}
+    model = attach(IsmdataGlmForCausalLM(IsmdataGlmConfig(**sizes)).double().eval())
+    answers = find_answers(dataset.shards)
+    assert len(answers) > 5
+    found = generate_answers(model, Ending(), dataset, answers, range(len(answers)), mask=mask, max_new_tokens=5)
+    for at, answer in enumerate(found):
+        assert len(answer) == 5
+        sequence = dataset[int(answers.row[at])].sequence
+        begin, start = int(answers.document[at]), int(answers.start[at])
+        batch = Collator(mask)([dataset[int(answers.row[at])]])
+        first, second = (batch[name][0, begin:start].tolist() for name in ("position_ids", "position_ids_2"))
+        kv_end = (batch["kv_end"][0, begin:start] - begin).tolist()
+        tokens = sequence.input_ids[begin:start].tolist()
+        assert second[-1] == 1 and first[-1] == first[-2]  # [MASK], [START]
+        for count, token in enumerate(answer, 2):
+            with torch.no_grad():
+                logits = model(
+                    input_ids=torch.tensor([tokens]),
+                    doc_start=torch.zeros(1, len(tokens), dtype=torch.int32),
+                    kv_end=torch.tensor([kv_end], dtype=torch.int32),
+                    position_ids=torch.tensor([first]),
+                    position_ids_2=torch.tensor([second]),
+                ).logits[0, -1]
+            assert token == int(logits.argmax())
+            tokens.append(token)
+            kv_end.append(len(tokens))
+            first.append(first[-1])
+            second.append(count)
+
+
+def prompt(length, limit):
+    return Prompt(
+        input_ids=np.arange(2, length + 2, dtype=np.int32),
+        kv_end=np.full(length, length, np.int32),
+        position_ids=np.arange(length, dtype=np.int32),
+        position_ids_2=np.zeros(length, np.int32),
+        limit=limit,
+    )
+
+
+def test_answers_end_at_their_limits():
+    model, never = attach(tiny_model()), EndOfTurn(ids=(), stop=frozenset())
+    limits = [3, 0, -2, 8, 5]
+    prompts = [prompt(length, limit) for length, limit in zip((7, 10, 12, 3, 0), limits, strict=True)]
+    counts = []
+    found = greedy_answers(model, prompts, never, progress=lambda done, total: counts.append((done, total)))
+    assert [len(answer) for answer in found] == [3, 0, 0, 8, 0]
+    assert counts == [(5, 5)]
+    assert greedy_answers(model, [], never) == []
+
+
+def test_an_end_of_turn_is_cut_off_once(monkeypatch):
+    """What an answer says before its end may look like the beginning of another; what there is of one goes too."""
+    end = EndOfTurn(ids=(7, 8), stop=frozenset({9}))
+    for said, expected in ([5, 7, 7, 8], [5, 7]), ([7, 9], []), ([7, 7, 9], [7]), ([8, 7, 7, 6, 7], [8, 7, 7, 6]):
+        steps = iter(said)
+        monkeypatch.setattr(greedy, "_feed", lambda *all, steps=steps, **named: torch.eye(61)[[next(steps)]])
+        assert greedy_answers(attach(tiny_model()), [prompt(4, 5)], end) == [expected]
+
+
+def test_generation_ends_with_the_positions(tmp_path):
+    documents = [[(QUERY, 7), (ANSWER, 2)], [(QUERY, 10), (ANSWER, 2)], [(ANSWER, 3)]]
+    dataset = packed_folder(tmp_path / "p", documents, mask="ism", rows=[[0, 1, 2]])
+    answers, model = find_answers(dataset.shards), attach(tiny_model())
     model.config.max_position_embeddings = 10
-    context = Context(input_ids=np.arange(2, 9, dtype=np.int32), kv_end=np.full(7, 7, np.int32))
-    long = Context(input_ids=np.arange(2, 12, dtype=np.int32), kv_end=np.full(10, 10, np.int32))
-    none = Context(input_ids=np.zeros(0, np.int32), kv_end=np.zeros(0, np.int32))
-    found = generate_answers(model, Ending(), [context, long, none], max_new_tokens=8)
-    assert [len(answer) for answer in found] == [3, 0, 0]
-    assert generate_answers(model, Ending(), [], max_new_tokens=8) == []
+    found = generate_answers(model, Ending(), dataset, answers, [1, 0, 2], mask="ism", max_new_tokens=8)
+    assert [len(answer) for answer in found] == [0, 3, 0]
     with pytest.raises(UsageError, match="--max-new-tokens is 0"):
-        generate_answers(model, Ending(), [context], max_new_tokens=0)
+        generate_answers(model, Ending(), dataset, answers, [0], mask="ism", max_new_tokens=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -283,11 +364,11 @@ def test_generation_ends_with_the_positions():
 def test_a_gpu_gives_what_the_cpu_gives(tmp_path, mask):
     dataset = packed_folder(tmp_path / "p", list(talks(12, seed=13)), mask=mask, rows=in_rows(12, 4))
     answers = find_answers(dataset.shards)
-    prompts = contexts(dataset, answers, range(len(answers)), mask=mask)
-    found = []
+    found, every = [], range(len(answers))
     for device in ("cpu", "cuda"):
         model = attach(tiny_model().to(device))
         losses = answer_losses(model, dataset, answers, mask=mask)
-        found.append((losses, generate_answers(model, Ending(7), prompts, max_new_tokens=8)))
+        options = {"mask": mask, "max_new_tokens": 8}
+        found.append((losses, generate_answers(model, Ending(7), dataset, answers, every, **options)))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-9)
     assert found[0][1] == found[1][1]

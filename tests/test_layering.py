@@ -26,7 +26,7 @@ problems invariants verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends
 architecture weighted_loss glm canary attention presets
 train_options distributed order metrics loss resume base_model model_out train_progress trainer train
-next_context conversation_line decoding feeding cache_policy held transcript session batched chat
+next_context conversation_line decoding greedy feeding cache_policy held transcript session batched chat
 evaluate generate_eval eval_results eval_run
 row_view view eval_view demo command bench
 train_command eval_command chat_command
@@ -42,7 +42,7 @@ MODEL_FILES = {
     *("architecture", "weighted_loss", "glm", "canary", "attention"),
     *("order", "loss", "resume", "base_model", "model_out", "train_progress", "trainer"),
     *("evaluate", "generate_eval", "eval_results", "eval_run"),
-    *("decoding", "feeding", "cache_policy", "held", "transcript", "session", "batched", "chat"),
+    *("decoding", "greedy", "feeding", "cache_policy", "held", "transcript", "session", "batched", "chat"),
     *("bench/attention", "bench/cases", "bench/steps", "bench/timing", "bench/yardstick"),
     *("bench/flops", "bench/latency", "bench/models"),
 }

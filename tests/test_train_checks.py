@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ismdata import attention, metrics, model_out
@@ -17,6 +18,7 @@ from ismdata.errors import DataError, UsageError
 from ismdata.folders import load_index, write_index
 from ismdata.loss import COUNTS, TrainingCollator
 from ismdata.metrics import peak_flops, read_column, training_flops
+from ismdata.train import _check_trackers
 from ismdata.train_progress import Cost
 from tests.tiny import VOCABULARY, tiny_model, write_packed
 from tests.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
@@ -171,3 +173,26 @@ def test_operations_are_those_of_a_loop():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("a card of tomorrow") is None
+
+
+@pytest.mark.parametrize("name", ["nothing", "wandb"])
+def test_trackers_that_are_not_there(monkeypatch, name):
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(UsageError, match=f"--report-to {name}: "):
+        _check_trackers((name,))
+    _check_trackers(())
+
+
+def test_a_full_disk_while_the_model_is_written(monkeypatch, tmp_path):
+    """safetensors' own error becomes one that the run's folder explains."""
+
+    def full(*args, **named):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = tiny_model()
+    monkeypatch.setattr(model, "save_pretrained", full)
+    monkeypatch.setattr(model_out, "set_generation_ends", lambda *args: None)
+    with pytest.raises(OSError, match="No space left"):
+        model_out.save_model(model, None, tmp_path, dataset=None, tokenizer_files=[])

@@ -36,12 +36,12 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(config):
     [
         ("lerning_rate = 1e-4", "'lerning_rate' is no option of training; the nearest is 'learning_rate'"),
         ("optimizer = 'adam'", "'optimizer' is no option of training; the nearest is"),
-        ("batch_size = 'four'", "--batch-size is 'four'; expected int"),
-        ("batch_size = true", "--batch-size is True; expected int"),
-        ("lora = 1", "--lora is 1; expected bool"),
+        ("batch_size = 'four'", "--batch-size is 'four'; expected a whole number"),
+        ("batch_size = true", "--batch-size is True; expected a whole number"),
+        ("lora = 1", "--lora is 1; expected true or false"),
         ("batch_size = 2\nbatch-size = 3", "'batch_size' is given twice"),
         ("batch_size = ", "not valid TOML"),
-        ("steps = nan", "--steps is nan; expected int"),
+        ("steps = nan", "--steps is nan; expected a whole number"),
     ],
     ids=["typo", "unknown", "kind", "bool for int", "int for bool", "twice", "no TOML", "nan"],
 )
@@ -63,8 +63,24 @@ def test_a_file_that_is_at_fault(config, text, message):
         ({"loss_weighting": "turn"}, "expected one of token, answer, conversation"),
         ({"schedule": "step"}, "expected one of cosine, linear, constant"),
         ({"fsdp_config": {"version": 2}}, "fsdp_config is given without fsdp"),
+        ({"seed": 1 << 32}, "--seed is 4294967296; expected less than"),
+        ({"eval_every": 5}, "--eval-every is given without --eval"),
+        ({"report_to": (1,)}, r"--report-to is \[1\]; expected a list of names"),
     ],
-    ids=["steps", "warmup", "rate", "epochs", "norm", "precision", "weighting", "schedule", "fsdp"],
+    ids=[
+        "steps",
+        "warmup",
+        "rate",
+        "epochs",
+        "norm",
+        "precision",
+        "weighting",
+        "schedule",
+        "fsdp",
+        "seed",
+        "eval",
+        "to",
+    ],
 )
 def test_values_that_cannot_be(fields, message):
     with pytest.raises(UsageError, match=message):
