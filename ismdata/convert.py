@@ -32,7 +32,7 @@ from ismdata.readers.base import Choices, Paths, Preference, Side
 from ismdata.readers.canonical import Rules, role_table
 from ismdata.readers.opening import Format, opened
 from ismdata.readers.reading import read_block
-from ismdata.readers.sources import SavedDataset, Source, expand
+from ismdata.readers.sources import SavedDataset, Source, expand, told_apart
 from ismdata.sampling import parse_split
 from ismdata.workers import Workers
 
@@ -95,7 +95,7 @@ def convert(
         output_folder(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
         Workers(workers or os.cpu_count() or 1, processes=processes) as pool,
     ):
-        expanded = [source for argument in sources for source in expand(argument)]
+        expanded = told_apart([source for argument in sources for source in expand(argument)])
         others = [_other(argument) for argument in selection.against]
         options = {
             "format": format,

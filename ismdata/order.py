@@ -100,6 +100,7 @@ def padding_sample(dataset: PackedDataset) -> Sample:
         sequence=shards.Sequence(
             input_ids=np.full(seq_len, dataset.shards.index["tokenizer"].get("pad_id") or 0, np.int32),
             position_ids=np.zeros(seq_len, np.int32),
+            position_ids_2=np.zeros(seq_len, np.int32) if dataset.layout == "glm" else None,
             loss_mask=np.zeros(seq_len, np.uint8),
             seq_lens=np.zeros(0, np.int32),
             spans=nothing,

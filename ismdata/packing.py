@@ -236,8 +236,7 @@ def _group(
         places += inside[: len(places)]
         grouped[places] = dealing.shuffled_documents(number, by_length)
 
-    # Pieces that follow one another write side by side: threads are kept out of each other's lines of the cache.
-    _run(threads, place, _apart(turn, _threads()))
+    _run(threads, place, turn.tolist())
     return grouped
 
 
@@ -389,12 +388,6 @@ def _cut(borders: NDArray[np.int64], size: int) -> list[int]:
     while cuts[-1] < len(borders) - 1:
         cuts.append(max(cuts[-1] + 1, int(np.searchsorted(borders, borders[cuts[-1]] + size, side="right")) - 1))
     return cuts
-
-
-def _apart(pieces: NDArray[np.int64], runs: int) -> list[int]:
-    """The same pieces, cut into as many runs of neighbours: the first of each run, then the second of each, and on."""
-    length = -(-len(pieces) // runs)
-    return [piece for nth in range(length) for piece in pieces[nth::length].tolist()]
 
 
 def _run(threads: Executor, work: Callable[[int], None], pieces: Iterable[int]) -> None:

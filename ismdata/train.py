@@ -120,6 +120,11 @@ def train(
         collator = replace(collator, tables=attached_backend(model) == "varlen")
         if not compute_loss_at_targets(model):
             say(f"{options.model}: its head cannot be parted from its loss, so logits are made at every token")
+        if 0 < order.steps <= options.warmup:
+            say(
+                f"the warm-up of {options.warmup} steps fills the run of {order.steps}: the learning rate does not get "
+                "to its peak. Pass a smaller --warmup"
+            )
         trained = with_lora(model, options) if options.lora else model
         identity = _identity(trained, dataset, order, options, mask=mask, precision=precision)
         decided = on_first_process(lambda: go_on(partial, identity, overwrite=overwrite))

@@ -14,10 +14,12 @@ from ismdata import attention, masks
 from ismdata.attention import attach
 from ismdata.collate import IGNORE_INDEX, Collator
 from ismdata.convert import convert
+from ismdata.dataset import PackedDataset
 from ismdata.errors import UsageError
 from ismdata.glm import GlmRotaryEmbedding, IsmdataGlmConfig, IsmdataGlmForCausalLM
 from ismdata.glm_layout import block_positions, positions, token_positions
 from ismdata.masks import ANSWER, PROMPT, QUERY
+from ismdata.order import NOTHING, OrderedDataset
 from ismdata.pack import pack
 from ismdata.train import train
 from tests.test_glm_layout import save_tokenizer
@@ -309,6 +311,15 @@ def talks(tmp_path_factory):
 def packed_talks(talks, output, **options):
     pack([talks / "converted"], output, tokenizer=str(talks / "tokenizer"), chat_template="chatml", **options)
     return output
+
+
+def test_a_step_filled_up_with_padding_has_two_positions(talks, tmp_path):
+    packed = packed_talks(talks, tmp_path / "packed", seq_len=128, layout="glm")
+    dataset = OrderedDataset(PackedDataset(packed))
+    batch = Collator()([dataset[0], dataset[NOTHING]])
+    assert batch["position_ids_2"].shape == batch["input_ids"].shape == (2, 128)
+    assert not batch["position_ids_2"][1].any()
+    assert (batch["labels"][1] == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize("mask", ["ism", "prefix"])

@@ -242,14 +242,6 @@ def test_documents_are_grouped_by_length(monkeypatch):
     assert total.tolist() == histogram(lengths, 20).tolist()
 
 
-@pytest.mark.parametrize(
-    ("pieces", "runs", "expected"),
-    [(1, 1, [0]), (3, 1, [0, 1, 2]), (7, 2, [0, 4, 1, 5, 2, 6, 3]), (6, 3, [0, 2, 4, 1, 3, 5]), (3, 16, [0, 1, 2])],
-)
-def test_pieces_that_are_done_at_once_are_no_neighbours(pieces, runs, expected):
-    assert packing._apart(np.arange(pieces), runs) == expected
-
-
 @pytest.mark.parametrize("threads", [1, 5])
 def test_threads_leave_no_trace(monkeypatch, pieces, threads):
     lengths = np.random.default_rng(3).integers(1, 100, 5000)

@@ -10,11 +10,12 @@ import re
 import stat
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -62,10 +63,12 @@ class FileSource:
     `passed_over` names what was left aside on the way to it: in its folder or zip archive (said at the first source of
     these), and in the tar archive that it is (once its parts have been read). `found` says that it was not named but
     found in a folder: an archive without a corpus or a file of no known format is then passed over, not refused.
+    `told_apart_as` is what records without an id are named after where another source's file has the same name.
     """
 
     name: str
     path: Path
+    told_apart_as: str | None = None
     member: zipfile.ZipInfo | None = None
     archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
     found: bool = False
@@ -73,6 +76,11 @@ class FileSource:
 
     #: Whether it can be read only once; `bytes` and `sha256()` are then known only after that.
     once = False
+
+    @property
+    def place(self) -> PurePosixPath:
+        """Where it is: a path, which goes on inside an archive."""
+        return PurePosixPath(self.name.replace("!", "/"))
 
     @property
     def bytes(self) -> int:
@@ -108,7 +116,7 @@ class FileSource:
             yield from parts_of(
                 member.stream,
                 name=self.name,
-                stem=member.stem,
+                stem=self.told_apart_as or member.stem,
                 position=member.position,
                 packed=lambda: size,
                 left=self.passed_over,
@@ -119,7 +127,7 @@ class FileSource:
             yield from parts_of(
                 file,
                 name=self.name,
-                stem=stem_of(self.path.name),
+                stem=self.told_apart_as or stem_of(self.path.name),
                 position=file.tell,
                 packed=file.tell,
                 left=self.passed_over,
@@ -254,6 +262,30 @@ def expand(argument: str) -> list[Source | SavedDataset]:
     if _HUB_NAME.match(argument) and not _FILE_ENDING.search(argument) and not path.parent.is_dir():
         return _from_hub(argument)
     raise DataError(f"{printable(argument)}: no such file or folder; expected a corpus. See whether the name is right")
+
+
+def told_apart(sources: Sequence[Source | SavedDataset]) -> list[Source | SavedDataset]:
+    """The same sources; where files in several folders have one name, their records are named after folders too.
+
+    >>> film, music = (FileSource(name=name, path=Path(name)) for name in ("kd/film/dev.json", "kd/music/dev.json"))
+    >>> [source.told_apart_as for source in told_apart([film, music])]
+    ['film/dev', 'music/dev']
+    """
+    told: list[Source | SavedDataset] = [*sources]
+    alike: defaultdict[str, list[tuple[int, FileSource]]] = defaultdict(list)
+    for number, source in enumerate(sources):
+        if isinstance(source, FileSource):
+            alike[stem_of(source.place.name)].append((number, source))
+    for stem, files in alike.items():
+        paths = [(*source.place.parts[:-1], stem) for _, source in files]
+        whole = [source.place.parts for _, source in files]
+        if len({*paths}) < len({*whole}):  # names that differ in their endings alone
+            paths = whole
+        if len({*paths}) > 1:
+            depth = next(depth for depth in count(1) if len({path[-depth:] for path in paths}) == len({*paths}))
+            for (number, source), path in zip(files, paths, strict=True):
+                told[number] = replace(source, told_apart_as="/".join(path[-depth:]))
+    return told
 
 
 def _kind(name: str, path: Path) -> int | None:
