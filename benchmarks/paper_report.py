@@ -279,13 +279,14 @@ def draw(found: dict[str, Any], output: Path) -> None:
 
     for name, panel in (("paper-turns", _draw_turns), ("paper-compute", _draw_compute)):
         figure, panels = pyplot.subplots(
-            1, len(found), figsize=(5.5 * len(found), 4.2), layout="constrained", squeeze=False
+            1, len(found), figsize=(max(7, 5.2 * len(found)), 4.4), layout="constrained", squeeze=False
         )
         for axes, (title, facts) in zip(panels[0], found.items(), strict=True):
             panel(axes, facts)
             axes.set(title=title, ylabel="nats a token")
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, fontsize=9, ncols=3, loc="outside lower center")
         figure.savefig(output / f"{name}.svg", metadata={"Date": None})
         figure.savefig(output / f"{name}.png", dpi=120)
         pyplot.close(figure)
@@ -318,7 +319,10 @@ def _draw_compute(axes: Any, facts: dict[str, Any]) -> None:
             [[np.mean(seeds) - min(seeds)], [max(seeds) - np.mean(seeds)]],
             color=METHODS[row["method"]].colour,
             marker="o" if row["budget"] == CONVERSATIONS else "s",
+            linestyle="none",
             capsize=3,
             label=_label(row),
         )
-    axes.set(xlabel="tokens that training took (bars: lowest and highest seed)", xscale="log")
+    axes.set(xlabel="million tokens that training took (bars: lowest and highest seed)", xscale="log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(lambda tokens, _: f"{tokens / 1e6:.2g}" if f"{tokens:e}"[0] in "125" else "")

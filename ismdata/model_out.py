@@ -87,7 +87,14 @@ def write_card(
     shown = {name: value for name, value in options.as_dict().items() if value not in (None, False, (), {})}
     shown |= {"global_batch": global_batch, "mask": mask}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    given = "\n".join(f"{name} = {_toml(value)}" for name, value in sorted(shown.items()) if name != "fsdp_config")
+    unused = {"epochs"} if options.steps is not None else set()
+    unused |= set() if options.lora else {"lora_rank", "lora_alpha"}
+    sharding = shown.pop("fsdp_config", {})
+    given = "\n".join(f"{name} = {_toml(value)}" for name, value in sorted(shown.items()) if name not in unused)
+    if sharding:
+        given += "\n\n[fsdp_config]\n" + "\n".join(
+            f"{name} = {_toml(value)}" for name, value in sorted(sharding.items())
+        )
     curves = f"\n![Loss, gradient norm and learning rate]({CURVES_NAME})\n" if (folder / CURVES_NAME).exists() else ""
     (folder / CARD_NAME).write_text(
         f"""---

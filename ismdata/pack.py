@@ -31,6 +31,7 @@ from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, 
 from ismdata.glm_layout import LAYOUTS, LayoutName
 from ismdata.journal import Journal
 from ismdata.masks import BLOCK_SIZE, MASKS
+from ismdata.memory import give_back
 from ismdata.overlong import POLICIES, Policy
 from ismdata.packing import plan
 from ismdata.sequences import sequences
@@ -117,6 +118,7 @@ def pack(
             spool, quarantine, tally, backend = tokenize(
                 sources, encoding, options, tokenizer_backend, partial, journal, notify=notify, progress=progress
             )
+            give_back()  # what tokenizing took
             lengths = spool.seal()
             if not len(lengths):
                 raise DataError(_nothing_left(sources, quarantine))
@@ -128,7 +130,7 @@ def pack(
         totals = tally.totals(lengths, options.seq_len, sequences=rows)
         refusals = quarantine.first()
         index = _index(partial, encoding, options, counts, totals, shards, tally.weighted, sources)
-        index["tokenizer"]["backend"] = backend.name
+        index["tokenizer"]["backend"] = backend
         index["options"]["tokenizer_backend"] = tokenizer_backend
         quarantined = describe_file(partial / QUARANTINE_NAME, sum(quarantine.reasons.values()))
         index["quarantine"] = asdict(quarantined)

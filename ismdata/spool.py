@@ -33,8 +33,11 @@ _FILES: dict[str, tuple[Any, int]] = {
     "name_starts": (np.int64, 1),
 }
 
-#: Documents whose tokens are read before the memory that this took is let go of.
-_DOCUMENTS_AT_ONCE = 128
+#: Documents that are read of a file before the memory that this took is let go of.
+_DOCUMENTS_AT_ONCE = 32
+
+#: Rows of a document, on average, from which on copying its rows in one piece beats an index for each row.
+_LONG = 64
 
 
 class Spool:
@@ -95,39 +98,40 @@ class Spool:
 
     def gather(self, documents: IntArray) -> Gathered:
         """The documents numbered, in that order: copies, so that no memory stays taken by the files."""
-        of = self._maps
         lengths, span_counts, name_lengths = (
-            of[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
+            self._maps[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
         )
-        span_rows = ragged_arange(of["span_starts"][documents], span_counts)
-        name_bytes = of["conversation_ids"][ragged_arange(of["name_starts"][documents], name_lengths)]
+        span_starts = self._maps["span_starts"][documents]
+        names = self._rows_of("conversation_ids", self._maps["name_starts"][documents], name_lengths)
         offsets = np.concatenate([[0], np.cumsum(name_lengths)]).astype(np.int32)
         gathered = Gathered(
-            input_ids=self._tokens(documents, lengths),
+            input_ids=self._rows_of("input_ids", self._maps["id_starts"][documents], lengths),
             lengths=lengths,
             span_counts=span_counts,
-            spans=of["spans"][span_rows],
-            span_weights=of["span_weights"][span_rows],
-            names=pa.StringArray.from_buffers(
-                len(documents), pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(name_bytes))
-            ),
+            spans=self._rows_of("spans", span_starts, span_counts),
+            span_weights=self._rows_of("span_weights", span_starts, span_counts),
+            names=pa.StringArray.from_buffers(len(documents), pa.py_buffer(offsets), pa.py_buffer(names)),
         )
         for column in self._columns.values():
             column.release()
         return gathered
 
-    def _tokens(self, documents: IntArray, lengths: IntArray) -> NDArray[np.int32]:
-        """The tokens of documents. A page that is read brings its neighbours along, so few are held at a time."""
-        starts, ends = self._maps["id_starts"][documents], np.cumsum(lengths)
-        input_ids = np.empty(int(lengths.sum()), np.int32)
-        for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+    def _rows_of(self, name: str, starts: IntArray, counts: IntArray) -> NDArray[Any]:
+        """The rows of a file that documents have: from each start on, so many. A page that is read brings its
+        neighbours along, so few are held at a time.
+        """
+        rows, ends = self._maps[name], np.cumsum(counts)
+        taken = np.empty((int(counts.sum()), *rows.shape[1:]), rows.dtype)
+        for first in range(0, len(starts), _DOCUMENTS_AT_ONCE):
             part = slice(first, first + _DOCUMENTS_AT_ONCE)
-            begin, end = ends[first] - lengths[first], ends[part][-1]
-            spans = zip(starts[part].tolist(), lengths[part].tolist(), strict=True)
-            tokens = self._maps["input_ids"]
-            np.concatenate([tokens[start : start + length] for start, length in spans], out=input_ids[begin:end])
-            self._columns["input_ids"].release()
-        return input_ids
+            out = taken[ends[first] - counts[first] : ends[part][-1]]
+            if len(out) > _LONG * len(starts[part]):
+                spans = zip(starts[part].tolist(), counts[part].tolist(), strict=True)
+                np.concatenate([rows[start : start + count] for start, count in spans], out=out)
+            else:
+                out[:] = rows[ragged_arange(starts[part], counts[part])]
+            self._columns[name].release()
+        return taken
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ismdata.errors import DataError, UsageError
+from ismdata.memory import give_back
 
 if TYPE_CHECKING:
     import tokenizers
@@ -157,6 +158,7 @@ class _Forgetting:
     def encode_batch(self, texts: Any) -> Any:
         if self._seen > _REMEMBERED_BYTES:
             del self._tokenizer  # before another one takes as much memory
+            give_back()
             self._load()
         self._seen += texts.nbytes
         return self._tokenizer.encode_batch(texts)

@@ -69,7 +69,8 @@ class Source:
         for file in self.files:
             path = self.folder / file.name
             try:
-                with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
+                # Not mapped: pages that have been read would be kept, up to all of the file.
+                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
                     if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
                         raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
                     for batch in stream:
@@ -187,8 +188,9 @@ def tokenize(
     *,
     notify: Callable[[str], None],
     progress: Progress,
-) -> tuple[Spool, Quarantine, Tally, Backend]:
-    """Read, render, tokenise and spool everything, or what the journal does not have yet; the backend that did it last.
+) -> tuple[Spool, Quarantine, Tally, str]:
+    """Read, render, tokenise and spool everything, or what the journal does not have yet; and the name of the backend
+    that did it last, which itself is let go of: it may remember a lot.
 
     Raises DataError, UsageError.
     """
@@ -203,7 +205,7 @@ def tokenize(
         journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
     while True:
         try:
-            return *_go_on(sources, encoding, options, backend, folder, journal, progress), backend
+            return *_go_on(sources, encoding, options, backend, folder, journal, progress), backend.name
         except (BackendDiffers, BackendRefused) as found:
             if not chosen.may_leave:
                 raise disagreement(found) from found

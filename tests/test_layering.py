@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ismdata"
 #: From the top down, in the order in which data flows. A file may import what stands in a line above its own, and in
 #: its own line what stands to its left.
 LAYERS = """
-errors terminal limits
+errors terminal limits memory
 conversation masks columns lock folders journal
 digests near sampling limits
 shards bootstrap text_scores answers bins packing readers control_tokens template tokenizer_backends tokenizer turns
