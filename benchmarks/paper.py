@@ -40,7 +40,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from paper_report import COMPUTE, CONVERSATIONS, METHODS, Run, write_report
+from paper_report import COMPUTE, METHODS, Run, budgets, write_report
 
 from ismdata.demo import texts, train_tokenizer
 from ismdata.presets import PRESETS
@@ -224,7 +224,7 @@ class Experiment:
             Run(method=name, budget=budget, seed=seed)
             for seed in seeds
             for name, method in METHODS.items()
-            for budget in ((CONVERSATIONS,) if method.one_pass else (CONVERSATIONS, COMPUTE))
+            for budget in budgets(method)
         ]
 
 

@@ -145,7 +145,7 @@ def _bleu_groups(result: Results, lines: Sequence[dict[str, Any]]) -> FloatArray
 
 def whole_seeds(folder: Path) -> list[int]:
     """The seeds of which every run is done."""
-    every = [(name, budget) for name, method in METHODS.items() for budget in _budgets(method)]
+    every = [(name, budget) for name, method in METHODS.items() for budget in budgets(method)]
     first = [int(path.name.rsplit("-", 1)[1]) for path in folder.glob(f"eval-{REFERENCE}-*")]
     return sorted(
         seed
@@ -154,7 +154,8 @@ def whole_seeds(folder: Path) -> list[int]:
     )
 
 
-def _budgets(method: Method) -> tuple[str, ...]:
+def budgets(method: Method) -> tuple[str, ...]:
+    """What a way is run at: one pass is one run for both."""
     return (CONVERSATIONS,) if method.one_pass else (CONVERSATIONS, COMPUTE)
 
 
@@ -164,7 +165,7 @@ def facts_of(folder: Path, bootstrap: Bootstrap) -> dict[str, Any] | None:
     if not seeds:
         return None
     trained = [
-        read_trained(folder, name, budget, seeds) for name, method in METHODS.items() for budget in _budgets(method)
+        read_trained(folder, name, budget, seeds) for name, method in METHODS.items() for budget in budgets(method)
     ]
     reference = next(each for each in trained if each.method == REFERENCE)
     for each in trained:

@@ -141,10 +141,18 @@ def test_what_the_card_and_the_generation_config_say(packed, model, tmp_path):
     assert "Load it through ismdata" in card
     assert "| steps | 2 |" in card
     assert "steps = 2\n" in card
+    assert "epochs =" not in card and "lora_rank" not in card  # they decided nothing
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == ([2], 0)
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
     assert (tmp_path / "out" / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(1, False), (2, True)])
+def test_a_warm_up_that_fills_the_run_is_told(warmup, told, packed, model, tmp_path):
+    said = []
+    run(packed, tmp_path / "out", model=model, steps=2, warmup=warmup, say=said.append)
+    assert any("the warm-up of" in line for line in said) == told
 
 
 def test_the_end_of_a_turn_ends_a_generation(packed, monkeypatch):
