@@ -68,7 +68,8 @@ def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity) -> Conversa
     for name in _SPECIAL_FIELDS:
         if fields.field(name).null_count < len(fields):
             special |= fields.field(name).is_valid().to_numpy(zero_copy_only=False)
-    special |= pc.equal(pc.utf8_trim_whitespace(contents), "").to_numpy(zero_copy_only=False)
+    if sensitive.blank:
+        special |= pc.equal(pc.utf8_trim_whitespace(contents), "").to_numpy(zero_copy_only=False)
     for trigger in sensitive.triggers:
         special |= pc.match_substring(contents, trigger).to_numpy(zero_copy_only=False)
     counted = np.concatenate([[0], np.cumsum(special)])

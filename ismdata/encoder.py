@@ -68,7 +68,7 @@ class Encoding:
         """Write the tokenizer with its template, and how the template was rendered, into `folder`."""
         template = self.renderer.template
         self.tokenizer.pretrained.chat_template = template.source
-        self.tokenizer.pretrained.save_pretrained(str(folder))
+        self.tokenizer.save(folder)
         settings = {
             "template": template.name,
             "history": self.history,
@@ -141,7 +141,7 @@ def probe(
             f"The template rewrites history: after {fed[:60]!r} was fed, it renders {rewritten[:60]!r}. "
             f"History goes by --history {way}."
         )
-    sensitive = sensitivity(renderer)
+    sensitive = sensitivity(renderer, prepends=loaded.prepends)
     if sensitive.everything:
         notes.append("The template acts on what messages say, so each conversation is rendered by itself: slower.")
     if not found.end_of_turn:

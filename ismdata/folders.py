@@ -77,10 +77,31 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
+class GrowingFile:
+    """A file that someone writes, hashed as it grows: what is new is read while the system still holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def follow(self) -> None:
+        """Hash what was written since."""
+        with self.path.open("rb") as file:
+            file.seek(self._bytes)
+            while chunk := file.read(1 << 20):
+                self._digest.update(chunk)
+                self._bytes += len(chunk)
+
+    def describe(self, rows: int) -> ShardFile:
+        """Size and hash of the file, now that it is complete."""
+        self.follow()
+        return ShardFile(name=self.path.name, rows=rows, bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
 def describe_file(path: Path, rows: int) -> ShardFile:
     """Size and hash of a file that was just written."""
-    with path.open("rb") as file:
-        return ShardFile(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=_digest(file))
+    return GrowingFile(path).describe(rows)
 
 
 def read_index(folder: Path, expected_format: str) -> dict[str, Any]:

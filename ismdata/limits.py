@@ -107,10 +107,23 @@ def _with_memory_limit(call: Callable[[], T], memory: int) -> T:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+#: Seconds for which a reading of the address space holds. Renderings come by the thousand, and to read it takes as
+#: long as a short one of them.
+_READING_HOLDS = 0.02
+
+_reading = (-_READING_HOLDS, 0)
+
+
 def _address_space() -> int:
-    """Bytes of address space that the process has now."""
-    statm = os.open("/proc/self/statm", os.O_RDONLY)  # plainly: this is done for every rendering
-    try:
-        return int(os.read(statm, 64).split()[0]) * os.sysconf("SC_PAGESIZE")
-    finally:
-        os.close(statm)
+    """Bytes of address space that the process has, or had a moment ago."""
+    global _reading
+    at, found = _reading
+    now = time.monotonic()
+    if now - at >= _READING_HOLDS:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)  # plainly: this is done often
+        try:
+            found = int(os.read(statm, 64).split()[0]) * os.sysconf("SC_PAGESIZE")
+        finally:
+            os.close(statm)
+        _reading = now, found
+    return found

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 import ismdata
 from ismdata.behind import BehindThread, side_by_side
@@ -27,13 +27,13 @@ from ismdata.conversation import Quarantined
 from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import QUARANTINE_NAME, ShardFile, describe_file, entries, output_folder, write_index
+from ismdata.folders import QUARANTINE_NAME, GrowingFile, ShardFile, describe_file, entries, output_folder, write_index
 from ismdata.glm_layout import LAYOUTS, LayoutName
 from ismdata.journal import Journal
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.memory import give_back
 from ismdata.overlong import POLICIES, Policy
-from ismdata.packing import plan
+from ismdata.packing import Plan, plan
 from ismdata.sequences import sequences
 from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
@@ -116,18 +116,26 @@ def pack(
             _check_finished(partial, journal)
             _say_resumed(journal, sources, notify)
             spool, quarantine, tally, backend = tokenize(
-                sources, encoding, options, tokenizer_backend, partial, journal, notify=notify, progress=progress
+                sources,
+                encoding,
+                options,
+                tokenizer_backend,
+                partial,
+                journal,
+                meanwhile=lambda: _save(encoding, partial / "tokenizer"),
+                notify=notify,
+                progress=progress,
             )
-            give_back()  # what tokenizing took
             lengths = spool.seal()
             if not len(lengths):
                 raise DataError(_nothing_left(sources, quarantine))
-            with BehindThread() as behind:  # gathering and writing leave Python's lock to it
-                behind(_save, encoding, partial / "tokenizer")
-                rows = _write_shards(partial, spool, lengths, encoding, options, tally.weighted, journal, progress)
+            if lengths.sum(dtype=np.int64) > _SHARD_TOKENS:  # what a smaller corpus took is used again at once
+                give_back()
+            planned = plan(lengths, seq_len=options.seq_len, seed=options.seed)
+            _write_shards(partial, spool, planned, encoding, options, tally.weighted, journal, progress)
             shards = [ShardFile(**entry) for entry in journal.finished]
         counts = _counts(sources, quarantine, tally)
-        totals = tally.totals(lengths, options.seq_len, sequences=rows)
+        totals = tally.totals(lengths, options.seq_len, sequences=planned.rows)
         refusals = quarantine.first()
         index = _index(partial, encoding, options, counts, totals, shards, tally.weighted, sources)
         index["tokenizer"]["backend"] = backend
@@ -246,18 +254,16 @@ def _save(encoding: Encoding, folder: Path) -> None:
 def _write_shards(
     folder: Path,
     spool: Spool,
-    lengths: NDArray[np.int32],
+    planned: Plan,
     encoding: Encoding,
     options: Options,
     weighted: bool,
     journal: Journal,
     progress: Progress,
-) -> int:
-    """Plan the sequences, gather into shards those that the journal does not have, and return how many there are."""
-    planned = plan(lengths, seq_len=options.seq_len, seed=options.seed)
+) -> None:
+    """Gather the planned sequences into shards, those that the journal does not have."""
     row_documents = planned.row_documents.astype(np.int64)
-    rows = len(row_documents)
-    begins = np.concatenate([[0], np.cumsum(row_documents)])
+    rows, begins = planned.rows, planned.offsets
     layout = "plain" if encoding.glm is None else "glm"
     schema = packed_schema(options.seq_len, weighted=weighted, layout=layout)
     shard_rows = max(1, _SHARD_TOKENS // options.seq_len)
@@ -278,24 +284,29 @@ def _write_shards(
         for number, shard in enumerate(range(0, rows, shard_rows)):
             if number < len(journal.finished):
                 continue
-            path = folder / f"shard-{number:05d}.arrow"
+            shard_file = GrowingFile(folder / f"shard-{number:05d}.arrow")
             last = min(shard + shard_rows, rows)
             with (
-                pa.OSFile(str(path), "wb") as sink,
+                pa.OSFile(str(shard_file.path), "wb") as sink,
                 pa.ipc.new_stream(sink, schema) as writer,
+                BehindThread() as hashed,
                 BehindThread() as write,
             ):
                 parts = [(row, min(row + batch_rows, last)) for row in range(shard, last, batch_rows)]
                 with closing(side_by_side(made, parts)) as batches:
                     for (_, end), batch in zip(parts, batches, strict=True):
-                        write(writer.write_batch, batch)
+                        write(_write, writer, batch, bound(hashed, shard_file.follow))
                         progress("write", end, rows)
-            finish(_finish, journal, path, last - shard)
-    return rows
+            finish(_finish, journal, shard_file, last - shard)
 
 
-def _finish(journal: Journal, path: Path, rows: int) -> None:
-    journal.finish(asdict(describe_file(path, rows)), [path])
+def _write(writer: pa.ipc.RecordBatchStreamWriter, batch: pa.RecordBatch, then: Callable[[], None]) -> None:
+    writer.write_batch(batch)
+    then()
+
+
+def _finish(journal: Journal, file: GrowingFile, rows: int) -> None:
+    journal.finish(asdict(file.describe(rows)), [file.path])
 
 
 def _index(

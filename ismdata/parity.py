@@ -27,9 +27,10 @@ from ismdata.turns import Chunk, HistoryRewritten
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-#: Conversations compared in the first batch, and in each later one.
+#: Conversations compared in the first batch, and in each later one, where it is a short one of so many.
 SAMPLE = 32
 LATER_SAMPLE = 1
+_CANDIDATES = 8
 
 #: Conversations of more messages are left out: rendering one by itself takes time that grows with their square.
 _MOST_MESSAGES = 100
@@ -52,7 +53,7 @@ def sample(batch: ConversationBatch, count: int) -> IntArray:
     short = np.flatnonzero(turns <= _MOST_MESSAGES)
     if not len(short):
         return short
-    spread = short[np.linspace(0, len(short) - 1, min(len(short), count)).astype(np.int64)]
+    spread = short[np.linspace(0, len(short) - 1, min(len(short), max(count, _CANDIDATES))).astype(np.int64)]
     longest = short[np.argsort(turns[short], kind="stable")[len(short) - count // 8 :]]
     chosen = np.union1d(spread, longest)
     text_before = np.concatenate([[0], np.cumsum(pc.binary_length(batch.contents).to_numpy(zero_copy_only=False))])

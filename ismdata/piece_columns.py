@@ -5,7 +5,7 @@ Shape legend: R requests (documents), P pieces, K distinct texts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from ismdata.batch import ConversationBatch, IntArray
 from ismdata.conversation import Refusal
 from ismdata.document_columns import Requests
 from ismdata.runs import ragged_arange
+from ismdata.skeleton import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,65 @@ def joined(blocks: Sequence[PieceBlock]) -> PieceBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """Texts to encode in one go, and of each its key, by number."""
+    """Texts to encode in one go, and of each the number of what it is the text of."""
 
     texts: pa.LargeStringArray
     opening: bool
     places: IntArray
+
+
+#: A document of the batch, by the columns of its request that decide what it says.
+RequestKey = tuple[int, int, int, int]
+
+
+def request_keys(requests: Requests, places: Sequence[int]) -> list[RequestKey]:
+    """The keys of the requests numbered `places`."""
+    columns = (requests.conversation, requests.head, requests.lo, requests.hi)
+    return [
+        (int(c), int(head), int(lo), int(hi))
+        for c, head, lo, hi in zip(*(column[places] for column in columns), strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """Documents that were rendered by themselves: the pieces of each, or why it has none."""
+
+    documents: Mapping[RequestKey, tuple[Piece, ...] | Refusal]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of all documents, end to end."""
+        return [piece for found in self.documents.values() if not isinstance(found, Refusal) for piece in found]
+
+    def texts(self, first: int) -> list[Texts]:
+        """The texts among the pieces, the first piece having the number `first`."""
+        groups = []
+        for opening in (False, True):
+            chosen = [
+                (first + k, "".join(map(str, piece.parts)))
+                for k, piece in enumerate(self.pieces)
+                if piece.ids is None and piece.opening is opening
+            ]
+            if chosen:
+                places, texts = zip(*chosen, strict=True)
+                groups.append(
+                    Texts(texts=pa.array(texts, pa.large_string()), opening=opening, places=np.array(places, np.int64))
+                )
+        return groups
+
+
+def together(groups: Iterable[Texts], *, apart: bool) -> list[Texts]:
+    """The same in one group, or where it makes a difference whether they open a document, in one of each kind."""
+    found = [group if apart else replace(group, opening=False) for group in groups]
+    joined: list[Texts] = []
+    for opening in (False, True):
+        own = [group for group in found if group.opening is opening]
+        if own:
+            texts = pa.concat_arrays([group.texts for group in own])
+            places = np.concatenate([group.places for group in own])
+            joined.append(Texts(texts=texts, opening=opening, places=places))
+    return joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +135,7 @@ class Ahead:
 
     requests: its documents as they will most likely be asked for; skeleton_of and refused are by their numbers. block:
     the pieces of those that have a skeleton, all of them ordered by request; the runs of `texts` are open until the
-    texts are encoded: each is that of the key which `key_of` says.
+    texts are encoded: each is that of the key which `key_of` says. rendered: those that have none.
     """
 
     batch: ConversationBatch
@@ -91,7 +146,8 @@ class Ahead:
     texts: IntArray  # pieces that are texts
     key_of: IntArray  # of each of them
     keys: IntArray  # [K, 1 + slots], no two alike
-    groups: Sequence[Texts]
+    rendered: Rendered
+    groups: Sequence[Texts]  # of the keys, and of the pieces of what is rendered, which are numbered from K on
     encoded: Sequence[Future[tuple[NDArray[np.int32], IntArray]]]  # of each group
 
     def with_runs(self, runs: IntArray) -> Ahead:

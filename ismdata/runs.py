@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.batch import IntArray
+IntArray = NDArray[np.int64]
 
 
 class RunTable:
@@ -16,7 +17,6 @@ class RunTable:
         self._lengths: list[IntArray] = []
         self._shared: dict[tuple[int, ...], int] = {}
         self._count = 0
-        self.total = 0
 
     def add(self, flat: NDArray[np.int32], lengths: IntArray) -> IntArray:
         """Add runs, end to end in `flat`; their numbers."""
@@ -24,7 +24,6 @@ class RunTable:
         self._pools.append(flat)
         self._lengths.append(lengths)
         self._count += len(lengths)
-        self.total += len(flat)
         return numbers
 
     def share(self, ids: tuple[int, ...]) -> int:
@@ -32,6 +31,9 @@ class RunTable:
         if ids not in self._shared:
             self._shared[ids] = int(self.add(np.array(ids, np.int32), np.array([len(ids)], np.int64))[0])
         return self._shared[ids]
+
+    def __len__(self) -> int:
+        return self._count
 
     def all_lengths(self) -> IntArray:
         """Tokens of every run, int64[runs + 1]: one empty run at the end, so that -1 is a valid number."""
@@ -53,3 +55,21 @@ def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
     offsets = np.cumsum(lengths) - lengths
     ranges: IntArray = np.arange(total, dtype=np.int64) + np.repeat(starts - offsets, lengths)
     return ranges
+
+
+def taken_runs(pool: NDArray[np.int32], lengths: IntArray, numbers: IntArray) -> NDArray[np.int32]:
+    """The runs of a pool, which lie end to end there, in the order of their numbers; read-only.
+
+    Copied by Arrow, run by run: an index for each token takes several times as long.
+
+    >>> taken_runs(np.array([7, 8, 9], np.int32), np.array([1, 2]), np.array([1, 0, 1])).tolist()
+    [8, 9, 7, 8, 9]
+    """
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths * pool.itemsize, out=offsets[1:])
+    runs = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(pool))]
+    )
+    taken = runs.take(pa.array(numbers))
+    data = taken.buffers()[2]
+    return np.frombuffer(data, pool.dtype) if data is not None and data.size else pool[:0]

@@ -1,8 +1,8 @@
 """Which contents a template treats otherwise than by writing them out: found by trying, not by reading its source.
 
 A skeleton holds only for contents that the template leaves alone, blanks at the ends aside. Every string constant of
-the template, and a battery of odd contents, are put into a short conversation; where the rendering is not the skeleton
-filled in, contents of that kind are rendered one by one.
+the template, a battery of odd contents, and none at all are put into a short conversation; where the rendering is not
+the skeleton filled in, contents of that kind are rendered one by one.
 """
 
 from __future__ import annotations
@@ -28,38 +28,57 @@ BATTERY = (
     "{{ x }}", "{% x %}", "é ü 你好", "word " * 400,
 )  # fmt: skip
 
+#: Contents without text.
+_BLANK = ("", " ", "\n", "\n\n \t")
+
 #: Constants that are tried one by one, each in a few renderings. The longest real templates have some hundred.
 _MOST_CONSTANTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """triggers: texts that a content must not hold to be filled into a skeleton. everything: no content may be."""
+    """triggers: texts that a content must not hold to be filled into a skeleton. blank: it must hold some text.
+    everything: no content may be filled in.
+    """
 
     triggers: tuple[str, ...]
+    blank: bool
     everything: bool
 
 
-def sensitivity(renderer: Renderer) -> Sensitivity:
-    """Try a template. What it refuses altogether is no matter here: it refuses the conversation itself later."""
+def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
+    """Try a template. What it refuses altogether is no matter here: it refuses the conversation itself later.
+
+    prepends: whether the tokenizer puts a blank before some texts.
+    """
     shapes = [["user", "assistant", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
     usable = [(roles, parts) for roles in shapes if (parts := _parts(renderer, roles)) is not None]
     if not usable:
-        return Sensitivity(triggers=(), everything=True)
+        return Sensitivity(triggers=(), blank=True, everything=True)
+
+    def departs(roles: Sequence[str], parts: Sequence[str | Slot], contents: Sequence[str]) -> bool:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return renderer.template.render(messages) != fill_text(parts, contents)
+        except TemplateRefused:
+            return True
 
     def differs(content: str) -> bool:
-        for roles, parts in usable:
-            messages = [{"role": role, "content": content} for role in roles]
-            try:
-                if renderer.template.render(messages) != fill_text(parts, [content] * len(roles)):
-                    return True
-            except TemplateRefused:
-                return True
-        return False
+        return any(departs(roles, parts, [content] * len(roles)) for roles, parts in usable)
+
+    def differs_alone(content: str) -> bool:
+        return any(
+            departs(roles, parts, ["x"] * k + [content] + ["x"] * (len(roles) - k - 1))
+            for roles, parts in usable
+            for k in range(len(roles))
+        )
 
     constants = _constants(renderer.template.source)
     if constants is None or len(constants) > _MOST_CONSTANTS or any(differs(content) for content in BATTERY):
-        return Sensitivity(triggers=(), everything=True)
+        return Sensitivity(triggers=(), blank=True, everything=True)
+    # What such tokens strip, and what is a text's beginning, depends on whether there is any text.
+    stripping = any(token.lstrip or token.rstrip for token in renderer.controls.tokens.values())
+    blank = prepends or stripping or any(differs(content) or differs_alone(content) for content in _BLANK)
     # A constant that holds a control token never reaches the template from a message: it is escaped before.
     candidates = [text for text in constants if renderer.controls.pattern.search(text) is None]
     triggers = {text for text in candidates if any(map(differs, (text, f"{text}x", f"x{text}", f"x{text}x")))}
@@ -68,7 +87,7 @@ def sensitivity(renderer: Renderer) -> Sensitivity:
         if text.startswith("<") and closing in candidates and differs(f"{text}x{closing}"):
             triggers.add(text)
     shortest = {text for text in triggers if not any(other in text for other in triggers - {text})}
-    return Sensitivity(triggers=tuple(sorted(shortest)), everything=False)
+    return Sensitivity(triggers=tuple(sorted(shortest)), blank=blank, everything=False)
 
 
 def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] | None:

@@ -134,11 +134,31 @@ class _Remembering(ChatTemplate):
         return self._rendered(tuple((message["role"], message["content"]) for message in messages), generation_prompt)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _RememberingRenderer(Renderer):
+    """A renderer that cuts short conversations once: long ones of like roles begin alike."""
+
+    @cached_property
+    def _appended(self) -> Callable[..., tuple[Chunk, ...]]:
+        @lru_cache(maxsize=4096)
+        def appended(messages: tuple[tuple[str, str], ...]) -> tuple[Chunk, ...]:
+            shaped = [{"role": role, "content": content} for role, content in messages]
+            return tuple(super(_RememberingRenderer, self).append(shaped))
+
+        return appended
+
+    def append(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Chunk]:
+        if tools is not None or len(messages) > _LONG:
+            return super().append(messages, tools)
+        return list(self._appended(tuple((message["role"], message["content"]) for message in messages)))
+
+
 def remembering(renderer: Renderer) -> Renderer:
     """A renderer for making many skeletons: what they render alike is rendered once."""
     template = renderer.template
     shared = {field.name: getattr(template, field.name) for field in fields(template)}
-    return replace(renderer, template=_Remembering(**shared))
+    own = {field.name: getattr(renderer, field.name) for field in fields(renderer)}
+    return _RememberingRenderer(**own | {"template": _Remembering(**shared)})
 
 
 #: Conversations of more messages are cut in one rendering, not in two for each answer.

@@ -7,6 +7,7 @@ corpus before the work, and on one text in a thousand meanwhile.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,11 +26,10 @@ from numpy.typing import NDArray
 
 from ismdata.errors import DataError, UsageError
 from ismdata.memory import give_back
+from ismdata.runs import IntArray, ragged_arange
 
 if TYPE_CHECKING:
     import tokenizers
-
-IntArray = NDArray[np.int64]
 
 #: What can be asked for; `auto` is gigatoken where it is installed and gives the reference's ids.
 BackendName = Literal["auto", "hf", "gigatoken"]
@@ -65,6 +65,11 @@ class Backend(Protocol):
         texts: no nulls. opening: they open a document, so that a blank may be put before them.
         """
 
+    def compare(self) -> None:
+        """Compare with the reference what is to be compared: before the first text, and again behind texts. Raises
+        BackendDiffers, BackendRefused.
+        """
+
 
 class BackendRefused(Exception):
     """gigatoken cannot work with this tokenizer, or it failed on a text."""
@@ -82,6 +87,9 @@ class Reference:
 
     def __init__(self, opening: tokenizers.Tokenizer, inside: tokenizers.Tokenizer) -> None:
         self.opening, self.inside = opening, inside
+
+    def compare(self) -> None:
+        """Nothing: it is the reference."""
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         backend = self.opening if opening else self.inside
@@ -123,14 +131,13 @@ class Gigatoken:
 
     def __init__(self, reference: Reference) -> None:
         self.identity = f"gigatoken {version('gigatoken')}"
-        self._lock = Lock()  # it does not say whether threads may share it
         same = reference.opening is reference.inside
         self._inside = _Forgetting(reference.inside.to_str())
         self._opening = self._inside if same else _Forgetting(reference.opening.to_str())
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused where gigatoken fails."""
-        with self._lock, _refusals():
+        with _refusals():
             encoded = (self._opening if opening else self._inside).encode_batch(_as_awkward(texts)).layout
         offsets = np.asarray(encoded.offsets.data)
         ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]]
@@ -141,11 +148,13 @@ class Gigatoken:
 class _Forgetting:
     """A tokenizer of gigatoken that is loaded anew once in a while.
 
-    It remembers every word that it has seen, without a limit: 0.3 bytes and more for each byte of text.
+    It remembers every word that it has seen, without a limit: 0.3 bytes and more for each byte of text. Threads may
+    share it, as a test shows.
     """
 
     def __init__(self, serialized: str) -> None:
         self._serialized = serialized
+        self._lock = Lock()
         self._load()
 
     def _load(self) -> None:
@@ -156,51 +165,61 @@ class _Forgetting:
         self._seen = 0
 
     def encode_batch(self, texts: Any) -> Any:
-        if self._seen > _REMEMBERED_BYTES:
-            del self._tokenizer  # before another one takes as much memory
-            give_back()
-            self._load()
-        self._seen += texts.nbytes
-        return self._tokenizer.encode_batch(texts)
-
-
-class Compared:
-    """gigatoken, compared with the reference on a random share of the texts (the same share at every run)."""
-
-    def __init__(self, fast: Gigatoken, reference: Reference) -> None:
-        self.name = fast.name
-        self.identity = fast.identity
-        self._fast, self._reference = fast, reference
-
-    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Raises BackendRefused, BackendDiffers."""
-        ids, lengths = self._fast.encode(texts, opening=opening)
-        # Of the texts alone, for calls may come in any order.
-        seed = (len(texts), len(ids))
-        chosen = np.flatnonzero(np.random.default_rng(seed).random(len(texts)) < _SHARE)
-        if len(chosen):
-            ends = np.cumsum(lengths)
-            found = [ids[ends[at] - lengths[at] : ends[at]] for at in chosen.tolist()]
-            taken = texts.take(pa.array(chosen))
-            _compare(taken, found, *self._reference.encode(taken, opening=opening))
-        return ids, lengths
-
-    def check(self, samples: Sequence[Sampled]) -> int:
-        """Compare with what the reference made of samples of the corpus; how many texts. Raises as `encode`."""
-        for sample in samples:
-            ids, lengths = self._fast.encode(sample.texts, opening=sample.opening)
-            _compare(sample.texts, np.split(ids, np.cumsum(lengths)[:-1]), sample.ids, sample.lengths)
-        return sum(len(sample.texts) for sample in samples)
+        with self._lock:
+            if self._seen > _REMEMBERED_BYTES:
+                del self._tokenizer  # before another one takes as much memory
+                give_back()
+                self._load()
+            self._seen += texts.nbytes
+            tokenizer = self._tokenizer
+        return tokenizer.encode_batch(texts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """Texts of the corpus and the ids the reference gives them: end to end, int32, and how many each has, int64."""
+    """Texts of the corpus and their ids: end to end, int32, and how many each has, int64."""
 
     texts: pa.LargeStringArray
     opening: bool
     ids: NDArray[np.int32]
     lengths: NDArray[np.int64]
+
+
+class Compared:
+    """gigatoken, compared with the reference: on a sample before the first text, and on a random share of the texts
+    (the same share at every run).
+    """
+
+    def __init__(self, fast: Gigatoken, reference: Reference, samples: Sequence[Sampled] = ()) -> None:
+        self.name = fast.name
+        self.identity = fast.identity
+        self._fast, self._reference = fast, reference
+        self._samples = deque(samples)  # by the reference
+        self._found: deque[Sampled] = deque()  # by gigatoken
+
+    def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Raises BackendRefused."""
+        ids, lengths = self._fast.encode(texts, opening=opening)
+        # Of the texts alone, for calls may come in any order.
+        seed = (len(texts), len(ids))
+        chosen = np.flatnonzero(np.random.default_rng(seed).random(len(texts)) < _SHARE)
+        if len(chosen):
+            places = ragged_arange((np.cumsum(lengths) - lengths)[chosen], lengths[chosen])
+            taken = texts.take(pa.array(chosen))
+            self._found.append(Sampled(texts=taken, opening=opening, ids=ids[places], lengths=lengths[chosen]))
+        return ids, lengths
+
+    def compare(self) -> None:
+        """Raises BackendRefused, BackendDiffers."""
+        while self._samples:
+            sample = self._samples.popleft()
+            _compare(
+                sample.texts, self._fast.encode(sample.texts, opening=sample.opening), (sample.ids, sample.lengths)
+            )
+        while self._found:
+            found = self._found.popleft()
+            expected = self._reference.encode(found.texts, opening=found.opening)
+            _compare(found.texts, (found.ids, found.lengths), expected)
 
 
 def sampled(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
@@ -222,10 +241,11 @@ class Chosen:
 def choose(
     wanted: BackendName, reference: Reference, sample: Iterable[pa.LargeStringArray], *, recorded: str | None = None
 ) -> Chosen:
-    """The backend to use, compared with the reference on a stratified sample of each batch of texts in `sample`.
+    """The backend to use; gigatoken is yet to be compared on a stratified sample of each batch of texts in `sample`,
+    by `compare`.
 
     recorded: the identity of the backend that an interrupted run went with; `auto` stays with the reference then.
-    Raises UsageError where gigatoken is asked for and cannot be used, DataError where it gives other ids.
+    Raises UsageError where gigatoken is asked for and cannot be used.
     """
     if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
         return Chosen(backend=reference)
@@ -235,8 +255,8 @@ def choose(
         with ThreadPoolExecutor(1) as thread:
             texts = pa.concat_arrays([pa.array([], pa.large_string()), *taken])
             expected = thread.submit(sampled, texts, reference)
-            backend = Compared(Gigatoken(reference), reference)
-            backend.check(expected.result())
+            fast = Gigatoken(reference)
+            backend = Compared(fast, reference, expected.result())
     except ImportError as error:
         if wanted == "auto":
             return Chosen(backend=reference)
@@ -251,11 +271,6 @@ def choose(
             f"--tokenizer-backend gigatoken: gigatoken cannot be used with this tokenizer ({error}). "
             "Choose --tokenizer-backend auto or hf"
         ) from error
-    except BackendDiffers as error:
-        if wanted == "auto":
-            note = f"gigatoken does not agree with tokenizers ({error}): tokenizers is used, which is slower."
-            return Chosen(backend=reference, notes=(note,))
-        raise disagreement(error) from error
     return Chosen(backend=backend, may_leave=wanted == "auto")
 
 
@@ -294,24 +309,27 @@ def _within_budget(places: IntArray, lengths: NDArray[Any]) -> IntArray:
     return places[within]
 
 
-def _compare(
-    texts: pa.LargeStringArray,
-    found: list[NDArray[np.int32]],
-    expected: NDArray[np.int32],
-    lengths: NDArray[np.int64],
-) -> None:
-    """Raise BackendDiffers unless the ids found for each text are those expected, which stand end to end."""
-    ends = np.cumsum(lengths)
-    for place, ids in enumerate(found):
-        own = expected[ends[place] - lengths[place] : ends[place]]
+Ids = tuple[NDArray[np.int32], NDArray[np.int64]]
+
+
+def _compare(texts: pa.LargeStringArray, found: Ids, expected: Ids) -> None:
+    """Raise BackendDiffers unless the ids found are those expected, each end to end with how many a text has."""
+    if np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1]):
+        return
+    for text, ids, own in zip(texts.to_pylist(), _split(*found), _split(*expected), strict=True):
         if not np.array_equal(ids, own):
             at = next((k for k, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
-            text = texts[place].as_py()
             shown = text if len(text) <= 60 else text[:60] + "…"
             raise BackendDiffers(
                 f"for {shown!r} gigatoken gives {ids[at : at + 4].tolist()} at token {at}, "
                 f"tokenizers gives {own[at : at + 4].tolist()}"
             )
+
+
+def _split(ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+    """The ids of each text."""
+    ends = np.cumsum(lengths).tolist()
+    return [ids[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
 
 
 @contextmanager

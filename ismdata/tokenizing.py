@@ -7,11 +7,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +46,8 @@ from ismdata.tokens import DocumentEncoder
 _BATCH_CONVERSATIONS = 4096
 _BATCH_BYTES = 8 << 20
 
+Item = TypeVar("Item")
+
 #: Tells how far a stage has come: its name, done, total (0 where it is not known).
 Progress = Callable[[str, int, int], None]
 
@@ -64,13 +68,16 @@ class Source:
         """Of the hashes of its shards, in order."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The conversations in batches that are small enough to work on."""
+    def batches(self, *, mapped: bool = False) -> Iterator[pa.RecordBatch]:
+        """The conversations in batches that are small enough to work on.
+
+        mapped: what is not looked at is not read either; what is looked at takes memory until the end of its file.
+        """
         for file in self.files:
             path = self.folder / file.name
             try:
-                # Not mapped: pages that have been read would be kept, up to all of the file.
-                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
+                opened = pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
+                with opened as source, pa.ipc.open_stream(source) as stream:
                     if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
                         raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
                     for batch in stream:
@@ -186,14 +193,17 @@ def tokenize(
     folder: Path,
     journal: Journal,
     *,
+    meanwhile: Callable[[], None],
     notify: Callable[[str], None],
     progress: Progress,
 ) -> tuple[Spool, Quarantine, Tally, str]:
     """Read, render, tokenise and spool everything, or what the journal does not have yet; and the name of the backend
     that did it last, which itself is let go of: it may remember a lot.
 
-    Raises DataError, UsageError.
+    meanwhile: called once, in this thread, when it would have to wait for the first texts. Raises DataError,
+    UsageError.
     """
+    meanwhile = cache(meanwhile)
     reference = encoding.tokenizer.reference
     recorded = (journal.state or {}).get("backend")
     chosen = choose(wanted, reference, _sampled_texts(sources), recorded=recorded)
@@ -205,7 +215,7 @@ def tokenize(
         journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
     while True:
         try:
-            return *_go_on(sources, encoding, options, backend, folder, journal, progress), backend.name
+            return *_go_on(sources, encoding, options, backend, folder, journal, meanwhile, progress), backend.name
         except (BackendDiffers, BackendRefused) as found:
             if not chosen.may_leave:
                 raise disagreement(found) from found
@@ -233,7 +243,7 @@ def _sampled_texts(sources: Sequence[Source]) -> Iterator[pa.LargeStringArray]:
     total = sum(source.rows for source in sources)
     places = np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64)
     done = 0
-    for rows in (rows for source in sources for rows in source.batches()):
+    for rows in (rows for source in sources for rows in source.batches(mapped=True)):
         if np.any((places >= done) & (places < done + len(rows))):
             yield pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
         done += len(rows)
@@ -246,6 +256,7 @@ def _go_on(
     backend: Backend,
     folder: Path,
     journal: Journal,
+    meanwhile: Callable[[], None],
     progress: Progress,
 ) -> tuple[Spool, Quarantine, Tally]:
     """From where the journal is to the end.
@@ -273,44 +284,68 @@ def _go_on(
         glm=encoding.glm,
     )
     rows = _from((rows for source in sources for rows in source.batches()), done)
-    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as ahead_thread:
+    samples = chain([parity.LATER_SAMPLE if done else parity.SAMPLE], repeat(parity.LATER_SAMPLE))
+    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as ahead_thread:
 
         def begun(rows: pa.RecordBatch) -> Ahead:
             batch = conversation_batch(rows, encoding.sensitivity)
             return encoder.ahead(batch, wanted(batch, options), ahead_thread)
 
-        for ahead in _one_ahead(map(begun, rows)):
-            batch = ahead.batch
-            tally.weighted |= batch.weight is not None
+        def made(ahead: Ahead) -> _Unchecked:
+            meanwhile()
             encoder.begin(ahead)
-            requests = _sampled_requests(batch, options, parity.LATER_SAMPLE if done else parity.SAMPLE)
-            with _finding_out_why(encoding, encoder, batch, requests):
-                # Law 5 is checked meanwhile: nothing is spooled before it holds.
-                checked = thread.submit(parity.comparison(encoding, encoder, batch, requests).check)
-                made = make_documents(encoder, batch, options)
-                checked.result()
-            spool.append(made.documents, made.names)
-            quarantine.add(batch, made.refused)
-            tally.add(made, conversations=len(batch) - len(made.refused))
+            requests = _sampled_requests(ahead.batch, options, next(samples))
+            with _finding_out_why(encoding, encoder, ahead.batch, requests):
+                law_5 = threads.submit(parity.comparison(encoding, encoder, ahead.batch, requests).check)
+                documents = make_documents(encoder, ahead.batch, options)
+            checks = law_5, threads.submit(backend.compare)
+            return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
+
+        # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
+        for unchecked in _one_ahead(map(made, _one_ahead(map(begun, rows)))):
+            batch, documents = unchecked.batch, unchecked.made
+            with _finding_out_why(encoding, encoder, batch, unchecked.requests):
+                for check in unchecked.checks:
+                    check.result()
+            tally.weighted |= batch.weight is not None
+            spool.append(documents.documents, documents.names)
+            quarantine.add(batch, documents.refused)
+            tally.add(documents, conversations=len(batch) - len(documents.refused))
             done += len(batch)
             if journal.due():
                 record()
             progress("tokenize", done, total)
+    meanwhile()  # where there was nothing to do
     if done > state.get("done", 0):
         record()
     spool.close()
     return spool, quarantine, tally
 
 
-def _one_ahead(batches: Iterable[Ahead]) -> Iterator[Ahead]:
-    """The batches, each handed on when the next one is begun: its texts are encoded while this one is worked on."""
-    before: Ahead | None = None
-    for batch in batches:
-        if before is not None:
-            yield before
-        before = batch
-    if before is not None:
-        yield before
+@dataclass(frozen=True, kw_only=True)
+class _Unchecked:
+    """The documents of a batch, and comparisons with the reference that may not be over: law 5, and the backend's."""
+
+    batch: ConversationBatch
+    requests: Requests
+    made: Made
+    checks: Sequence[Future[Any]]
+
+
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each handed on when the next one is there: what was begun for one goes on beside the next.
+
+    Raises what making an item raises, after the ones before it.
+    """
+    waiting: list[Item] = []
+    try:
+        for item in items:
+            yield from waiting
+            waiting = [item]
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
 
 
 def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:

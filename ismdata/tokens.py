@@ -12,7 +12,7 @@ Shape legend: C conversations, M messages, R requests (documents), P pieces, S s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
@@ -27,8 +27,21 @@ from ismdata.conversation import ROLES, Refusal
 from ismdata.document_columns import Documents, Layout, Requests, without_tail
 from ismdata.glm_layout import GlmTokens, insert_markers
 from ismdata.masks import ANSWER
-from ismdata.piece_columns import NO_PIECES, Ahead, PieceBlock, Skeleton, Texts, distinct, joined, pad
-from ismdata.runs import RunTable, ragged_arange
+from ismdata.piece_columns import (
+    NO_PIECES,
+    Ahead,
+    PieceBlock,
+    Rendered,
+    RequestKey,
+    Skeleton,
+    Texts,
+    distinct,
+    joined,
+    pad,
+    request_keys,
+    together,
+)
+from ismdata.runs import RunTable, ragged_arange, taken_runs
 from ismdata.skeleton import (
     History,
     NotDecomposable,
@@ -82,7 +95,7 @@ class DocumentEncoder:
         self._begun: Ahead | None = None  # what `ahead` gave, every text in it encoded
         self._latest: tuple[Requests, Layout] | None = None
         self._encoded = RunTable()
-        self._rendered: dict[tuple[int, ...], PieceBlock | Refusal] = {}
+        self._rendered: dict[RequestKey, PieceBlock | Refusal] = {}
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
         self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
@@ -95,7 +108,9 @@ class DocumentEncoder:
         matched = np.flatnonzero(skeleton_of >= 0)
         block, texts, keys = self._pieces(matched, skeleton_of[matched], requests)
         key_of, firsts = distinct(keys)
-        groups = self._grouped_texts(keys[firsts])
+        singles = [r for r in np.flatnonzero(skeleton_of < 0).tolist() if r not in refused]
+        rendered = self._render(request_keys(requests, singles))
+        groups = self._together([*self._grouped_texts(keys[firsts]), *rendered.texts(len(firsts))])
         return Ahead(
             batch=batch,
             requests=requests,
@@ -105,6 +120,7 @@ class DocumentEncoder:
             texts=texts,
             key_of=key_of,
             keys=keys[firsts],
+            rendered=rendered,
             groups=groups,
             encoded=[thread.submit(self._ids, group.texts, group.opening) for group in groups],
         )
@@ -136,7 +152,7 @@ class DocumentEncoder:
             matched = fresh[skeleton_of[fresh] >= 0]
             blocks.append(self._fill(matched, skeleton_of[matched], requests))
         singles = [r for r in np.flatnonzero(skeleton_of < 0).tolist() if r not in refused]
-        blocks += self._render(singles, requests, refused)
+        blocks += self._by_themselves(singles, requests, refused)
         pieces = joined(blocks)
         request, message, run = pieces.request, pieces.message, pieces.run
         number = np.maximum(message, 0)
@@ -158,10 +174,11 @@ class DocumentEncoder:
 
     def documents(self, layout: Layout, requests: Requests) -> Documents:
         """The tokens and spans of laid-out documents, in the order of the requests."""
-        starts = self._run_column(layout.run, lambda table: np.cumsum(table.all_lengths()) - table.all_lengths())
-        starts[layout.run < 0] += self._static.total
-        pool = np.concatenate([self._static.pool(), self._encoded.pool()])
-        input_ids = pool[ragged_arange(starts, layout.length)]
+        input_ids = taken_runs(
+            np.concatenate([self._static.pool(), self._encoded.pool()]),
+            np.concatenate([self._static.all_lengths()[:-1], self._encoded.all_lengths()[:-1]]),
+            np.where(layout.run < 0, len(self._static) - 1 - layout.run, layout.run),
+        )
         count = len(requests)
         lengths = layout.document_lengths(count)
 
@@ -195,9 +212,9 @@ class DocumentEncoder:
 
     def stray_controls(self, layout: Layout, documents: Documents) -> IntArray:
         """Requests in which text became a control token: more of them than the template wrote."""
-        found = np.isin(documents.input_ids, self.tokenizer.control_ids)
+        found = self.tokenizer.find_controls(documents.input_ids)
         requests = len(documents.lengths)
-        owner = np.repeat(np.arange(requests), documents.lengths)[found]
+        owner = np.searchsorted(np.cumsum(documents.lengths), found, side="right")
         count = np.bincount(owner, minlength=requests)
         written = np.bincount(layout.request, weights=layout.controls, minlength=requests)
         return np.flatnonzero(count != written)
@@ -208,9 +225,11 @@ class DocumentEncoder:
         """What `ahead` began of this batch, every text in it encoded; None where nothing was begun."""
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
-            runs = self._runs(ahead.groups, [future.result() for future in ahead.encoded])
-            self._remember(ahead.keys, runs)
-            self._begun = ahead.with_runs(runs)
+            known, pieces = len(ahead.keys), len(ahead.rendered.pieces)
+            runs = self._runs(ahead.groups, [future.result() for future in ahead.encoded], known + pieces)
+            self._remember(ahead.keys, runs[:known])
+            self._keep(ahead.rendered, runs[known:])
+            self._begun = ahead.with_runs(runs[:known])
         return self._begun
 
     def _match(self, requests: Requests) -> tuple[IntArray, dict[int, Refusal]]:
@@ -334,8 +353,7 @@ class DocumentEncoder:
         every = np.ascontiguousarray(np.concatenate([pad(self._keys, width), pad(keys, width)]))
         numbers, firsts = distinct(every)
         fresh = every[firsts[firsts >= known]]
-        groups = self._grouped_texts(fresh)
-        self._remember(fresh, self._runs(groups, [self._ids(group.texts, group.opening) for group in groups]))
+        self._remember(fresh, self._encoded_runs(self._grouped_texts(fresh), len(fresh)))
         found: IntArray = self._key_runs[numbers][known:]
         return found
 
@@ -360,9 +378,21 @@ class DocumentEncoder:
                 groups.append(Texts(texts=pa.concat_arrays(texts), opening=opening, places=np.concatenate(places)))
         return groups
 
-    def _runs(self, groups: Sequence[Texts], encoded: Sequence[tuple[NDArray[np.int32], IntArray]]) -> IntArray:
-        """Run numbers of grouped texts, in the order of their keys."""
-        runs = np.empty(sum(len(group.places) for group in groups), np.int64)
+    def _together(self, groups: Iterable[Texts]) -> list[Texts]:
+        """Groups to encode: as few as can be."""
+        reference = self.tokenizer.reference
+        return together(groups, apart=reference.opening is not reference.inside)
+
+    def _encoded_runs(self, groups: Iterable[Texts], count: int) -> IntArray:
+        """Encode grouped texts; run numbers as of `_runs`."""
+        groups = self._together(groups)
+        return self._runs(groups, [self._ids(group.texts, group.opening) for group in groups], count)
+
+    def _runs(
+        self, groups: Sequence[Texts], encoded: Sequence[tuple[NDArray[np.int32], IntArray]], count: int
+    ) -> IntArray:
+        """Run numbers of grouped texts, by the places of these, which are below `count`."""
+        runs = np.zeros(count, np.int64)
         for group, ids in zip(groups, encoded, strict=True):
             runs[group.places] = -1 - self._encoded.add(*ids)
         return runs
@@ -397,33 +427,13 @@ class DocumentEncoder:
 
     # -- rendering by itself -------------------------------------------------------------------------------------------
 
-    def _render(self, singles: Sequence[int], requests: Requests, refused: dict[int, Refusal]) -> list[PieceBlock]:
-        """The pieces of requests without a skeleton. Each is rendered once a batch, their texts encoded together."""
-        columns = (requests.conversation, requests.head, requests.lo, requests.hi)
-        keys = [tuple(int(column[request]) for column in columns) for request in singles]
-        fresh: dict[tuple[int, ...], tuple[Piece, ...]] = {}
-        for key in keys:
-            if key in self._rendered or key in fresh:
-                continue
-            c, head, lo, hi = key
-            messages, tools = as_template_messages(self.batch.conversation(c))
-            asked = messages[:head] + messages[lo:hi]
-            try:
-                fresh[key] = render_document(self.renderer, self.tokenizer, asked, tools, self.history, encode=False)
-            except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
-                self._rendered[key] = _refusal(error)
-        runs = self._encode_pieces([piece for pieces in fresh.values() for piece in pieces])
-        at = 0
-        for key, pieces in fresh.items():
-            self._rendered[key] = PieceBlock(
-                request=np.zeros(len(pieces), np.int64),
-                span=np.array([piece.span for piece in pieces], np.int64),
-                kind=np.array([piece.kind for piece in pieces], np.int64),
-                message=np.array([piece.message for piece in pieces], np.int64),
-                run=runs[at : at + len(pieces)],
-                controls=np.array([piece.controls for piece in pieces], np.int64),
-            )
-            at += len(pieces)
+    def _by_themselves(
+        self, singles: Sequence[int], requests: Requests, refused: dict[int, Refusal]
+    ) -> list[PieceBlock]:
+        """The pieces of requests without a skeleton; adds to `refused`. Each is rendered once a batch."""
+        keys = request_keys(requests, singles)
+        fresh = self._render([key for key in keys if key not in self._rendered])
+        self._keep(fresh, self._encoded_runs(fresh.texts(0), len(fresh.pieces)))
         blocks: list[PieceBlock] = []
         for request, key in zip(singles, keys, strict=True):
             found = self._rendered[key]
@@ -433,20 +443,42 @@ class DocumentEncoder:
                 blocks.append(replace(found, request=np.full(len(found.span), request, np.int64)))
         return blocks
 
-    def _encode_pieces(self, pieces: Sequence[Piece]) -> IntArray:
-        """Run numbers of rendered pieces, whether they are known tokens or text."""
-        runs = np.empty(len(pieces), np.int64)
+    def _render(self, keys: Iterable[RequestKey]) -> Rendered:
+        """The documents of these keys, rendered by themselves, their texts not encoded."""
+        documents: dict[RequestKey, tuple[Piece, ...] | Refusal] = {}
+        for key in dict.fromkeys(keys):
+            c, head, lo, hi = key
+            messages, tools = as_template_messages(self.batch.conversation(c))
+            asked = messages[:head] + messages[lo:hi]
+            try:
+                found = render_document(self.renderer, self.tokenizer, asked, tools, self.history, encode=False)
+            except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
+                documents[key] = _refusal(error)
+            else:
+                documents[key] = found
+        return Rendered(documents=documents)
+
+    def _keep(self, rendered: Rendered, runs: IntArray) -> None:
+        """Remember documents that were rendered by themselves. runs: of their pieces, where these are texts."""
+        documents = [(key, found) for key, found in rendered.documents.items() if not isinstance(found, Refusal)]
+        self._rendered |= {key: found for key, found in rendered.documents.items() if isinstance(found, Refusal)}
+        pieces = rendered.pieces
         known = [k for k, piece in enumerate(pieces) if piece.ids is not None]
         ids = [np.array(pieces[k].ids, np.int32) for k in known]
         if ids:
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
             runs[known] = -1 - self._encoded.add(np.concatenate(ids), lengths)
-        for opening in (False, True):
-            places = [k for k, piece in enumerate(pieces) if piece.ids is None and piece.opening is opening]
-            if places:
-                texts = pa.array(["".join(map(str, pieces[k].parts)) for k in places], pa.large_string())
-                runs[places] = -1 - self._encoded.add(*self._ids(texts, opening))
-        return runs
+        at = 0
+        for key, own in documents:
+            self._rendered[key] = PieceBlock(
+                request=np.zeros(len(own), np.int64),
+                span=np.array([piece.span for piece in own], np.int64),
+                kind=np.array([piece.kind for piece in own], np.int64),
+                message=np.array([piece.message for piece in own], np.int64),
+                run=runs[at : at + len(own)],
+                controls=np.array([piece.controls for piece in own], np.int64),
+            )
+            at += len(own)
 
     def _ids(self, texts: pa.LargeStringArray, opening: bool) -> tuple[NDArray[np.int32], IntArray]:
         encode = self.backend.encode if self.backend else self.tokenizer.encode_flat

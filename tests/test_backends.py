@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import INDEX_NAME
 from ismdata.pack import PackReport, pack
-from ismdata.tokenizer import load_pretrained, without_tokens
+from ismdata.tokenizer import Tokenizer, load_pretrained, without_tokens
 from ismdata.tokenizer_backends import (
     Backend,
     BackendRefused,
@@ -34,6 +35,7 @@ from ismdata.tokenizer_backends import (
     Reference,
     _slices,
     choose,
+    sampled,
     stratified,
 )
 from ismdata.verify import verify
@@ -236,7 +238,7 @@ def test_a_difference_on_the_sample_means_the_reference(packed: Callable[..., An
     wrong.append("café")
     report, notes = packed()
     assert len(notes) == 1
-    assert "does not agree with tokenizers" in notes[0]
+    assert "gigatoken is left aside" in notes[0]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)
     with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
@@ -250,7 +252,7 @@ def test_a_difference_found_later_means_all_over_again(
     """The third of three batches has the only text that differs, and no sample sees it."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 111")
-    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
     report, notes = packed()
     assert len(notes) == 1
@@ -267,12 +269,34 @@ def test_a_difference_that_only_law_5_sees(
     """The template is not blamed for it: skeletons stay in use."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 0")
-    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 0.0)
     report, notes = packed()
     assert len(notes) == 1
     assert "gigatoken is left aside" in notes[0]
     assert content(report.output) == content(expected.output)
+
+
+def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while one of them loads it anew, and whether it works in threads of its own or not."""
+    reference = Tokenizer(load_pretrained(str(deepseek)), name="deepseek", template="").reference
+    batches = [
+        large([f"word{n} {k} of many, naïve 你好 " * 8 for k in range(12_000 // (1 + 40 * (n % 2)))]) for n in range(6)
+    ]
+    alone = Gigatoken(reference)
+    expected = [alone.encode(batch, opening=False) for batch in batches]
+    monkeypatch.setattr("ismdata.tokenizer_backends._REMEMBERED_BYTES", 4 << 20)
+    shared = Gigatoken(reference)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda batch: shared.encode(batch, opening=False), batches * 2))
+    for (ids, lengths), (own_ids, own_lengths) in zip(found, expected * 2, strict=True):
+        assert np.array_equal(ids, own_ids)
+        assert np.array_equal(lengths, own_lengths)
+
+
+def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
+    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    Compared(Gigatoken(reference), reference, sampled(large([]), reference)).compare()
 
 
 def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +394,7 @@ def test_a_run_goes_on_with_the_backend_that_it_had(
     """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 55")
-    monkeypatch.setattr(Compared, "check", lambda self, batches: 0)
+    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
     killed(4)
     with pytest.raises(Death):
@@ -404,6 +428,24 @@ def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Pa
         assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
         assert ours.special_tokens_map == theirs.special_tokens_map
         assert (ours.chat_template, len(ours)) == (theirs.chat_template, len(theirs))
+
+
+@pytest.mark.parametrize("name", ["smollm2", "deepseek"])
+def test_saving_writes_what_save_pretrained_does(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The model, which is put in as text, included; and the tokenizer is afterwards what it was."""
+    tokenizer = Tokenizer(load_pretrained(str(request.getfixturevalue(name))), name=name, template="")
+    (tmp_path / "ours").mkdir()
+    before = tokenizer.pretrained.backend_tokenizer.to_str()
+    tokenizer.save(tmp_path / "ours")
+    assert tokenizer.pretrained.backend_tokenizer.to_str() == before
+    tokenizer.pretrained.save_pretrained(str(tmp_path / "theirs"))
+    ours, theirs = ({path.name: path for path in (tmp_path / of).iterdir()} for of in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, path in ours.items():
+        if name == "tokenizer.json":
+            assert json.loads(path.read_text("utf-8")) == json.loads(theirs[name].read_text("utf-8"))
+        else:
+            assert path.read_bytes() == theirs[name].read_bytes()
 
 
 def test_taking_tokens_out_does_not_depend_on_how_the_description_is_written(smollm2: Path) -> None:

@@ -30,6 +30,7 @@ from ismdata.conversion import Selection
 from ismdata.convert import convert
 from ismdata.encoder import set_up
 from ismdata.errors import DataError, UsageError
+from ismdata.folders import GrowingFile
 from ismdata.pack import PackReport, pack
 from ismdata.parity import ColumnsDiffer, Comparison
 from ismdata.readers import framing
@@ -204,7 +205,7 @@ def test_finished_work_is_not_done_again(
 ) -> None:
     output = tmp_path / "out" / "packed"
     made: list[int] = []
-    make, describe = ismdata.tokenizing.make_documents, ismdata.pack.describe_file
+    make, describe = ismdata.tokenizing.make_documents, GrowingFile.describe
     described: list[str] = []
 
     def counted(*arguments: Any) -> Any:
@@ -213,26 +214,26 @@ def test_finished_work_is_not_done_again(
         made.append(1)
         return make(*arguments)
 
-    def third(path: Path, rows: int) -> Any:
+    def third(file: GrowingFile, rows: int) -> Any:
         if len(described) == 2:
             raise Death
-        described.append(path.name)
-        return describe(path, rows)
+        described.append(file.path.name)
+        return describe(file, rows)
 
     monkeypatch.setattr(ismdata.tokenizing, "make_documents", counted)
     with pytest.raises(Death):
         packed(converted, output)
     made.clear()
     monkeypatch.setattr(ismdata.tokenizing, "make_documents", lambda *a: made.append(1) or make(*a))
-    monkeypatch.setattr(ismdata.pack, "describe_file", third)
+    monkeypatch.setattr(GrowingFile, "describe", third)
     notes: list[str] = []
     with pytest.raises(Death):
         packed(converted, output, notify=notes.append)
-    assert len(made) == 2  # of four
-    assert any("32 of 60 conversations tokenized, shards written: 0" in note for note in notes)
+    assert len(made) == 3  # of four: the second had been made, but not spooled
+    assert any("16 of 60 conversations tokenized, shards written: 0" in note for note in notes)
     monkeypatch.setattr(ismdata.tokenizing, "make_documents", lambda *a: pytest.fail("tokenized again"))
     monkeypatch.setattr(
-        ismdata.pack, "describe_file", lambda path, rows: described.append(path.name) or describe(path, rows)
+        GrowingFile, "describe", lambda file, rows: described.append(file.path.name) or describe(file, rows)
     )
     packed(converted, output, notify=notes.append)
     assert any("60 of 60 conversations tokenized, shards written: 2" in note for note in notes)
@@ -260,7 +261,7 @@ def test_the_decision_to_render_one_by_one_is_kept(
     with pytest.raises(Death):
         packed(converted, output)
     packed(converted, output)
-    assert used == [True, True, True, False, False, False, False, False]
+    assert used == [True, True, True, False, False, False, False, False, False]
     assert files_of(output) == expected
 
 

@@ -17,10 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "ismdata"
 LAYERS = """
 errors terminal limits memory
 conversation masks columns lock folders journal
-digests near sampling limits
+digests near sampling limits runs
 shards bootstrap text_scores answers bins packing readers control_tokens template tokenizer_backends tokenizer turns
 skeleton sensitivity
-glm_layout encoder batch runs document_columns piece_columns tokens overlong behind spool documents sequences parity
+glm_layout encoder batch document_columns piece_columns tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack
 problems invariants verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends

@@ -267,8 +267,8 @@ def test_a_template_that_does_more_than_its_probing_showed(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         encoding="utf-8",
     )
-    blind = Sensitivity(triggers=(), everything=False)
-    monkeypatch.setattr("ismdata.encoder.sensitivity", lambda renderer: blind)
+    blind = Sensitivity(triggers=(), blank=False, everything=False)
+    monkeypatch.setattr("ismdata.encoder.sensitivity", lambda renderer, prepends: blind)
     notes: list[str] = []
     report, shards = packed(
         tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, chat_template=str(source), notify=notes.append

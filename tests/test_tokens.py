@@ -18,6 +18,7 @@ from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding
 from ismdata.masks import ANSWER
 from ismdata.overlong import TurnRange, split, split_turns
+from ismdata.runs import taken_runs
 from ismdata.template import TemplateRefused
 from ismdata.tokens import DocumentEncoder
 from ismdata.turns import HistoryRewritten
@@ -239,6 +240,33 @@ def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyP
     encoder.lay_out(requests)
     encoder.lay_out(requests.take(np.arange(6)[::-1]))
     assert len(encoded) == len(set(encoded)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "rendered"), [("llama3_1", 0), ("qwen3", 0), ("gemma4", 0), ("phi3", 0), ("glm4moe", 1), ("cohere2", 1)]
+)
+def test_messages_without_text(name: str, rendered: int, smollm2: Path) -> None:
+    """They need a rendering of their own only where the template writes something else around them."""
+    with_ = encoding(smollm2, template_named(name), markers=True)
+    rows = []
+    for k, blank in enumerate(("", " ", "\n", " \n\t")):
+        for at in range(6):
+            talk = [{"role": ("user", "assistant")[n % 2], "content": f"{n}."} for n in range(6)]
+            talk[at]["content"] = talk[-at]["content"] = blank
+            rows.append({"id": f"{k} {at}", "source": "t:0", "messages": talk})
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    assert set(batch.by_itself.tolist()) == {bool(rendered)}
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    encoder.begin(batch)
+    assert check(with_, batch, whole(batch), encoder) == len(rows)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6), st.data())
+def test_taken_runs(runs: list[list[int]], data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, len(runs) - 1), max_size=12)) if runs else []
+    pool = np.array([id for run in runs for id in run], np.int32)
+    found = taken_runs(pool, np.array([len(run) for run in runs], np.int64), np.array(numbers, np.int64))
+    assert found.tolist() == [id for number in numbers for id in runs[number]]
 
 
 def test_known_pieces_are_not_looked_up_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

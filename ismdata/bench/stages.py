@@ -229,6 +229,8 @@ def _setup(tokenizer: str, chat_template: str | None, backend: BackendName) -> C
             Gigatoken(reference)
 
     setup()
+    if backend == "gigatoken":
+        import awkward  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  gigatoken does at its first text
     return setup
 
 
