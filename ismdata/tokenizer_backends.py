@@ -196,6 +196,7 @@ class Compared:
         self._fast, self._reference = fast, reference
         self._samples = deque(samples)  # by the reference
         self._found: deque[Sampled] = deque()  # by gigatoken
+        self._comparing = Lock()
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused."""

@@ -29,6 +29,7 @@ from ismdata.pack import PackReport, pack
 from ismdata.tokenizer import Tokenizer, load_pretrained, without_tokens
 from ismdata.tokenizer_backends import (
     Backend,
+    BackendDiffers,
     BackendRefused,
     Compared,
     Gigatoken,
@@ -292,6 +293,22 @@ def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyP
     for (ids, lengths), (own_ids, own_lengths) in zip(found, expected * 2, strict=True):
         assert np.array_equal(ids, own_ids)
         assert np.array_equal(lengths, own_lengths)
+
+
+def test_what_was_encoded_is_compared_once_the_comparison_is_over(
+    bytes_tokenizer: Path, wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where several threads compare at a time."""
+    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    for bad in range(6):
+        wrong[:] = [f"text {bad}"]
+        backend = Compared(Gigatoken(reference), reference)
+        for k in range(6):
+            backend.encode(large([f"text {k}"]), opening=False)
+        with ThreadPoolExecutor(4) as threads:
+            failed = [future.exception() for future in [threads.submit(backend.compare) for _ in range(4)]]
+        assert [type(error) for error in failed if error] == [BackendDiffers]
 
 
 def test_no_text_to_compare(bytes_tokenizer: Path) -> None:

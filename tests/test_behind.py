@@ -1,13 +1,21 @@
-"""Work behind one's back: in order, all of it over at the end, and what it raises is raised."""
+"""Work behind one's back: in order, all of it over at the end, and what it raises is raised; and files that grow."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ismdata.behind import BehindThread, side_by_side
+from ismdata.folders import GrowingFile, ShardFile, describe_file
+from ismdata.tokenizing import _one_ahead
 
 
 def test_results_come_in_order() -> None:
@@ -54,3 +62,39 @@ def test_calls_are_done_one_after_the_other() -> None:
     assert done == list(range(20))
     with pytest.raises(ZeroDivisionError), BehindThread() as behind:
         behind(divmod, 1, 0)
+
+
+def test_items_come_one_later_and_those_before_a_failure_come() -> None:
+    asked: list[int] = []
+
+    def items(failing: bool) -> Iterator[int]:
+        for k in range(3):
+            asked.append(k)
+            yield k
+        if failing:
+            raise ValueError("the fourth")
+
+    for failing in (False, True):
+        asked.clear()
+        seen = []
+        with pytest.raises(ValueError, match="the fourth") if failing else nullcontext():
+            for k in _one_ahead(items(failing)):
+                assert len(asked) == min(k + 2, 3)
+                seen.append(k)
+        assert seen == [0, 1, 2]
+
+
+@given(st.lists(st.binary(max_size=20), max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_a_growing_file_is_hashed_whole(written: list[bytes], followed: list[bool]) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.touch()
+        growing = GrowingFile(path)
+        for data, follow in zip(written, followed, strict=False):
+            with path.open("ab") as file:
+                file.write(data)
+            if follow:
+                growing.follow()
+        whole = b"".join(written)
+        expected = ShardFile(name="file", rows=3, bytes=len(whole), sha256=hashlib.sha256(whole).hexdigest())
+        assert growing.describe(3) == describe_file(path, 3) == expected

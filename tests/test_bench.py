@@ -90,10 +90,24 @@ def test_yardsticks_get_every_text_once(small: Path, tmp_path: Path, monkeypatch
     for texts, size in ((32_768, 8 << 20), (7, 8 << 20), (32_768, 1000), (1, 1)):
         monkeypatch.setattr(stages, "_TEXTS_AT_ONCE", texts)
         monkeypatch.setattr(stages, "_BYTES_AT_ONCE", size)
-        pieces = [piece.to_pylist() for piece in stages._texts(tmp_path / "converted")]
+        pieces = [piece.to_pylist() for piece in stages._pieces(stages._texts(tmp_path / "converted"))]
         assert [text for piece in pieces for text in piece] == said
         assert all(len(piece) <= texts for piece in pieces)
         assert all(len(piece) == 1 or sum(len(text.encode()) for text in piece) <= size for piece in pieces)
+
+
+def test_the_other_yardstick_gets_whole_conversations(small: Path, tokenizer: str, tmp_path: Path) -> None:
+    from ismdata.convert import convert
+
+    convert([str(small)], tmp_path / "converted")
+    rendered = [
+        text for part in stages._renderings(tmp_path / "converted", tokenizer, None) for text in part.to_pylist()
+    ]
+    talks = [json.loads(line)["messages"] for line in small.open()]
+    assert len(rendered) == len(talks)
+    for text, talk in zip(rendered, talks, strict=True):
+        assert text.count("<|im_start|>") == len(talk)
+        assert all(message["content"] in text for message in talk)
 
 
 def test_the_peak_is_that_of_memory_held() -> None:

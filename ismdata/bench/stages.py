@@ -16,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,18 +78,22 @@ def pack(
     seq_len: int,
     backend: BackendName,
 ) -> dict[str, Any]:
-    """`pack` against its tokenizer alone on the texts of all messages; `setup` is what `ours` does before it begins:
-    loading the tokenizer and probing the template.
+    """`pack` against its tokenizer alone: on the texts of all messages (`yardstick`), and on the conversations as the
+    template writes them (`rendered`), which is what `pack` makes tokens of. `setup` is what `ours` does before it
+    begins: loading the tokenizer and probing the template.
     """
     from ismdata.pack import pack
 
-    # A new one each round, as `pack` has it: tokenizers remember words, and the second time they would know them all.
-    unused = [_encoder(tokenizer, backend) for _ in range(rounds)]
-    pieces = [_given(piece, backend) for piece in _texts(Path(converted))]
+    # A new one each time, as `pack` has it: tokenizers remember words, and the second time they would know them all.
+    unused = [_encoder(tokenizer, backend) for _ in range(2 * rounds)]
+    pieces, rendered = (
+        [_given(piece, backend) for piece in _pieces(texts)]
+        for texts in (_texts(Path(converted)), _renderings(Path(converted), tokenizer, chat_template))
+    )
 
     setup = _setup(tokenizer, chat_template, backend)
 
-    def yardstick() -> None:
+    def alone(pieces: list[Any]) -> None:
         encode = unused.pop()
         for piece in pieces:
             encode(piece)
@@ -106,7 +110,8 @@ def pack(
             tokenizer_backend=backend,
             overwrite=True,
         ),
-        yardstick=yardstick,
+        yardstick=lambda: alone(pieces),
+        rendered=lambda: alone(rendered),
     )
 
 
@@ -205,17 +210,42 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
-    """The texts of all messages of a converted folder, in pieces of bounded size."""
+def _batches(converted: Path) -> Iterator[pa.RecordBatch]:
     for path in sorted(converted.glob("conversations-*.arrow")):
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                contents = batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
-                while len(contents):
-                    sizes = np.cumsum(pa.compute.binary_length(contents[:_TEXTS_AT_ONCE]).to_numpy())
-                    taken = max(1, int(np.searchsorted(sizes, _BYTES_AT_ONCE, side="right")))
-                    yield contents[:taken]
-                    contents = contents[taken:]
+            yield from stream
+
+
+def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
+    """The texts of all messages of a converted folder."""
+    for batch in _batches(converted):
+        yield batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
+
+
+def _renderings(converted: Path, tokenizer: str, chat_template: str | None) -> Iterator[pa.LargeStringArray]:
+    """Its conversations as the template writes them, less those that it refuses."""
+    from ismdata.batch import as_template_messages
+    from ismdata.encoder import set_up
+    from ismdata.template import TemplateRefused
+
+    template = set_up(tokenizer, chat_template=chat_template).renderer.template
+    for batch in _batches(converted):
+        rendered = []
+        for conversation in batch.to_pylist():
+            messages, tools = as_template_messages(conversation)
+            with contextlib.suppress(TemplateRefused):
+                rendered.append(template.render(messages, tools=tools))
+        yield pa.array(rendered, pa.large_string())
+
+
+def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArray]:
+    """Texts in pieces of bounded size."""
+    for contents in texts:
+        while len(contents):
+            sizes = np.cumsum(pa.compute.binary_length(contents[:_TEXTS_AT_ONCE]).to_numpy())
+            taken = max(1, int(np.searchsorted(sizes, _BYTES_AT_ONCE, side="right")))
+            yield contents[:taken]
+            contents = contents[taken:]
 
 
 def _setup(tokenizer: str, chat_template: str | None, backend: BackendName) -> Callable[[], object]:
