@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from operator import attrgetter
-from threading import Lock
+from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -154,7 +154,8 @@ class _Forgetting:
 
     def __init__(self, serialized: str) -> None:
         self._serialized = serialized
-        self._lock = Lock()
+        self._calls = Condition()
+        self._running = 0
         self._load()
 
     def _load(self) -> None:
@@ -165,14 +166,21 @@ class _Forgetting:
         self._seen = 0
 
     def encode_batch(self, texts: Any) -> Any:
-        with self._lock:
+        with self._calls:
+            # Nobody may hold on to the old one: another one takes as much memory.
+            self._calls.wait_for(lambda: self._seen <= _REMEMBERED_BYTES or not self._running)
             if self._seen > _REMEMBERED_BYTES:
-                del self._tokenizer  # before another one takes as much memory
+                del self._tokenizer
                 give_back()
                 self._load()
             self._seen += texts.nbytes
-            tokenizer = self._tokenizer
-        return tokenizer.encode_batch(texts)
+            self._running += 1
+        try:
+            return self._tokenizer.encode_batch(texts)
+        finally:
+            with self._calls:
+                self._running -= 1
+                self._calls.notify_all()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,16 +68,13 @@ class Source:
         """Of the hashes of its shards, in order."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
-    def batches(self, *, mapped: bool = False) -> Iterator[pa.RecordBatch]:
-        """The conversations in batches that are small enough to work on.
-
-        mapped: what is not looked at is not read either; what is looked at takes memory until the end of its file.
-        """
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The conversations in batches that are small enough to work on."""
         for file in self.files:
             path = self.folder / file.name
             try:
-                opened = pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
-                with opened as source, pa.ipc.open_stream(source) as stream:
+                # Not mapped: pages that have been read would be kept, up to all of the file.
+                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
                     if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
                         raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
                     for batch in stream:
@@ -243,7 +240,7 @@ def _sampled_texts(sources: Sequence[Source]) -> Iterator[pa.LargeStringArray]:
     total = sum(source.rows for source in sources)
     places = np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64)
     done = 0
-    for rows in (rows for source in sources for rows in source.batches(mapped=True)):
+    for rows in (rows for source in sources for rows in source.batches()):
         if np.any((places >= done) & (places < done + len(rows))):
             yield pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
         done += len(rows)
