@@ -219,16 +219,16 @@ class Compared:
         return ids, lengths
 
     def compare(self) -> None:
-        """Raises BackendRefused, BackendDiffers."""
-        while self._samples:
-            sample = self._samples.popleft()
-            _compare(
-                sample.texts, self._fast.encode(sample.texts, opening=sample.opening), (sample.ids, sample.lengths)
-            )
-        while self._found:
-            found = self._found.popleft()
-            expected = self._reference.encode(found.texts, opening=found.opening)
-            _compare(found.texts, (found.ids, found.lengths), expected)
+        """Raises BackendRefused, BackendDiffers. When it returns, all texts encoded before the call are compared."""
+        with self._comparing:
+            while self._samples:
+                sample = self._samples.popleft()
+                found = self._fast.encode(sample.texts, opening=sample.opening)
+                _compare(sample.texts, found, (sample.ids, sample.lengths))
+            while self._found:
+                sample = self._found.popleft()
+                expected = self._reference.encode(sample.texts, opening=sample.opening)
+                _compare(sample.texts, (sample.ids, sample.lengths), expected)
 
 
 def sampled(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
