@@ -6,7 +6,7 @@
 The first plans lognormal lengths and prints seconds and peak memory, the lengths included. The second plans the
 documents of packed folders anew and prints a Markdown row for each, with three bounds that no plan can go below: the
 tokens over T, the bound L2 of Martello and Toth, and, where the plan is above both, the linear relaxation of Gilmore
-and Gomory, for which scipy must be installed.
+and Gomory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.bins import best_bins, best_fit_decreasing, fewest_bins
+from ismdata.best_bins import best_bins
+from ismdata.bins import best_fit_decreasing, fewest_bins
+from ismdata.cutting_stock import relaxed_bound
 from ismdata.folders import read_index
 from ismdata.packing import lower_bound, plan
 from ismdata.shards import FORMAT
@@ -29,8 +31,6 @@ from ismdata.shards import FORMAT
 #: Lengths are made in pieces of so many, so that making them takes no more memory than planning them.
 _PIECE = 1 << 22
 
-#: Rounds of column generation: after each there is a bound, and it rises.
-_ROUNDS = 300
 HEADINGS = "folder | T | documents | sequences | best-fit | tokens / T | L2 | relaxation | sequences / best bound"
 
 
@@ -73,89 +73,12 @@ def lengths_of(folder: Path) -> tuple[NDArray[np.int64], int]:
     return np.concatenate(lengths).astype(np.int64), index["seq_len"]
 
 
-def relaxation(histogram: NDArray[np.int64], seq_len: int) -> int:
-    """What the linear relaxation of cutting stock says: the fewest bins were bins divisible, rounded up.
-
-    Columns, ways to fill a bin, are generated as the prices of lengths ask for them. Lengths may also be exchanged for
-    a longer one, or two for one as long as both: true of any solution, and it keeps prices in order from the start.
-    Any prices give a bound, their worth of the stock over their worth of the best bin: it holds after any round.
-    """
-    from scipy.optimize import linprog
-    from scipy.sparse import csc_matrix, hstack
-
-    length = np.flatnonzero(histogram)
-    stock = histogram[length].astype(float)
-    kinds = np.arange(len(length))
-    exchanges = [((i, 1.0), (i + 1, -1.0)) for i in kinds[:-1]]
-    for i in kinds:
-        for j in {*range(0, i, max(1, i // 12)), i}:
-            k = int(np.searchsorted(length, length[i] + length[j]))
-            if k < len(length):
-                exchanges.append(((i, 1.0), (j, 1.0), (k, -1.0)))
-    free = csc_matrix(
-        (
-            [value for exchange in exchanges for _, value in exchange],
-            (
-                [kind for exchange in exchanges for kind, _ in exchange],
-                [number for number, exchange in enumerate(exchanges) for _ in exchange],
-            ),
-        ),
-        shape=(len(length), len(exchanges)),
-    )
-    start = best_fit_decreasing(histogram, seq_len)
-    first = np.zeros((len(start.count), len(length)))
-    np.add.at(first, (start.owner, np.searchsorted(length, start.length)), start.times)
-    columns = list(first)
-    bound = 0.0
-    for _ in range(_ROUNDS):
-        result = linprog(
-            np.concatenate([np.zeros(len(exchanges)), np.ones(len(columns))]),
-            A_ub=-hstack([free, csc_matrix(np.array(columns).T)]),
-            b_ub=-stock,
-            method="highs",
-        )
-        price = np.maximum(0, -result.ineqlin.marginals)
-        worth, filled = best_fillings(length, price, seq_len)
-        bound = max(bound, float(price @ stock) / worth)
-        better = [column for column in filled if column @ price > 1 + 1e-9]
-        if not better:
-            break
-        columns += better
-    return int(np.ceil(bound - 1e-6))
-
-
-def best_fillings(
-    length: NDArray[np.int64], price: NDArray[np.float64], seq_len: int
-) -> tuple[float, list[NDArray[np.float64]]]:
-    """The most that one bin can be worth, and a few bins that are worth as much or nearly: times of each length."""
-    worth = np.zeros(seq_len + 1)
-    last = np.full(seq_len + 1, -1)
-    for room in range(int(length[0]), seq_len + 1):
-        fitting = int(np.searchsorted(length, room, side="right"))
-        worths = worth[room - length[:fitting]] + price[:fitting]
-        kind = int(worths.argmax())
-        worth[room] = max(worth[room - 1], worths[kind])
-        if worths[kind] > worth[room - 1]:
-            last[room] = kind
-    found = []
-    for room in range(seq_len, seq_len - seq_len // 10, -max(1, seq_len // 100)):
-        times = np.zeros(len(length))
-        while room > 0:
-            if last[room] < 0:
-                room -= 1
-            else:
-                times[last[room]] += 1
-                room -= int(length[last[room]])
-        found.append(times)
-    return float(worth[seq_len]), found
-
-
 def compare(name: str, lengths: NDArray[np.int64], seq_len: int) -> str:
     """A row of the table."""
     histogram = np.bincount(lengths, minlength=seq_len + 1)
     rows, best_fit = best_bins(histogram, seq_len).rows, best_fit_decreasing(histogram, seq_len).rows
     plain, two = lower_bound(lengths, seq_len), fewest_bins(histogram, seq_len)
-    relaxed = relaxation(histogram, seq_len) if rows > two else 0
+    relaxed = relaxed_bound(histogram, seq_len) if rows > two else 0
     return (
         f"{name} | {seq_len:,} | {len(lengths):,} | {rows:,} | {best_fit:,} | {plain:,} | {two:,} | "
         f"{format(relaxed, ',') if relaxed else '–'} | {rows / max(two, relaxed):.4f}"

@@ -1,6 +1,6 @@
 """Document lengths to a plan: which documents share a sequence, in which order. It sees nothing but integers.
 
-The bins are found over the histogram of lengths (bins.py); here documents are laid into them. All documents of one
+The bins are found over the histogram of lengths (best_bins.py); here documents are laid into them. All documents of one
 length are brought together and shuffled, and each place for that length in a bin takes the next of them. The sequences
 are shuffled, and the documents inside each. So neither lengths nor the order of the corpus shape the order of training.
 
@@ -26,7 +26,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
-from ismdata.bins import Bins, best_bins
+from ismdata.best_bins import best_bins
+from ismdata.bins import Bins
 from ismdata.errors import UsageError
 
 #: Documents of a piece of work. Smaller pieces spend their time in calls, larger ones wait for memory.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ismdata import bins, packing
 from ismdata.errors import UsageError
+from ismdata.exact_completion import exact_completion
 from ismdata.packing import lower_bound, plan
 
 
@@ -102,7 +103,7 @@ def test_bins_are_those_of_the_item_by_item_algorithm_at_size(seq_len, spread):
 @settings(max_examples=150, deadline=None)
 def test_exact_completion_lays_down_the_histogram(corpus):
     lengths, seq_len = corpus
-    found = bins.exact_completion(histogram(lengths, seq_len), seq_len)
+    found = exact_completion(histogram(lengths, seq_len), seq_len)
     laid = Counter()
     for owner, length, times in zip(found.owner.tolist(), found.length.tolist(), found.times.tolist(), strict=True):
         laid[length] += times * int(found.count[owner])
