@@ -17,6 +17,7 @@ from ismdata.bench.report import Row, machine, number, picture, table
 from ismdata.cli import app
 from ismdata.demo import sample_files, train_tokenizer
 from ismdata.errors import DataError, UsageError
+from ismdata.tokenizer_backends import BackendName
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +97,27 @@ def test_yardsticks_get_every_text_once(small: Path, tmp_path: Path, monkeypatch
         assert all(len(piece) == 1 or sum(len(text.encode()) for text in piece) <= size for piece in pieces)
 
 
-def test_the_other_yardstick_gets_whole_conversations(small: Path, tokenizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["hf", "gigatoken"])
+def test_the_other_yardstick_gets_what_pack_gives_its_tokenizer(
+    small: Path, tokenizer: str, tmp_path: Path, backend: BackendName
+) -> None:
+    """Each message once, whatever the template writes around it."""
+    if backend == "gigatoken":
+        pytest.importorskip("gigatoken")
     from ismdata.convert import convert
+    from ismdata.pack import pack
 
     convert([str(small)], tmp_path / "converted")
-    rendered = [
-        text for part in stages._renderings(tmp_path / "converted", tokenizer, None) for text in part.to_pylist()
-    ]
-    talks = [json.loads(line)["messages"] for line in small.open()]
-    assert len(rendered) == len(talks)
-    for text, talk in zip(rendered, talks, strict=True):
-        assert text.count("<|im_start|>") == len(talk)
-        assert all(message["content"] in text for message in talk)
+
+    def run() -> None:
+        converted = [tmp_path / "converted"]
+        pack(converted, tmp_path / "packed", tokenizer=tokenizer, tokenizer_backend=backend, overwrite=True)
+
+    given = "\n".join(text for texts in stages._texts_encoded(run, backend) for text in texts.to_pylist())
+    for line in small.open():
+        for message in json.loads(line)["messages"]:
+            assert message["content"] in given
+    assert "<|im_start|>" not in given  # a control token, which no tokenizer is given as text
 
 
 def test_the_peak_is_that_of_memory_held() -> None:

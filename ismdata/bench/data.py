@@ -139,8 +139,8 @@ def pack(bench: Bench) -> Iterator[Row]:
                 backend=backend,
                 **bench.encoding(),
             )
-            yield _compared("pack", what, corpus, timed)
-            yield _compared("pack", f"{what}, rendered conversations", corpus, timed, yardstick="rendered")
+            yield _compared("pack", f"{what} on messages", corpus, timed)
+            yield _compared("pack", f"{what} on the same texts", corpus, timed, yardstick="same")
 
 
 def road(bench: Bench) -> Iterator[Row]:

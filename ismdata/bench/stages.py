@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -78,17 +79,28 @@ def pack(
     seq_len: int,
     backend: BackendName,
 ) -> dict[str, Any]:
-    """`pack` against its tokenizer alone: on the texts of all messages (`yardstick`), and on the conversations as the
-    template writes them (`rendered`), which is what `pack` makes tokens of. `setup` is what `ours` does before it
-    begins: loading the tokenizer and probing the template.
+    """`pack` against its tokenizer alone: on the texts of all messages (`yardstick`), and on those that `pack` gives
+    it (`same`), with what the template writes around messages. `setup` is what `ours` does before it begins: loading
+    the tokenizer and probing the template.
     """
     from ismdata.pack import pack
 
+    def ours() -> None:
+        pack(
+            [Path(converted)],
+            Path(scratch) / "packed",
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            seq_len=seq_len,
+            tokenizer_backend=backend,
+            overwrite=True,
+        )
+
     # A new one each time, as `pack` has it: tokenizers remember words, and the second time they would know them all.
     unused = [_encoder(tokenizer, backend) for _ in range(2 * rounds)]
-    pieces, rendered = (
+    messages, same = (
         [_given(piece, backend) for piece in _pieces(texts)]
-        for texts in (_texts(Path(converted)), _renderings(Path(converted), tokenizer, chat_template))
+        for texts in (_texts(Path(converted)), _texts_encoded(ours, backend))
     )
 
     setup = _setup(tokenizer, chat_template, backend)
@@ -101,17 +113,9 @@ def pack(
     return in_turn(
         rounds,
         setup=setup,
-        ours=lambda: pack(
-            [Path(converted)],
-            Path(scratch) / "packed",
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            seq_len=seq_len,
-            tokenizer_backend=backend,
-            overwrite=True,
-        ),
-        yardstick=lambda: alone(pieces),
-        rendered=lambda: alone(rendered),
+        ours=ours,
+        yardstick=lambda: alone(messages),
+        same=lambda: alone(same),
     )
 
 
@@ -222,20 +226,21 @@ def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
         yield batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
 
 
-def _renderings(converted: Path, tokenizer: str, chat_template: str | None) -> Iterator[pa.LargeStringArray]:
-    """Its conversations as the template writes them, less those that it refuses."""
-    from ismdata.batch import as_template_messages
-    from ismdata.encoder import set_up
-    from ismdata.template import TemplateRefused
+def _texts_encoded(run: Callable[[], object], backend: BackendName) -> list[pa.LargeStringArray]:
+    """The texts that a run gives to its tokenizer, in no certain order."""
+    from ismdata.tokenizer_backends import Gigatoken, Reference
 
-    template = set_up(tokenizer, chat_template=chat_template).renderer.template
-    for batch in _batches(converted):
-        rendered = []
-        for conversation in batch.to_pylist():
-            messages, tools = as_template_messages(conversation)
-            with contextlib.suppress(TemplateRefused):
-                rendered.append(template.render(messages, tools=tools))
-        yield pa.array(rendered, pa.large_string())
+    kind: type[Gigatoken | Reference] = Gigatoken if backend == "gigatoken" else Reference
+    encode = kind.encode
+    found = []
+
+    def recording(self: Any, texts: pa.LargeStringArray, *, opening: bool) -> Any:
+        found.append(texts)
+        return encode(self, texts, opening=opening)
+
+    with mock.patch.object(kind, "encode", recording):
+        run()
+    return found
 
 
 def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArray]:
