@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from ismdata.bins import Bins, Pattern, best_fit_decreasing, fewest_bins, with_patterns
 
+#: It ends where bins that cannot be filled have lost room for one in so many of all tokens.
+_LOST_SHARE = 2000
+
 #: Exact completion draws this often for one bin before it fills it as well as it can.
 _DRAWS = 4
 
@@ -26,8 +29,9 @@ def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
 
     Drawing documents in proportion to the histogram keeps its shape, so exact ends can be found nearly to the last bin.
     What remains after each quarter of the documents is also packed best-fit, and the shortest of these plans is
-    returned. It ends early where the bins made so far are no fuller than those of best-fit alone. A pattern is used for
-    a small share of the remaining documents at once: their number grows with the logarithm of the corpus.
+    returned. It ends early where the bins made so far are no fuller than those of best-fit alone, and where too many of
+    them could not be filled. A pattern is used for a small share of the remaining documents at once: their number grows
+    with the logarithm of the corpus.
     """
     rng = np.random.Generator(np.random.PCG64(seq_len))  # part of the algorithm: no seed may change the number of bins
     stock = histogram.astype(np.int64)
@@ -36,7 +40,8 @@ def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
     length_of = np.arange(seq_len + 1)
     tokens, alone = int(stock @ length_of), 0  # of all documents, and the bins that best-fit alone takes
     best, best_rows, best_patterns, checkpoint = stock, np.iinfo(np.int64).max, 0, documents
-    while documents:
+    lost = 0
+    while documents and lost * _LOST_SHARE <= tokens:
         if documents <= checkpoint:
             checkpoint = documents * 3 // 4
             with_rest = rows + best_fit_decreasing(stock, seq_len).rows
@@ -53,8 +58,9 @@ def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
         patterns.append((length, times, bins))
         rows += bins
         documents -= len(pattern) * bins
+        lost += (seq_len - sum(pattern)) * bins
     else:
-        if rows < best_rows:
+        if not documents and rows < best_rows:
             best, best_patterns = stock, len(patterns)
     return with_patterns(best_fit_decreasing(best, seq_len), patterns[:best_patterns])
 
