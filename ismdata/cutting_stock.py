@@ -47,9 +47,9 @@ def column_generation(histogram: IntArray, seq_len: int) -> Bins:
     """
     bound = fewest_bins(histogram, seq_len)
     unit = 1
-    while _sizes(histogram, unit).astype(bool).sum() * (seq_len // unit) > _MOST_CELLS:
+    while np.count_nonzero(_sizes(histogram, unit)) * (seq_len // unit) > _MOST_CELLS:
         unit *= 2
-    bins = _dive(_sizes(histogram, unit), seq_len // unit, bound)
+    bins = _dive(_sizes(histogram, unit), bound)
     return bins if unit == 1 else _with_lengths(bins, histogram, unit)
 
 
@@ -60,19 +60,26 @@ def relaxed_bound(histogram: IntArray, seq_len: int) -> int:
     return _relax(_Relaxation(size, stock, seq_len), stock, target=0, rounds=10 * _ROUNDS)[1]
 
 
+def _size(length: IntArray, seq_len: int, unit: int) -> IntArray:
+    """Of documents, in units, rounded up. What is longer than all units of a sequence has one to itself either way."""
+    return np.minimum(-(-length // unit), seq_len // unit)
+
+
 def _sizes(histogram: IntArray, unit: int) -> IntArray:
-    """Documents of each size, a length in units, rounded up."""
-    ends = np.arange(0, len(histogram) + unit - 1, unit)
-    before = np.concatenate([[0], np.cumsum(histogram)])
-    return np.diff(before[np.minimum(ends + 1, len(histogram))], prepend=0)
+    """Documents of each size, int64[C + 1]."""
+    seq_len = len(histogram) - 1
+    sizes = np.zeros(seq_len // unit + 1, np.int64)
+    np.add.at(sizes, _size(np.arange(seq_len + 1), seq_len, unit), histogram)
+    return sizes
 
 
 def _with_lengths(bins: Bins, histogram: IntArray, unit: int) -> Bins:
     """Bins of sizes as bins of lengths: the places for a size take its lengths, the longest first. Classes whose bins
     come to hold other lengths are divided."""
     stock: dict[int, list[list[int]]] = {}
-    for length in np.flatnonzero(histogram).tolist():
-        stock.setdefault(-(-length // unit), []).append([length, int(histogram[length])])
+    present = np.flatnonzero(histogram)
+    for length, size in zip(present.tolist(), _size(present, len(histogram) - 1, unit).tolist(), strict=True):
+        stock.setdefault(size, []).append([length, int(histogram[length])])
     patterns: list[Pattern] = []
     entries_of: list[list[tuple[list[list[int]], int]]] = [[] for _ in bins.count]
     for owner, size, times in zip(bins.owner.tolist(), bins.length.tolist(), bins.times.tolist(), strict=True):
@@ -243,9 +250,10 @@ def _worthwhile(size: IntArray, stock: IntArray, prices: IntArray, capacity: int
     return int(best[capacity]), np.unique(fillings[good], axis=0)
 
 
-def _dive(histogram: IntArray, capacity: int, bound: int) -> Bins:
+def _dive(histogram: IntArray, bound: int) -> Bins:
     """Solve the relaxation, decide on some bins, and again for what is left; each time the rest is also packed
     best-fit, and the shortest of these plans is returned."""
+    capacity = len(histogram) - 1
     size = np.flatnonzero(histogram)
     stock = histogram[size]
     relaxation = _Relaxation(size, stock, capacity)

@@ -62,20 +62,26 @@ def test_a_few_documents_take_as_few_bins_as_can_be(lengths):
     assert found.rows == fewest_by_trying(lengths, 24)
 
 
-@given(st.lists(st.integers(1, 128), min_size=1, max_size=200), st.sampled_from([1 << 21, 1 << 9, 1 << 6]))
-@settings(max_examples=100, deadline=None)
-def test_column_generation_lays_down_the_histogram(lengths, cells):
-    """With lengths as they are, and rounded up to units."""
+@given(
+    st.sampled_from([128, 113]).flatmap(
+        lambda seq_len: st.tuples(st.lists(st.integers(1, seq_len), min_size=1, max_size=200), st.just(seq_len))
+    ),
+    st.sampled_from([1 << 21, 1 << 9, 1 << 6]),
+)
+@settings(max_examples=150, deadline=None)
+def test_column_generation_lays_down_the_histogram(corpus, cells):
+    """With lengths as they are, and rounded up to units, which may not go into a sequence evenly."""
+    lengths, seq_len = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting_stock, "_MOST_CELLS", cells)
-        found = column_generation(histogram(lengths, 128), 128)
-    assert laid(found, 128).tolist() == histogram(lengths, 128).tolist()
-    rooms = rooms_of(found, 128)
+        found = column_generation(histogram(lengths, seq_len), seq_len)
+    assert laid(found, seq_len).tolist() == histogram(lengths, seq_len).tolist()
+    rooms = rooms_of(found, seq_len)
     assert rooms[0] >= 0
-    assert rooms[-1] < 128
-    assert len(rooms) >= fewest_bins(histogram(lengths, 128), 128)
+    assert rooms[-1] < seq_len
+    assert len(rooms) >= fewest_bins(histogram(lengths, seq_len), seq_len)
     if cells == 1 << 21:
-        assert len(rooms) <= best_fit_decreasing(histogram(lengths, 128), 128).rows
+        assert len(rooms) <= best_fit_decreasing(histogram(lengths, seq_len), seq_len).rows
 
 
 @given(
@@ -113,7 +119,9 @@ def test_rounded_lengths_leave_hardly_any_gaps(monkeypatch):
     counted = histogram(lengths, 8192)
     units = []
     dive = cutting_stock._dive
-    monkeypatch.setattr(cutting_stock, "_dive", lambda *given: units.append(8192 // given[1]) or dive(*given))
+    monkeypatch.setattr(
+        cutting_stock, "_dive", lambda *given: units.append(8192 // (len(given[0]) - 1)) or dive(*given)
+    )
     assert column_generation(counted, 8192).rows <= 1.004 * fewest_bins(counted, 8192)
     assert units[0] > 1
 
