@@ -1,4 +1,5 @@
-"""Flat files of fixed-size rows: written end to end, cut back to where an interrupted run was, read as memory maps."""
+"""Flat files of fixed-size rows: written end to end, cut back to where an interrupted run was, read back by rows or as
+memory maps."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from ismdata.errors import DataError
 
 
 class Column:
-    """One flat file of rows, each `width` values of `dtype`. `append` in order, then `close`, then `map`.
+    """One flat file of rows, each `width` values of `dtype`. `append` in order, then `close`, then `map` or `read`.
 
     keep: rows of an existing file to go on after; what follows them is cut off. Raises DataError where the file has
     fewer.
@@ -63,6 +64,28 @@ class Column:
         with self.path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), self.rows * self._row_bytes, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map, self.dtype).reshape(shape)
+
+    def read(self, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[Any]:
+        """Rows from each start on, so many, end to end. They are read and not mapped, so that they take no more memory
+        than what is returned. Raises DataError where the file has become shorter.
+        """
+        total = int(counts.sum())
+        rows = np.empty((total, self.width) if self.width > 1 else total, self.dtype)
+        if not total:
+            return rows
+        into, at = rows.data.cast("B"), 0
+        with self.path.open("rb") as file:
+            number = file.fileno()
+            offsets, sizes = (starts * self._row_bytes).tolist(), (counts * self._row_bytes).tolist()
+            for offset, size in zip(offsets, sizes, strict=True):
+                found = os.preadv(number, [into[at : at + size]], offset)
+                if found < size:
+                    raise DataError(
+                        f"{self.path}: ends at byte {offset + found}; expected {offset + size} and more. "
+                        "It was changed since it was written: run the same command again"
+                    )
+                at += size
+        return rows
 
     def release(self) -> None:
         """Let go of the memory that reading the map took: it stays readable, and what is read again is mapped again."""

@@ -1,4 +1,4 @@
-"""Documents on their way from tokenizing to packing: on disk, in flat files that are read back as memory maps.
+"""Documents on their way from tokenizing to packing: on disk, in flat files that are read back in any order.
 
 Nothing of a document stays in memory, and what an interrupted run spooled is gone on with.
 """
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from ismdata.batch import IntArray
 from ismdata.columns import Column
 from ismdata.document_columns import Documents
-from ismdata.runs import ragged_arange
 
 #: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
 _FILES: dict[str, tuple[Any, int]] = {
@@ -33,11 +32,8 @@ _FILES: dict[str, tuple[Any, int]] = {
     "name_starts": (np.int64, 1),
 }
 
-#: Documents that are read of a file before the memory that this took is let go of.
-_DOCUMENTS_AT_ONCE = 32
-
-#: Rows of a document, on average, from which on copying its rows in one piece beats an index for each row.
-_LONG = 64
+#: Of these there is one row a document: they alone are mapped.
+_MAPPED = ("lengths", "span_counts", "name_lengths", "id_starts", "span_starts", "name_starts")
 
 
 class Spool:
@@ -93,7 +89,7 @@ class Spool:
     def seal(self) -> NDArray[np.int32]:
         """End writing; the lengths of all documents, int32[D], memory-mapped."""
         self.close()
-        self._maps = {name: column.map() for name, column in self._columns.items()}
+        self._maps = {name: self._columns[name].map() for name in _MAPPED}
         return self._maps["lengths"]
 
     def gather(self, documents: IntArray) -> Gathered:
@@ -102,36 +98,19 @@ class Spool:
             self._maps[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
         )
         span_starts = self._maps["span_starts"][documents]
-        names = self._rows_of("conversation_ids", self._maps["name_starts"][documents], name_lengths)
+        names = self._columns["conversation_ids"].read(self._maps["name_starts"][documents], name_lengths)
         offsets = np.concatenate([[0], np.cumsum(name_lengths)]).astype(np.int32)
         gathered = Gathered(
-            input_ids=self._rows_of("input_ids", self._maps["id_starts"][documents], lengths),
+            input_ids=self._columns["input_ids"].read(self._maps["id_starts"][documents], lengths),
             lengths=lengths,
             span_counts=span_counts,
-            spans=self._rows_of("spans", span_starts, span_counts),
-            span_weights=self._rows_of("span_weights", span_starts, span_counts),
+            spans=self._columns["spans"].read(span_starts, span_counts),
+            span_weights=self._columns["span_weights"].read(span_starts, span_counts),
             names=pa.StringArray.from_buffers(len(documents), pa.py_buffer(offsets), pa.py_buffer(names)),
         )
-        for column in self._columns.values():
-            column.release()
-        return gathered
-
-    def _rows_of(self, name: str, starts: IntArray, counts: IntArray) -> NDArray[Any]:
-        """The rows of a file that documents have: from each start on, so many. A page that is read brings its
-        neighbours along, so few are held at a time.
-        """
-        rows, ends = self._maps[name], np.cumsum(counts)
-        taken = np.empty((int(counts.sum()), *rows.shape[1:]), rows.dtype)
-        for first in range(0, len(starts), _DOCUMENTS_AT_ONCE):
-            part = slice(first, first + _DOCUMENTS_AT_ONCE)
-            out = taken[ends[first] - counts[first] : ends[part][-1]]
-            if len(out) > _LONG * len(starts[part]):
-                spans = zip(starts[part].tolist(), counts[part].tolist(), strict=True)
-                np.concatenate([rows[start : start + count] for start, count in spans], out=out)
-            else:
-                out[:] = rows[ragged_arange(starts[part], counts[part])]
+        for name in _MAPPED:
             self._columns[name].release()
-        return taken
+        return gathered
 
 
 @dataclass(frozen=True, kw_only=True)

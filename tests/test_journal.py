@@ -50,6 +50,14 @@ def test_a_column_is_its_batches_end_to_end(
     assert column.rows == len(expected)
     assert np.array_equal(column.map(), expected)
     assert column.map().shape == expected.shape
+    draw = np.random.default_rng(keep)
+    starts = draw.integers(0, len(expected) + 1, 4)
+    counts = np.array([draw.integers(0, len(expected) - start + 1) for start in starts], np.int64)
+    read = column.read(starts, counts)
+    assert read.dtype == expected.dtype
+    assert np.array_equal(
+        read, np.concatenate([expected[start : start + count] for start, count in zip(starts, counts, strict=True)])
+    )
 
     if keep > len(expected):
         with pytest.raises(DataError, match=r"column: \d+ bytes; expected at least \d+"):
@@ -65,6 +73,16 @@ def test_a_column_is_its_batches_end_to_end(
 def test_a_column_takes_whole_rows_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 values; expected whole rows of 2"):
         Column(tmp_path / "column", np.int32, 2).append([1, 2, 3])
+
+
+def test_a_column_that_has_become_shorter_is_told(tmp_path: Path) -> None:
+    column = Column(tmp_path / "column", np.int32, 2)
+    column.append(np.arange(20).reshape(10, 2))
+    column.close()
+    (tmp_path / "column").write_bytes((tmp_path / "column").read_bytes()[:50])
+    assert column.read(np.array([0, 5]), np.array([2, 1])).tolist() == [[0, 1], [2, 3], [10, 11]]
+    with pytest.raises(DataError, match="ends at byte 50; expected 64 and more"):
+        column.read(np.array([0, 6]), np.array([2, 2]))
 
 
 # ---- the journal ----
