@@ -78,13 +78,15 @@ class Column:
             number = file.fileno()
             offsets, sizes = (starts * self._row_bytes).tolist(), (counts * self._row_bytes).tolist()
             for offset, size in zip(offsets, sizes, strict=True):
-                found = os.preadv(number, [into[at : at + size]], offset)
-                if found < size:
-                    raise DataError(
-                        f"{self.path}: ends at byte {offset + found}; expected {offset + size} and more. "
-                        "It was changed since it was written: run the same command again"
-                    )
-                at += size
+                end = at + size
+                while at < end:
+                    found = os.preadv(number, [into[at:end]], offset)
+                    if not found:
+                        raise DataError(
+                            f"{self.path}: ends at byte {offset}; expected {end - at} bytes more. "
+                            "It was changed since it was written: run the same command again"
+                        )
+                    at, offset = at + found, offset + found
         return rows
 
     def release(self) -> None:

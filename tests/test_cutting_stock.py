@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ismdata import best_bins, cutting_stock
+from ismdata import best_bins, cutting_stock, exact_completion
 from ismdata.bins import best_fit_decreasing, fewest_bins
 from ismdata.cutting_stock import column_generation, relaxed_bound
 from ismdata.packing import plan
@@ -112,6 +112,22 @@ def test_conversations_of_which_a_sequence_holds_a_few_leave_no_gaps(seq_len):
     earlier = min(make(counted, seq_len).rows for make in best_bins._PLANS[:2])
     assert earlier > 1.01 * bound
     assert plan(lengths, seq_len=seq_len, seed=0).rows <= 1.002 * bound
+
+
+def test_exact_completion_gives_up_where_it_cannot_do_well(monkeypatch):
+    """Bins that cannot be filled take the most time, and column generation does better."""
+    counted = histogram(np.random.default_rng(0).normal(614, 160, 900).clip(40, 2048).astype(int), 2048)
+    fill, rooms = exact_completion._fill_bin, []
+
+    def filled(*given):
+        lengths = fill(*given)
+        rooms.append(2048 - sum(lengths))
+        return lengths
+
+    monkeypatch.setattr(exact_completion, "_fill_bin", filled)
+    exact_completion.exact_completion(counted, 2048)
+    assert len(rooms) < 0.9 * fewest_bins(counted, 2048)
+    assert sum(rooms[:-1]) <= counted @ np.arange(2049) / 2000 < sum(rooms)
 
 
 def test_rounded_lengths_leave_hardly_any_gaps(monkeypatch):

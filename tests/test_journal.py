@@ -81,7 +81,7 @@ def test_a_column_that_has_become_shorter_is_told(tmp_path: Path) -> None:
     column.close()
     (tmp_path / "column").write_bytes((tmp_path / "column").read_bytes()[:50])
     assert column.read(np.array([0, 5]), np.array([2, 1])).tolist() == [[0, 1], [2, 3], [10, 11]]
-    with pytest.raises(DataError, match="ends at byte 50; expected 64 and more"):
+    with pytest.raises(DataError, match="ends at byte 50; expected 14 bytes more"):
         column.read(np.array([0, 6]), np.array([2, 2]))
 
 
