@@ -55,9 +55,8 @@ def column_generation(histogram: IntArray, seq_len: int) -> Bins:
 
 def relaxed_bound(histogram: IntArray, seq_len: int) -> int:
     """A number of bins that no plan can go below: that of the linear relaxation, rounded up."""
-    size = np.flatnonzero(histogram)
-    stock = histogram[size]
-    return _relax(_Relaxation(size, stock, seq_len), stock, target=0, rounds=10 * _ROUNDS)[1]
+    relaxation = _Relaxation(histogram, best_fit_decreasing(histogram, seq_len))
+    return _relax(relaxation, histogram[relaxation.size], target=0, rounds=10 * _ROUNDS)[1]
 
 
 def _size(length: IntArray, seq_len: int, unit: int) -> IntArray:
@@ -112,12 +111,13 @@ class _Relaxation:
     stock have a place.
 
     A place for a longer document may take a shorter one. That changes no optimum, and keeps prices in order.
+    histogram: int64[C + 1], documents of each size. known: bins of them, whose fillings are the first.
     """
 
-    def __init__(self, size: IntArray, stock: IntArray, capacity: int) -> None:
+    def __init__(self, histogram: IntArray, known: Bins) -> None:
         from highspy import Highs
 
-        self.size, self.capacity = size, capacity
+        self.size, self.capacity = np.flatnonzero(histogram), len(histogram) - 1
         self._kinds: list[IntArray] = []
         self._times: list[IntArray] = []
         self._solver: Any = Highs()  # type: ignore[no-untyped-call]
@@ -125,11 +125,9 @@ class _Relaxation:
         for name, value in (("output_flag", False), ("threads", 1), ("parallel", "off"), ("solver", "simplex")):
             self._solver.setOptionValue(name, value)
         self._primal()
-        nothing = np.zeros(0, np.int32)
-        sizes = len(size)
-        self._solver.addRows(
-            sizes, stock.astype(float), np.full(sizes, np.inf), 0, np.zeros(sizes, np.int32), nothing, np.zeros(0)
-        )
+        sizes, nothing = len(self.size), np.zeros(0)
+        least, most = histogram[self.size].astype(float), np.full(sizes, np.inf)
+        self._solver.addRows(sizes, least, most, 0, np.zeros(sizes, np.int32), nothing.astype(np.int32), nothing)
         pairs = np.arange(sizes - 1, dtype=np.int32)
         self._add_columns(
             0.0,
@@ -138,9 +136,8 @@ class _Relaxation:
             np.full(len(pairs), 2),
         )
         self.add(np.eye(sizes, dtype=np.int64))
-        best_fit = best_fit_decreasing(_histogram(size, stock, capacity), capacity)
-        times = np.zeros((len(best_fit.count), sizes), np.int64)
-        np.add.at(times, (best_fit.owner, np.searchsorted(size, best_fit.length)), best_fit.times)
+        times = np.zeros((len(known.count), sizes), np.int64)
+        np.add.at(times, (known.owner, np.searchsorted(self.size, known.length)), known.times)
         self.add(times)
 
     def add(self, times: IntArray) -> None:
@@ -191,12 +188,6 @@ class _Relaxation:
         uses = np.array(solution.col_value)[len(self.size) - 1 :]
         prices = np.rint(np.maximum(0, solution.row_dual) * _WORTH).astype(np.int64)
         return uses, prices
-
-
-def _histogram(size: IntArray, stock: IntArray, capacity: int) -> IntArray:
-    histogram = np.zeros(capacity + 1, np.int64)
-    histogram[size] = stock
-    return histogram
 
 
 def _relax(relaxation: _Relaxation, stock: IntArray, *, target: int, rounds: int) -> tuple[NDArray[np.float64], int]:
@@ -254,10 +245,10 @@ def _dive(histogram: IntArray, bound: int) -> Bins:
     """Solve the relaxation, decide on some bins, and again for what is left; each time the rest is also packed
     best-fit, and the shortest of these plans is returned."""
     capacity = len(histogram) - 1
-    size = np.flatnonzero(histogram)
-    stock = histogram[size]
-    relaxation = _Relaxation(size, stock, capacity)
     rest = best_fit_decreasing(histogram, capacity)
+    relaxation = _Relaxation(histogram, rest)
+    size, left = relaxation.size, histogram.copy()
+    stock = left[size]
     best, kept, best_rows = rest, 0, rest.rows
     patterns: list[Pattern] = []
     rows = 0
@@ -272,7 +263,8 @@ def _dive(histogram: IntArray, bound: int) -> Bins:
         decided, stock = _decide(relaxation, uses, stock)
         patterns += decided
         rows += sum(bins for _, _, bins in decided)
-        rest = best_fit_decreasing(_histogram(size, stock, capacity), capacity)
+        left[size] = stock
+        rest = best_fit_decreasing(left, capacity)
         if rows + rest.rows < best_rows:
             best, kept, best_rows = rest, len(patterns), rows + rest.rows
         relaxation.restrict(stock)

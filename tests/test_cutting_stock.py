@@ -166,7 +166,8 @@ def test_what_the_solver_cannot_do_costs_no_document(monkeypatch, solved):
 
 
 def test_a_solver_that_ends_without_a_solution_is_noticed():
-    relaxation = cutting_stock._Relaxation(np.array([3, 5]), np.array([4, 4]), 8)
+    counted = histogram([3, 5] * 4, 8)
+    relaxation = cutting_stock._Relaxation(counted, best_fit_decreasing(counted, 8))
     relaxation._solver.setOptionValue("simplex_iteration_limit", 0)
     with pytest.raises(cutting_stock._NotSolved):
         relaxation.solve()

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from ismdata.pack import PackReport
     from ismdata.tokenizer_backends import BackendName
 
 #: Texts and bytes that yardsticks get at a time, about what `pack` gives a tokenizer.
@@ -83,19 +84,7 @@ def pack(
     it (`same`), with what the template writes around messages. `setup` is what `ours` does before it begins: loading
     the tokenizer and probing the template.
     """
-    from ismdata.pack import pack
-
-    def ours() -> None:
-        pack(
-            [Path(converted)],
-            Path(scratch) / "packed",
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            seq_len=seq_len,
-            tokenizer_backend=backend,
-            overwrite=True,
-        )
-
+    ours = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, backend)
     # A new one each time, as `pack` has it: tokenizers remember words, and the second time they would know them all.
     unused = [_encoder(tokenizer, backend) for _ in range(2 * rounds)]
     messages, same = (
@@ -130,21 +119,13 @@ def road(
 ) -> dict[str, Any]:
     """`convert` and `pack` one after the other; `setup` as in `pack`."""
     from ismdata.convert import convert
-    from ismdata.pack import pack
 
-    folder = Path(scratch)
+    converted = Path(scratch) / "converted"
+    pack = _packing(converted, scratch, tokenizer, chat_template, seq_len, backend)
 
     def ours() -> None:
-        convert([corpus], folder / "converted", overwrite=True)
-        pack(
-            [folder / "converted"],
-            folder / "packed",
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            seq_len=seq_len,
-            tokenizer_backend=backend,
-            overwrite=True,
-        )
+        convert([corpus], converted, overwrite=True)
+        pack()
 
     return in_turn(rounds, setup=_setup(tokenizer, chat_template, backend), ours=ours)
 
@@ -165,17 +146,9 @@ def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
 
 def memory(converted: str, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int) -> dict[str, Any]:
     """The peak of `pack`: resident in all, maps of files on disk included, and the part that is no file's."""
-    from ismdata.pack import pack
-
+    pack = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, "auto")
     with _anonymous_peak() as anonymous:
-        report = pack(
-            [Path(converted)],
-            Path(scratch) / "packed",
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            seq_len=seq_len,
-            overwrite=True,
-        )
+        report = pack()
     shutil.rmtree(report.output)
     return {"peak_bytes": _peak(), "anonymous_bytes": max(anonymous), "tokens": report.totals["tokens"]}
 
@@ -212,6 +185,23 @@ def verify(packed: str, rounds: int) -> dict[str, Any]:
 MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     job.__name__: job for job in (convert, pack, road, plan, memory, loader, verify)
 }
+
+
+def _packing(
+    converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: BackendName
+) -> Callable[[], PackReport]:
+    """The call of `pack` that is measured, imported already."""
+    from ismdata.pack import pack
+
+    return lambda: pack(
+        [converted],
+        Path(scratch) / "packed",
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        seq_len=seq_len,
+        tokenizer_backend=backend,
+        overwrite=True,
+    )
 
 
 def _batches(converted: Path) -> Iterator[pa.RecordBatch]:
