@@ -38,7 +38,7 @@ class Journal:
         self._path = path
         self._file = path.open("ab")
         self._listed: set[Path] = set()
-        self._next = time.monotonic() + _EVERY
+        self._next: float | None = None
 
     @classmethod
     def open(cls, folder: Path, run: Mapping[str, Any], *, restart: bool) -> Journal:
@@ -69,7 +69,11 @@ class Journal:
         return journal
 
     def due(self) -> bool:
-        """Whether it is time to record again: a second after the last time, longer where recording is slow."""
+        """Whether it is time to record again: a second after the last time, or after this was first asked; longer where
+        recording is slow.
+        """
+        if self._next is None:
+            self._next = time.monotonic() + _EVERY
         return time.monotonic() >= self._next
 
     def record(self, state: Mapping[str, Any], files: Iterable[Column | IO[bytes] | Path]) -> None:

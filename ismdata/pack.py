@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial as bound
@@ -40,11 +41,11 @@ from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
 from ismdata.tokenizer_backends import BACKENDS, BackendName
-from ismdata.tokenizing import Progress, Quarantine, Source, Tally, tokenize
+from ismdata.tokenizing import Progress, Quarantine, Source, Tally, sampled_texts, tokenize
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
 _SHARD_TOKENS = 1 << 24
-_BATCH_TOKENS = 1 << 20
+_BATCH_TOKENS = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,12 @@ def pack(
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     sources = [Source(folder) for folder in converted]
-    with output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial:
+    with (
+        output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # Read while the tokenizer is loaded.
+        sample = beside.submit(sampled_texts, sources if tokenizer_backend != "hf" else [])
         encoding = set_up(
             tokenizer, chat_template=chat_template, history=history, arguments=template_arguments, date=template_date
         )
@@ -122,6 +128,7 @@ def pack(
                 tokenizer_backend,
                 partial,
                 journal,
+                sample=sample.result,
                 meanwhile=lambda: _save(encoding, partial / "tokenizer"),
                 notify=notify,
                 progress=progress,

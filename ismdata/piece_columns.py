@@ -122,7 +122,9 @@ def together(groups: Iterable[Texts], *, apart: bool) -> list[Texts]:
     joined: list[Texts] = []
     for opening in (False, True):
         own = [group for group in found if group.opening is opening]
-        if own:
+        if len(own) == 1:
+            joined.append(own[0])
+        elif own:
             texts = pa.concat_arrays([group.texts for group in own])
             places = np.concatenate([group.places for group in own])
             joined.append(Texts(texts=texts, opening=opening, places=places))

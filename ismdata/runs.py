@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -37,12 +39,22 @@ class RunTable:
 
     def all_lengths(self) -> IntArray:
         """Tokens of every run, int64[runs + 1]: one empty run at the end, so that -1 is a valid number."""
-        self._lengths = [np.concatenate([np.empty(0, np.int64), *self._lengths])]
-        return np.append(self._lengths[0], 0)
+        return np.append(self.lengths(), 0)
+
+    def lengths(self) -> IntArray:
+        """Tokens of every run, int64[runs]."""
+        self._lengths = _one(self._lengths, np.int64)
+        return self._lengths[0]
 
     def pool(self) -> NDArray[np.int32]:
-        self._pools = [np.concatenate([np.empty(0, np.int32), *self._pools])]
+        """The tokens of all runs."""
+        self._pools = _one(self._pools, np.int32)
         return self._pools[0]
+
+
+def _one(parts: list[NDArray[Any]], dtype: type) -> list[NDArray[Any]]:
+    """The parts end to end in a single one: copied only where there are more."""
+    return parts if len(parts) == 1 else [np.concatenate([np.empty(0, dtype), *parts])]
 
 
 def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
@@ -57,19 +69,23 @@ def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
     return ranges
 
 
-def taken_runs(pool: NDArray[np.int32], lengths: IntArray, numbers: IntArray) -> NDArray[np.int32]:
-    """The runs of a pool, which lie end to end there, in the order of their numbers; read-only.
+def as_runs(pool: NDArray[np.int32], lengths: IntArray) -> pa.LargeBinaryArray:
+    """Runs of these lengths, which lie end to end in a pool, for `taken_runs`."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths * pool.itemsize, out=offsets[1:])
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(pool))]
+    )
+
+
+def taken_runs(runs: pa.LargeBinaryArray, numbers: IntArray) -> NDArray[np.int32]:
+    """The tokens of runs in the order of their numbers; read-only.
 
     Copied by Arrow, run by run: an index for each token takes several times as long.
 
-    >>> taken_runs(np.array([7, 8, 9], np.int32), np.array([1, 2]), np.array([1, 0, 1])).tolist()
+    >>> runs = as_runs(np.array([7, 8, 9], np.int32), np.array([1, 2]))
+    >>> taken_runs(runs, np.array([1, 0, 1])).tolist()
     [8, 9, 7, 8, 9]
     """
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths * pool.itemsize, out=offsets[1:])
-    runs = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(pool))]
-    )
-    taken = runs.take(pa.array(numbers))
-    data = taken.buffers()[2]
-    return np.frombuffer(data, pool.dtype) if data is not None and data.size else pool[:0]
+    data = runs.take(pa.array(numbers)).buffers()[2]
+    return np.frombuffer(data, np.int32) if data is not None and data.size else np.empty(0, np.int32)

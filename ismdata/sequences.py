@@ -47,16 +47,20 @@ def sequences(
 
     tiling = tile(row_documents, documents.lengths, row_spans, spans, seq_len=seq_len)
     doc_start, kv_end = (x.reshape(rows, seq_len) for x in tiled_intervals(tiling, mask=mask))
+    # From here on counted in each row, in place: fresh memory takes longer than the sums.
     base = np.arange(0, rows * seq_len, seq_len, dtype=doc_start.dtype)[:, None]
+    doc_start -= base
+    kv_end -= base
+    table = block_table(doc_start, kv_end)
+    position_ids = np.subtract(np.arange(seq_len, dtype=doc_start.dtype), doc_start, out=doc_start)
     loss_mask = tiled_targets(tiling, mask=mask)
-    position_ids = np.arange(rows * seq_len, dtype=doc_start.dtype).reshape(rows, seq_len) - doc_start
     columns: dict[str, pa.Array] = {
         "input_ids": _fixed(schema, "input_ids", input_ids),
         "position_ids": _fixed(schema, "position_ids", position_ids),
         "loss_mask": _fixed(schema, "loss_mask", loss_mask),
         "seq_lens": _ragged(schema, "seq_lens", row_documents, pa.array(documents.lengths.astype(np.int32))),
         "spans": _ragged(schema, "spans", row_spans, _span_array(schema, spans)),
-        "block_table": _fixed(schema, "block_table", block_table(doc_start - base, kv_end - base)),
+        "block_table": _fixed(schema, "block_table", table),
         "conversation_ids": _ragged(schema, "conversation_ids", row_documents, documents.names),
     }
     if "position_ids_2" in schema.names:

@@ -23,8 +23,10 @@ from ismdata.errors import DataError
 from ismdata.tokenizer_backends import Reference
 
 if TYPE_CHECKING:
-    import tokenizers
     from transformers import PreTrainedTokenizerFast
+
+#: Ranges of ids in which control tokens are looked for: two passes over all ids for each.
+_CONTROL_RANGES = 3
 
 
 def load_pretrained(name: str) -> PreTrainedTokenizerFast:
@@ -90,9 +92,7 @@ def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
 
 
 @lru_cache(maxsize=4)
-def without_tokens(
-    backend: str, removed: frozenset[str], in_vocabulary: frozenset[str], name: str
-) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+def without_tokens(backend: bytes, removed: frozenset[str], in_vocabulary: frozenset[str], name: str) -> Reference:
     """A serialised tokenizer less some added tokens, twice: for text that opens a document, and for text inside one.
 
     in_vocabulary: those of them that are in the model's own vocabulary too. All other tokens keep their ids.
@@ -111,8 +111,9 @@ def without_tokens(
         kept.append(token)
     description["added_tokens"] = kept
     description["truncation"] = description["padding"] = None
-    text = json.dumps(description)
-    opening = Backend.from_str(_joined(text, model))
+    rules = json.dumps(description)
+    text = _joined(rules, model)
+    opening = Backend.from_buffer(text)
     for token in kept:
         found = opening.token_to_id(token["content"])
         if found != token["id"]:
@@ -125,25 +126,29 @@ def without_tokens(
         '"prepend_scheme": "first"', '"prepend_scheme": "never"'
     )
     inner = inner.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
-    return opening, opening if inner == text else Backend.from_str(_joined(inner, model))
+    if inner == rules:
+        return Reference(opening, opening, text, text)
+    inside = _joined(inner, model)
+    return Reference(opening, Backend.from_buffer(inside), text, inside)
 
 
 #: What stands before the model in a serialised tokenizer: no text in it can look so, its quotes would be escaped.
-_MODEL = ',"model":{'
+_MODEL = b',"model":'
 
 
-def _rules_and_model(backend: str) -> tuple[dict[str, Any], str]:
-    """A serialised tokenizer as its rules, read, and its model, the last and by far the longest part, as text."""
-    rules, separator, model = backend.rpartition(_MODEL)
-    if separator and rules.startswith("{"):
-        return json.loads(rules + "}"), "{" + model.rstrip()[:-1]
+def _rules_and_model(backend: bytes) -> tuple[dict[str, Any], memoryview]:
+    """A serialised tokenizer as its rules, read, and its model, the last and by far the longest part, as it is."""
+    at = backend.rfind(_MODEL + b"{")
+    if at >= 0 and backend.startswith(b"{"):
+        end = len(backend.rstrip()) - 1
+        return json.loads(backend[:at] + b"}"), memoryview(backend)[at + len(_MODEL) : end]
     description = json.loads(backend)
-    model = json.dumps(description.pop("model"))
-    return description, model
+    model = json.dumps(description.pop("model"), ensure_ascii=False).encode()
+    return description, memoryview(model)
 
 
-def _joined(rules: str, model: str) -> str:
-    return f'{rules[:-1]}, "model": {model}}}'
+def _joined(rules: str, model: memoryview) -> bytes:
+    return b"".join((rules[:-1].encode(), _MODEL, model, b"}"))
 
 
 def _without_prepending(description: dict[str, Any]) -> dict[str, Any]:
@@ -186,35 +191,48 @@ class Tokenizer:
 
     def find_controls(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
         """The places of control tokens among ids."""
-        if not len(self.control_ids):
-            return np.empty(0, np.int64)
-        lowest, highest = self.control_ids[[0, -1]]  # they lie together, most often at an end of the vocabulary
-        near = np.flatnonzero((ids >= lowest) & (ids <= highest))
-        return near[np.isin(ids[near], self.control_ids)]
+        near = np.zeros(len(ids), bool)
+        for lowest, highest in self._control_ranges:
+            near |= (ids >= lowest) & (ids <= highest)
+        places = np.flatnonzero(near)
+        return places[np.isin(ids[places], self.control_ids)]
 
     @cached_property
-    def serialized(self) -> str:
+    def _control_ranges(self) -> list[tuple[np.int32, np.int32]]:
+        """A few ranges of ids that all control tokens are in, and few others: most often they lie together at the ends
+        of the vocabulary.
+        """
+        if not len(self.control_ids):
+            return []
+        widest = np.argsort(np.diff(self.control_ids), kind="stable")[-_CONTROL_RANGES + 1 :]
+        return [(part[0], part[-1]) for part in np.split(self.control_ids, np.sort(widest) + 1)]
+
+    @cached_property
+    def serialized(self) -> bytes:
         """The tokenizer as `tokenizer.json` holds it, in one line."""
-        return str(self.pretrained.backend_tokenizer.to_str())
+        return str(self.pretrained.backend_tokenizer.to_str()).encode()
+
+    @cached_property
+    def _rules(self) -> dict[str, Any]:
+        """All of it but the model."""
+        return _rules_and_model(self.serialized)[0]
 
     @cached_property
     def prepends(self) -> bool:
         """Whether the tokenizer puts a blank before some texts."""
-        description, _ = _rules_and_model(self.serialized)
-        first = '"prepend_scheme": "first"' in json.dumps(description.get("pre_tokenizer"))
+        first = '"prepend_scheme": "first"' in json.dumps(self._rules.get("pre_tokenizer"))
         return first or self.prepends_after_controls
 
     @cached_property
     def prepends_after_controls(self) -> bool:
         """Whether the tokenizer puts a blank before text that follows a control token, not only before a whole text."""
-        description, _ = _rules_and_model(self.serialized)
-        always = '"prepend_scheme": "always"' in json.dumps(description.get("pre_tokenizer"))
-        return always or _without_prepending(description) is not description
+        always = '"prepend_scheme": "always"' in json.dumps(self._rules.get("pre_tokenizer"))
+        return always or _without_prepending(self._rules) is not self._rules
 
     @cached_property
     def sha256(self) -> str:
         """Of the tokenizer itself: its vocabulary, rules and named special tokens, wherever it was loaded from."""
-        digest = hashlib.sha256(self.serialized.encode())
+        digest = hashlib.sha256(self.serialized)
         digest.update(json.dumps(self.pretrained.special_tokens_map, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
@@ -224,7 +242,7 @@ class Tokenizer:
         removed = frozenset(self.controls.tokens)
         model = self.pretrained.backend_tokenizer.model
         in_vocabulary = frozenset(text for text in removed if model.token_to_id(text) is not None)
-        return Reference(*without_tokens(self.serialized, removed, in_vocabulary, self.name))
+        return without_tokens(self.serialized, removed, in_vocabulary, self.name)
 
     def save(self, folder: Path) -> None:
         """What `save_pretrained` writes. Nobody else may use the tokenizer meanwhile.
@@ -235,7 +253,7 @@ class Tokenizer:
         from tokenizers.models import BPE
 
         backend = self.pretrained.backend_tokenizer
-        _, text = _rules_and_model(self.serialized)
+        _, written = _rules_and_model(self.serialized)
         model = backend.model
         backend.model = BPE()
         try:
@@ -243,8 +261,8 @@ class Tokenizer:
         finally:
             backend.model = model
         path = folder / "tokenizer.json"
-        rules, _ = _rules_and_model(path.read_text(encoding="utf-8"))
-        path.write_text(_joined(json.dumps(rules, ensure_ascii=False), text), encoding="utf-8")
+        rules, _ = _rules_and_model(path.read_bytes())
+        path.write_bytes(_joined(json.dumps(rules, ensure_ascii=False), written))
 
     def encode(self, texts: Sequence[str], *, opening: bool = False) -> list[list[int]]:
         """Ids of each text as plain text: no control token comes of it. `opening`: a blank may be put before it."""

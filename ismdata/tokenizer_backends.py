@@ -8,7 +8,7 @@ corpus before the work, and on one text in a thousand meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,13 +80,19 @@ class BackendDiffers(Exception):
 
 
 class Reference:
-    """Hugging Face `tokenizers`, without control tokens: one for text that opens a document, one for text inside."""
+    """Hugging Face `tokenizers`, without control tokens: one for text that opens a document, one for text inside.
+
+    `opening_json` and `inside_json` are what they were read from.
+    """
 
     name: Literal["hf", "gigatoken"] = "hf"
     identity = "hf"
 
-    def __init__(self, opening: tokenizers.Tokenizer, inside: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self, opening: tokenizers.Tokenizer, inside: tokenizers.Tokenizer, opening_json: bytes, inside_json: bytes
+    ) -> None:
         self.opening, self.inside = opening, inside
+        self.opening_json, self.inside_json = opening_json, inside_json
 
     def compare(self) -> None:
         """Nothing: it is the reference."""
@@ -132,8 +138,8 @@ class Gigatoken:
     def __init__(self, reference: Reference) -> None:
         self.identity = f"gigatoken {version('gigatoken')}"
         same = reference.opening is reference.inside
-        self._inside = _Forgetting(reference.inside.to_str())
-        self._opening = self._inside if same else _Forgetting(reference.opening.to_str())
+        self._inside = _Forgetting(reference.inside_json)
+        self._opening = self._inside if same else _Forgetting(reference.opening_json)
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Raises BackendRefused where gigatoken fails."""
@@ -152,7 +158,7 @@ class _Forgetting:
     share it, as a test shows.
     """
 
-    def __init__(self, serialized: str) -> None:
+    def __init__(self, serialized: bytes) -> None:
         self._serialized = serialized
         self._calls = Condition()
         self._running = 0
@@ -248,10 +254,13 @@ class Chosen:
 
 
 def choose(
-    wanted: BackendName, reference: Reference, sample: Iterable[pa.LargeStringArray], *, recorded: str | None = None
+    wanted: BackendName,
+    reference: Reference,
+    sample: Callable[[], pa.LargeStringArray],
+    *,
+    recorded: str | None = None,
 ) -> Chosen:
-    """The backend to use; gigatoken is yet to be compared on a stratified sample of each batch of texts in `sample`,
-    by `compare`.
+    """The backend to use; gigatoken is yet to be compared on the texts that `sample` gives, by `compare`.
 
     recorded: the identity of the backend that an interrupted run went with; `auto` stays with the reference then.
     Raises UsageError where gigatoken is asked for and cannot be used.
@@ -259,11 +268,9 @@ def choose(
     if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
         return Chosen(backend=reference)
     try:
-        taken = [texts.take(pa.array(stratified(texts))) for texts in sample if len(texts)]
         # The reference works on the sample while gigatoken reads the vocabulary, which holds Python's lock.
         with ThreadPoolExecutor(1) as thread:
-            texts = pa.concat_arrays([pa.array([], pa.large_string()), *taken])
-            expected = thread.submit(sampled, texts, reference)
+            expected = thread.submit(sampled, sample(), reference)
             fast = Gigatoken(reference)
             backend = Compared(fast, reference, expected.result())
     except ImportError as error:

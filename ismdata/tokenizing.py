@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ismdata import conversation, parity
-from ismdata.batch import ConversationBatch, conversation_batch
+from ismdata.batch import ConversationBatch, IntArray, conversation_batch
 from ismdata.conversation import Quarantined, Refusal
 from ismdata.document_columns import Requests
 from ismdata.documents import Made, Options, make_documents, wanted
@@ -39,6 +40,7 @@ from ismdata.tokenizer_backends import (
     BackendRefused,
     choose,
     disagreement,
+    stratified,
 )
 from ismdata.tokens import DocumentEncoder
 
@@ -71,16 +73,50 @@ class Source:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The conversations in batches that are small enough to work on."""
         for file in self.files:
-            path = self.folder / file.name
-            try:
-                # Not mapped: pages that have been read would be kept, up to all of the file.
-                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
-                    if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
-                        raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
-                    for batch in stream:
-                        yield from _small(batch)
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+            # Not mapped: pages that have been read would be kept, up to all of the file.
+            with self._stream(file, lambda path: pa.OSFile(str(path))) as stream:
+                for batch in stream:
+                    yield from _small(batch)
+
+    def batches_of(self, rows: IntArray) -> Iterator[pa.RecordBatch]:
+        """Those of the same batches that hold some of these rows. Of the others little more than a heading is read."""
+        done = 0
+        for file in self.files:
+            if np.any((rows >= done) & (rows < done + file.rows)):
+                with self._stream(file, _mapped) as stream:
+                    for first, batch in _holding(rows, stream, done):
+                        for _, small in _holding(rows, _small(batch), first):
+                            yield small
+            done += file.rows
+
+    @contextmanager
+    def _stream(self, file: ShardFile, opened: Callable[[Path], Any]) -> Iterator[pa.RecordBatchReader]:
+        """The record batches of a file. Raises DataError where it holds something else."""
+        path = self.folder / file.name
+        try:
+            with opened(path) as source, pa.ipc.open_stream(source) as stream:
+                if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
+                    raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
+                yield stream
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+
+
+def _mapped(path: Path) -> pa.BufferReader:
+    """A file of which no more is read than is looked at."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return pa.BufferReader(pa.py_buffer(mapped))
+
+
+def _holding(rows: IntArray, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The batches that hold some of the rows, and the number of each one's first row; `first` is that of them all."""
+    for batch in batches:
+        if np.any((rows >= first) & (rows < first + len(batch))):
+            yield first, batch
+        first += len(batch)
 
 
 def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -190,6 +226,7 @@ def tokenize(
     folder: Path,
     journal: Journal,
     *,
+    sample: Callable[[], pa.LargeStringArray],
     meanwhile: Callable[[], None],
     notify: Callable[[str], None],
     progress: Progress,
@@ -197,13 +234,13 @@ def tokenize(
     """Read, render, tokenise and spool everything, or what the journal does not have yet; and the name of the backend
     that did it last, which itself is let go of: it may remember a lot.
 
-    meanwhile: called once, in this thread, when it would have to wait for the first texts. Raises DataError,
-    UsageError.
+    sample: gives the texts that backends are compared on, `sampled_texts`. meanwhile: called once, in this thread, when
+    it would have to wait for the first texts. Raises DataError, UsageError.
     """
     meanwhile = cache(meanwhile)
     reference = encoding.tokenizer.reference
     recorded = (journal.state or {}).get("backend")
-    chosen = choose(wanted, reference, _sampled_texts(sources), recorded=recorded)
+    chosen = choose(wanted, reference, sample, recorded=recorded)
     for note in chosen.notes:
         notify(note)
     backend = chosen.backend
@@ -235,15 +272,18 @@ def tokenize(
 _SAMPLED_BATCHES = 4
 
 
-def _sampled_texts(sources: Sequence[Source]) -> Iterator[pa.LargeStringArray]:
-    """The texts of some batches, spread evenly over all rows."""
+def sampled_texts(sources: Sequence[Source]) -> pa.LargeStringArray:
+    """A stratified sample of the texts of some batches, spread evenly over all rows. Raises DataError."""
     total = sum(source.rows for source in sources)
-    places = np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64)
+    places = np.unique(np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64))
+    taken = [pa.array([], pa.large_string())]
     done = 0
-    for rows in (rows for source in sources for rows in source.batches()):
-        if np.any((places >= done) & (places < done + len(rows))):
-            yield pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
-        done += len(rows)
+    for source in sources:
+        for rows in source.batches_of(places[(places >= done) & (places < done + source.rows)] - done):
+            texts = pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
+            taken.append(texts.take(pa.array(stratified(texts))))
+        done += source.rows
+    return pa.concat_arrays(taken)
 
 
 def _go_on(
@@ -299,7 +339,7 @@ def _go_on(
             return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
 
         # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
-        for unchecked in _one_ahead(map(made, _one_ahead(map(begun, rows)))):
+        for unchecked in _ahead(map(made, _ahead(map(begun, rows), 2)), 1):
             batch, documents = unchecked.batch, unchecked.made
             with _finding_out_why(encoding, encoder, batch, unchecked.requests):
                 for check in unchecked.checks:
@@ -313,7 +353,7 @@ def _go_on(
                 record()
             progress("tokenize", done, total)
     meanwhile()  # where there was nothing to do
-    if done > state.get("done", 0):
+    if done > state.get("done", 0) and journal.due():
         record()
     spool.close()
     return spool, quarantine, tally
@@ -329,16 +369,17 @@ class _Unchecked:
     checks: Sequence[Future[Any]]
 
 
-def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each handed on when the next one is there: what was begun for one goes on beside the next.
+def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each handed on when so many after it are there: what was begun for one goes on beside those.
 
     Raises what making an item raises, after the ones before it.
     """
-    waiting: list[Item] = []
+    waiting: deque[Item] = deque()
     try:
         for item in items:
-            yield from waiting
-            waiting = [item]
+            waiting.append(item)
+            if len(waiting) > count:
+                yield waiting.popleft()
     except Exception:
         yield from waiting
         raise

@@ -41,7 +41,7 @@ from ismdata.piece_columns import (
     request_keys,
     together,
 )
-from ismdata.runs import RunTable, ragged_arange, taken_runs
+from ismdata.runs import RunTable, as_runs, ragged_arange, taken_runs
 from ismdata.skeleton import (
     History,
     NotDecomposable,
@@ -95,6 +95,7 @@ class DocumentEncoder:
         self._begun: Ahead | None = None  # what `ahead` gave, every text in it encoded
         self._latest: tuple[Requests, Layout] | None = None
         self._encoded = RunTable()
+        self._joined: tuple[tuple[int, int], pa.LargeBinaryArray] | None = None
         self._rendered: dict[RequestKey, PieceBlock | Refusal] = {}
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
@@ -174,11 +175,8 @@ class DocumentEncoder:
 
     def documents(self, layout: Layout, requests: Requests) -> Documents:
         """The tokens and spans of laid-out documents, in the order of the requests."""
-        input_ids = taken_runs(
-            np.concatenate([self._static.pool(), self._encoded.pool()]),
-            np.concatenate([self._static.all_lengths()[:-1], self._encoded.all_lengths()[:-1]]),
-            np.where(layout.run < 0, len(self._static) - 1 - layout.run, layout.run),
-        )
+        numbers = np.where(layout.run < 0, len(self._static) - 1 - layout.run, layout.run)
+        input_ids = taken_runs(self._all_runs(), numbers)
         count = len(requests)
         lengths = layout.document_lengths(count)
 
@@ -364,18 +362,12 @@ class DocumentEncoder:
         self._key_runs = np.concatenate([self._key_runs, runs])
 
     def _grouped_texts(self, keys: IntArray) -> list[Texts]:
-        """The texts of keys, those that open a document apart from the others."""
+        """The texts of keys, a group for each shape."""
         groups = []
-        for opening in (False, True):
-            texts: list[pa.LargeStringArray] = []
-            places: list[IntArray] = [np.empty(0, np.int64)]
-            for shape in np.unique(keys[:, 0]).tolist():
-                if self._shape_list[shape][0] is opening:
-                    at = np.flatnonzero(keys[:, 0] == shape)
-                    texts.append(self._texts(self._shape_list[shape][1:], keys[at, 1:]))
-                    places.append(at)
-            if texts:
-                groups.append(Texts(texts=pa.concat_arrays(texts), opening=opening, places=np.concatenate(places)))
+        for shape in np.unique(keys[:, 0]).tolist():
+            opening, *parts = self._shape_list[shape]
+            places = np.flatnonzero(keys[:, 0] == shape)
+            groups.append(Texts(texts=self._texts(parts, keys[places, 1:]), opening=opening, places=places))
         return groups
 
     def _together(self, groups: Iterable[Texts]) -> list[Texts]:
@@ -483,6 +475,14 @@ class DocumentEncoder:
     def _ids(self, texts: pa.LargeStringArray, opening: bool) -> tuple[NDArray[np.int32], IntArray]:
         encode = self.backend.encode if self.backend else self.tokenizer.encode_flat
         return encode(texts, opening=opening)
+
+    def _all_runs(self) -> pa.LargeBinaryArray:
+        """The runs of the static table, and behind them the batch's; joined anew only where there are more by now."""
+        counts = len(self._static), len(self._encoded)
+        if self._joined is None or self._joined[0] != counts:
+            pool = np.concatenate([self._static.pool(), self._encoded.pool()])
+            self._joined = counts, as_runs(pool, np.concatenate([self._static.lengths(), self._encoded.lengths()]))
+        return self._joined[1]
 
     def _run_column(self, run: IntArray, column: Callable[[RunTable], IntArray]) -> IntArray:
         """A property of runs, from the static table (numbers from 0 up) or the batch's (from -1 down)."""

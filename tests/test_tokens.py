@@ -18,7 +18,7 @@ from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding
 from ismdata.masks import ANSWER
 from ismdata.overlong import TurnRange, split, split_turns
-from ismdata.runs import taken_runs
+from ismdata.runs import as_runs, taken_runs
 from ismdata.template import TemplateRefused
 from ismdata.tokens import DocumentEncoder
 from ismdata.turns import HistoryRewritten
@@ -265,7 +265,7 @@ def test_messages_without_text(name: str, rendered: int, smollm2: Path) -> None:
 def test_taken_runs(runs: list[list[int]], data: st.DataObject) -> None:
     numbers = data.draw(st.lists(st.integers(0, len(runs) - 1), max_size=12)) if runs else []
     pool = np.array([id for run in runs for id in run], np.int32)
-    found = taken_runs(pool, np.array([len(run) for run in runs], np.int64), np.array(numbers, np.int64))
+    found = taken_runs(as_runs(pool, np.array([len(run) for run in runs], np.int64)), np.array(numbers, np.int64))
     assert found.tolist() == [id for number in numbers for id in runs[number]]
 
 
