@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -339,7 +339,7 @@ def _go_on(
             return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
 
         # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
-        for unchecked in _ahead(map(made, _ahead(map(begun, rows), 2)), 1):
+        for unchecked in _one_ahead(map(made, _one_ahead(map(begun, rows)))):
             batch, documents = unchecked.batch, unchecked.made
             with _finding_out_why(encoding, encoder, batch, unchecked.requests):
                 for check in unchecked.checks:
@@ -369,17 +369,16 @@ class _Unchecked:
     checks: Sequence[Future[Any]]
 
 
-def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, each handed on when so many after it are there: what was begun for one goes on beside those.
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each handed on when the next one is there: what was begun for one goes on beside the next.
 
     Raises what making an item raises, after the ones before it.
     """
-    waiting: deque[Item] = deque()
+    waiting: list[Item] = []
     try:
         for item in items:
-            waiting.append(item)
-            if len(waiting) > count:
-                yield waiting.popleft()
+            yield from waiting
+            waiting = [item]
     except Exception:
         yield from waiting
         raise
