@@ -27,6 +27,7 @@ from ismdata.explain import Explanation, explain
 from ismdata.folders import INDEX_NAME, describe_file, output_folder
 from ismdata.journal import Journal
 from ismdata.mapping import load_mapping
+from ismdata.memory import kept_memory
 from ismdata.readers import READERS
 from ismdata.readers.base import Choices, Paths, Preference, Side
 from ismdata.readers.canonical import Rules, role_table
@@ -94,6 +95,7 @@ def convert(
     with (
         output_folder(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
         Workers(workers or os.cpu_count() or 1, processes=processes) as pool,
+        kept_memory(),
     ):
         expanded = told_apart([source for argument in sources for source in expand(argument)])
         others = [_other(argument) for argument in selection.against]

@@ -28,11 +28,20 @@ from ismdata.conversation import Quarantined
 from ismdata.documents import Options
 from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import QUARANTINE_NAME, GrowingFile, ShardFile, describe_file, entries, output_folder, write_index
+from ismdata.folders import (
+    QUARANTINE_NAME,
+    GrowingFile,
+    ShardFile,
+    describe_file,
+    entries,
+    output_folder,
+    sync_path,
+    write_index,
+)
 from ismdata.glm_layout import LAYOUTS, LayoutName
 from ismdata.journal import Journal
 from ismdata.masks import BLOCK_SIZE, MASKS
-from ismdata.memory import give_back
+from ismdata.memory import give_back, kept_memory
 from ismdata.overlong import POLICIES, Policy
 from ismdata.packing import Plan, plan
 from ismdata.sequences import sequences
@@ -104,6 +113,7 @@ def pack(
     with (
         output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial,
         ThreadPoolExecutor(1) as beside,
+        kept_memory(),
     ):
         # Read while the tokenizer is loaded.
         sample = beside.submit(sampled_texts, sources if tokenizer_backend != "hf" else [])
@@ -302,7 +312,7 @@ def _write_shards(
                 parts = [(row, min(row + batch_rows, last)) for row in range(shard, last, batch_rows)]
                 with closing(side_by_side(made, parts)) as batches:
                     for (_, end), batch in zip(parts, batches, strict=True):
-                        write(_write, writer, batch, bound(hashed, shard_file.follow))
+                        write(_write, writer, batch, bound(hashed, _follow, shard_file))
                         progress("write", end, rows)
             finish(_finish, journal, shard_file, last - shard)
 
@@ -310,6 +320,11 @@ def _write_shards(
 def _write(writer: pa.ipc.RecordBatchStreamWriter, batch: pa.RecordBatch, then: Callable[[], None]) -> None:
     writer.write_batch(batch)
     then()
+
+
+def _follow(file: GrowingFile) -> None:
+    file.follow()
+    sync_path(file.path)  # on its way to the disk while the next batches are made, not all of it at the end
 
 
 def _finish(journal: Journal, file: GrowingFile, rows: int) -> None:
