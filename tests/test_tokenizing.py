@@ -1,0 +1,90 @@
+"""The sample that backends are compared on: of batches from all over the corpus, of which the others are not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ismdata.convert import convert
+from ismdata.errors import DataError
+from ismdata.memory import kept_memory
+from ismdata.tokenizer_backends import stratified
+from ismdata.tokenizing import Source, sampled_texts
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
+    """Folders of 400 and 250 conversations, 50 in a record batch, two batches in a file, 12 worked on at a time."""
+    folder = tmp_path_factory.mktemp("sampled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ismdata.conversion._BATCH_BYTES", 1)
+        patch.setattr("ismdata.conversation_files.SHARD_BYTES", 8_000)
+        patch.setattr("ismdata.tokenizing._BATCH_CONVERSATIONS", 12)
+        made = []
+        for name, count in (("a", 400), ("b", 250)):
+            paths = [folder / f"{name}{first}.jsonl" for first in range(0, count, 50)]
+            for number, path in enumerate(paths):
+                talks = [
+                    [("user", f"{name} asks {k}"), ("assistant", "so " * (1 + k % 7))]
+                    for k in range(50 * number, 50 * number + 50)
+                ]
+                lines = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            convert([str(path) for path in paths], folder / name)
+            made.append(Source(folder / name))
+        yield made
+
+
+def test_what_the_fixture_is_for(sources: list[Source]) -> None:
+    assert len(sources[0].files) > 2
+    assert len(list(sources[0].batches())) > 2 * len(sources[0].files)
+
+
+@given(st.sets(st.integers(0, 399), max_size=6))
+def test_batches_of_some_rows_are_those_of_all(sources: list[Source], rows: set[int]) -> None:
+    expected, first = [], 0
+    for batch in sources[0].batches():
+        if rows & set(range(first, first + len(batch))):
+            expected.append(batch)
+        first += len(batch)
+    found = list(sources[0].batches_of(np.array(sorted(rows), np.int64)))
+    assert [batch.to_pylist() for batch in found] == [batch.to_pylist() for batch in expected]
+
+
+def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[Source]) -> None:
+    places = {0, 162, 325, 487}  # of 650 rows: the last in the second folder
+    expected: list[str] = []
+    first = 0
+    for batch in (batch for source in sources for batch in source.batches()):
+        if places & set(range(first, first + len(batch))):
+            contents = [message["content"] or "" for talk in batch.column("messages").to_pylist() for message in talk]
+            texts = pa.array(contents, pa.large_string())
+            expected += texts.take(pa.array(stratified(texts))).to_pylist()
+        first += len(batch)
+    assert first == 650
+    assert sampled_texts(sources).to_pylist() == expected
+    assert sampled_texts([]).to_pylist() == []
+
+
+def test_a_broken_file_among_those_sampled_is_named(sources: list[Source], tmp_path: Path) -> None:
+    for path in sources[1].folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    broken = tmp_path / sources[1].files[0].name
+    broken.write_bytes(b"\0" * broken.stat().st_size)
+    with pytest.raises(DataError, match=f"{broken.name}: not a readable Arrow stream"):
+        sampled_texts([Source(tmp_path)])
+
+
+def test_the_pool_of_before_is_there_again() -> None:
+    before = pa.default_memory_pool().backend_name
+    with pytest.raises(ZeroDivisionError), kept_memory():
+        assert pa.default_memory_pool().backend_name == "system"
+        raise ZeroDivisionError
+    assert pa.default_memory_pool().backend_name == before
