@@ -30,6 +30,7 @@ from ismdata.encoder import Encoding
 from ismdata.errors import DataError
 from ismdata.folders import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
 from ismdata.journal import Journal
+from ismdata.memory import give_back
 from ismdata.packing import lower_bound
 from ismdata.piece_columns import Ahead
 from ismdata.spool import Spool
@@ -311,6 +312,7 @@ def _go_on(
         state = {"skeletons": skeletons, "backend": backend.identity, "done": done, "rows": spool.rows}
         state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
         journal.record(state, [*spool.columns, quarantine.file])
+        give_back()  # else what lies about in pieces grows with the corpus
 
     encoder = DocumentEncoder(
         encoding.renderer,
