@@ -47,7 +47,7 @@ _LONGEST_TEXT = 1 << 15
 _SLICE_BYTES = 1 << 20
 
 #: Bytes of text after which gigatoken forgets the words it has seen. Loading it takes as long as some 30 MB of text.
-_REMEMBERED_BYTES = 256 << 20
+_REMEMBERED_BYTES = 192 << 20
 
 #: What looks like a piece that a tokenizer may treat by itself.
 _SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
