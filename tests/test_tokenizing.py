@@ -82,9 +82,10 @@ def test_a_broken_file_among_those_sampled_is_named(sources: list[Source], tmp_p
         sampled_texts([Source(tmp_path)])
 
 
-def test_the_pool_of_before_is_there_again() -> None:
-    before = pa.default_memory_pool().backend_name
+def test_the_pool_of_before_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[pa.MemoryPool] = []
+    monkeypatch.setattr(pa, "set_memory_pool", used.append)
     with pytest.raises(ZeroDivisionError), kept_memory():
-        assert pa.default_memory_pool().backend_name == "system"
+        assert [pool.backend_name for pool in used] == ["system"]
         raise ZeroDivisionError
-    assert pa.default_memory_pool().backend_name == before
+    assert [pool.backend_name for pool in used[1:]] == [pa.default_memory_pool().backend_name]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ismdata.batch import as_template_messages, conversation_batch
+from ismdata.batch import ConversationBatch, as_template_messages, conversation_batch
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding
@@ -276,6 +276,34 @@ def test_control_tokens_are_found_wherever_their_ids_lie(controls: set[int], ids
     tokenizer.control_ids = np.array(sorted(controls), np.int32)
     found = tokenizer.find_controls(np.array(ids, np.int32))
     assert found.tolist() == [place for place, id in enumerate(ids) if id in controls]
+
+
+def test_documents_of_runs_that_came_later(smollm2: Path) -> None:
+    """Within a batch, where new roles and texts add runs, and in the next batch, which has as many runs of its own."""
+    with_ = encoding(smollm2)
+
+    def batch_of(name: str) -> ConversationBatch:
+        pair = [{"role": "user", "content": f"{name} asks"}, {"role": "assistant", "content": f"{name} answers"}]
+        talks = [
+            pair,
+            [{"role": "system", "content": f"be {name}"}, *pair, *pair],
+            [*pair, {**pair[0], "role": "tool"}],
+        ]
+        rows = [{"id": f"{name}{k}", "source": f"t:{k}", "messages": talk} for k, talk in enumerate(talks)]
+        return conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+
+    def ids(encoder: DocumentEncoder, batch: ConversationBatch, row: int) -> list[int]:
+        requests = whole(batch).take(np.array([row]))
+        return encoder.documents(encoder.lay_out(requests), requests).input_ids.tolist()
+
+    used = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    for name in ("Ada", "Bob"):
+        batch = batch_of(name)
+        used.begin(batch)
+        for row in (0, 1, 2, 0):
+            fresh = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+            fresh.begin(batch)
+            assert ids(used, batch, row) == ids(fresh, batch, row)
 
 
 def test_known_pieces_are_not_looked_up_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
