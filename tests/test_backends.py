@@ -35,6 +35,7 @@ from ismdata.tokenizer_backends import (
     Compared,
     Gigatoken,
     Reference,
+    Sampled,
     _slices,
     choose,
     sampled,
@@ -326,6 +327,34 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
 def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
     reference = set_up(str(bytes_tokenizer)).tokenizer.reference
     Compared(Gigatoken(reference), reference, sampled(large([]), reference)).compare()
+
+
+def test_each_way_has_a_gigatoken_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    monkeypatch.setattr(
+        "ismdata.tokenizer_backends._Forgetting", lambda serialized: read.append(serialized) or serialized
+    )
+    opening, inside = object(), object()
+    apart: Any = Gigatoken(Reference(opening, inside, b"opening", b"inside"))  # type: ignore[arg-type]
+    assert (apart._opening, apart._inside, sorted(read)) == (b"opening", b"inside", [b"inside", b"opening"])
+    read.clear()
+    same: Any = Gigatoken(Reference(opening, opening, b"both", b"both"))  # type: ignore[arg-type]
+    assert (same._opening, same._inside, read) == (b"both", b"both", [b"both"])
+
+
+def test_the_sample_that_is_compared_is_of_the_corpus(
+    packed: Callable[..., Any], converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def noted(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
+        compared.extend(texts.to_pylist())
+        return sampled(texts, reference)
+
+    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", noted)
+    packed()
+    assert compared
+    assert compared == ismdata.tokenizing.sampled_texts([ismdata.tokenizing.Source(converted)]).to_pylist()
 
 
 def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
