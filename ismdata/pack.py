@@ -238,8 +238,8 @@ def _check_finished(folder: Path, journal: Journal) -> None:
 
 
 def _say_resumed(journal: Journal, sources: Sequence[Source], notify: Callable[[str], None]) -> None:
-    if journal.state is not None:
-        done, total = journal.state.get("done", 0), sum(source.rows for source in sources)
+    if journal.state is not None or journal.finished:
+        done, total = (journal.state or {}).get("done", 0), sum(source.rows for source in sources)
         notify(
             f"Going on with the run that was interrupted: {done:,} of {total:,} conversations tokenized, "
             f"shards written: {len(journal.finished):,}."

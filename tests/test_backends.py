@@ -20,7 +20,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 import ismdata.tokenizing
 from ismdata.convert import convert
@@ -28,7 +27,7 @@ from ismdata.encoder import Encoding, set_up
 from ismdata.errors import DataError, UsageError
 from ismdata.folders import INDEX_NAME
 from ismdata.pack import PackReport, pack
-from ismdata.tokenizer import Tokenizer, load_pretrained, without_tokens
+from ismdata.tokenizer import Tokenizer, load_pretrained
 from ismdata.tokenizer_backends import (
     Backend,
     BackendRefused,
@@ -474,43 +473,3 @@ def test_a_run_whose_backend_is_gone_begins_again(
     assert [note for note in notes if "it is done again" in note]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)
-
-
-# ---- loading ----
-
-
-def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Path) -> None:
-    for folder in (smollm2, deepseek):
-        ours, theirs = load_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
-        assert type(ours) is type(theirs)
-        assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
-        assert ours.special_tokens_map == theirs.special_tokens_map
-        assert (ours.chat_template, len(ours)) == (theirs.chat_template, len(theirs))
-
-
-@pytest.mark.parametrize("name", ["smollm2", "deepseek"])
-def test_saving_writes_what_save_pretrained_does(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The model, which is put in as text, included; and the tokenizer is afterwards what it was."""
-    tokenizer = Tokenizer(load_pretrained(str(request.getfixturevalue(name))), name=name, template="")
-    (tmp_path / "ours").mkdir()
-    before = tokenizer.pretrained.backend_tokenizer.to_str()
-    tokenizer.save(tmp_path / "ours")
-    assert tokenizer.pretrained.backend_tokenizer.to_str() == before
-    tokenizer.pretrained.save_pretrained(str(tmp_path / "theirs"))
-    ours, theirs = ({path.name: path for path in (tmp_path / of).iterdir()} for of in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    for name, path in ours.items():
-        if name == "tokenizer.json":
-            assert json.loads(path.read_text("utf-8")) == json.loads(theirs[name].read_text("utf-8"))
-        else:
-            assert path.read_bytes() == theirs[name].read_bytes()
-
-
-def test_taking_tokens_out_does_not_depend_on_how_the_description_is_written(smollm2: Path) -> None:
-    tokenizer = encoding(smollm2).tokenizer
-    backend = tokenizer.pretrained.backend_tokenizer
-    removed = frozenset(tokenizer.controls.tokens)
-    for pretty in (False, True):
-        found = without_tokens(backend.to_str(pretty=pretty).encode(), removed, removed, "t")
-        assert found.opening.to_str() == found.inside.to_str() == tokenizer.reference.inside.to_str()
-        assert len(found.opening.encode("<|im_end|>").ids) > 1

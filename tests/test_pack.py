@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ismdata import masks
 from ismdata.convert import convert
 from ismdata.errors import DataError, UsageError
-from ismdata.pack import PackReport, pack
+from ismdata.pack import PackReport, _say_resumed, pack
 from ismdata.parity import ColumnsDiffer
 from ismdata.sensitivity import Sensitivity
 from ismdata.shards import PackedShards, packed_schema
@@ -390,3 +391,12 @@ def test_rows_hold_what_their_names_say(tmp_path: Path, bytes_tokenizer: Path) -
         )
     table = pa.ipc.open_stream(shards.folder / "shard-00000.arrow").read_all()
     assert table.schema.equals(packed_schema(256, weighted=False))
+
+
+@pytest.mark.parametrize("state", [None, {"done": 0}])
+def test_a_run_that_wrote_shards_is_said_to_go_on(state: dict[str, int] | None) -> None:
+    """Also where it was killed before it recorded a conversation."""
+    notes: list[str] = []
+    _say_resumed(SimpleNamespace(state=state, finished=[{"name": "shard-00000.arrow"}]), [], notes.append)  # type: ignore[arg-type]
+    _say_resumed(SimpleNamespace(state=None, finished=[]), [], notes.append)  # type: ignore[arg-type]
+    assert ["shards written: 1" in note for note in notes] == [True]

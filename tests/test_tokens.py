@@ -20,7 +20,6 @@ from ismdata.masks import ANSWER
 from ismdata.overlong import TurnRange, split, split_turns
 from ismdata.runs import as_runs, taken_runs
 from ismdata.template import TemplateRefused
-from ismdata.tokenizer import Tokenizer
 from ismdata.tokens import DocumentEncoder
 from ismdata.turns import HistoryRewritten
 from tests.conftest import encoding, template_named
@@ -268,14 +267,6 @@ def test_taken_runs(runs: list[list[int]], data: st.DataObject) -> None:
     pool = np.array([id for run in runs for id in run], np.int32)
     found = taken_runs(as_runs(pool, np.array([len(run) for run in runs], np.int64)), np.array(numbers, np.int64))
     assert found.tolist() == [id for number in numbers for id in runs[number]]
-
-
-@given(st.sets(st.integers(0, 40), max_size=8), st.lists(st.integers(0, 40), max_size=60))
-def test_control_tokens_are_found_wherever_their_ids_lie(controls: set[int], ids: list[int]) -> None:
-    tokenizer = object.__new__(Tokenizer)
-    tokenizer.control_ids = np.array(sorted(controls), np.int32)
-    found = tokenizer.find_controls(np.array(ids, np.int32))
-    assert found.tolist() == [place for place, id in enumerate(ids) if id in controls]
 
 
 def test_documents_of_runs_that_came_later(smollm2: Path) -> None:
