@@ -6,7 +6,11 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
+
+#: The largest block that glibc keeps when it is freed (DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)), less its header.
+_LARGEST_KEPT_BYTES = (32 << 20) - 8192
 
 
 @contextmanager
@@ -22,6 +26,16 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         pa.set_memory_pool(before)
+
+
+def keep_freed_blocks() -> None:
+    """Have the C library keep blocks of up to 32 MiB when they are freed, for the next ones of their size.
+
+    glibc gives the pages of a large block back at once, and the system clears them anew for the next: half the time of
+    work that takes and frees arrays of some 100 KB. What counts as large grows with the blocks that were freed
+    (mallopt(3), M_MMAP_THRESHOLD), so one is freed here, untouched. Other C libraries do not mind.
+    """
+    np.empty(_LARGEST_KEPT_BYTES, np.uint8)
 
 
 def give_back() -> None:

@@ -19,7 +19,7 @@ errors terminal limits memory
 conversation masks columns lock folders journal
 digests near sampling limits runs
 shards bootstrap text_scores answers readers control_tokens template tokenizer_backends tokenizer turns
-bins exact_completion cutting_stock best_bins packing
+counting_sort bins exact_completion cutting_stock best_bins packing
 skeleton sensitivity
 glm_layout encoder batch document_columns piece_columns tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack

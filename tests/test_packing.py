@@ -218,29 +218,30 @@ def test_each_document_is_dealt_to_one_piece_and_keeps_what_it_has(monkeypatch, 
     monkeypatch.setattr(packing, "_DEALT_TOGETHER", 4)
     dealing = packing._Dealing.of(documents, 16, seed=1)
     numbers, dealt = np.arange(documents), []
-    for piece, size in enumerate(dealing.sizes.tolist()):
-        own = dealing.shuffled_documents(piece, np.arange(size)).tolist()
-        assert dealing.take(piece, numbers, np.dtype(np.uint16))[dealing.shuffled(piece)].tolist() == own
+    for piece in range(len(dealing.sizes)):
+        own = dealing.documents_of(piece).tolist()
+        assert dealing.shuffled(piece, dealing.take(piece, numbers)).tolist() == own
         dealt += own
     assert len(dealing.sizes) == -(-documents // 128)
+    assert sorted(dealing.pieces) == list(range(len(dealing.sizes)))
     assert sorted(dealt) == numbers.tolist()
 
 
-def test_documents_are_grouped_by_length(monkeypatch):
+def test_documents_are_sorted_by_length(monkeypatch):
     """In the order in which the pieces take their turn, and inside a piece in its shuffled order."""
     monkeypatch.setattr(packing, "_PIECE", 128)
     monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
     lengths = np.random.default_rng(0).integers(1, 20, 3000)
     dealing = packing._Dealing.of(len(lengths), 20, seed=1)
-    shuffled = np.empty(len(lengths), np.uint8)
+    by_length = np.empty(len(lengths), np.uint32)
     with ThreadPoolExecutor(3) as threads:
-        counts = packing._count(lengths, shuffled, 20, dealing, threads)
-        turn = np.random.default_rng(1).permutation(len(counts))
-        before, total = packing._before(counts, turn)
-        found = packing._group(shuffled, counts, before, turn, dealing, threads)
-    in_turn = [dealing.shuffled_documents(piece, np.arange(dealing.sizes[piece])) for piece in turn]
+        before = packing._sort_pieces(lengths, by_length, 20, dealing, threads)
+        found = packing._merge_pieces(by_length, before, dealing, threads)
+    in_turn = [dealing.documents_of(piece) for piece in dealing.pieces]
     assert found.tolist() == sorted(np.concatenate(in_turn).tolist(), key=lambda document: lengths[document])
-    assert total.tolist() == histogram(lengths, 20).tolist()
+    for turn, documents in enumerate(in_turn):
+        assert (before[turn + 1] - before[turn]).tolist() == histogram(lengths[documents], 20).tolist()
+    assert before[-1].tolist() == histogram(lengths, 20).tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 5])

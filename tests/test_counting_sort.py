@@ -1,0 +1,42 @@
+"""The sort by small integers against Python's own, which keeps the order of what is equal too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ismdata import counting_sort
+from ismdata.counting_sort import sort_by_key
+
+
+@st.composite
+def keyed(draw):
+    """Keys below a number of them, which may be beyond 16 bits, most of them few or all alike."""
+    keys = draw(st.sampled_from([1, 2, 7, 256, 257, 65_536, 65_537, 131_073]))
+    return keys, draw(st.lists(st.integers(0, keys - 1), max_size=60))
+
+
+@pytest.mark.parametrize("few", [1 << 16, 0], ids=["numpy", "scipy"])
+@given(case=keyed())
+def test_as_python_sorts(few, case):
+    keys, key = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting_sort, "_FEW", few)
+        values = np.arange(len(key), dtype=np.uint32)[::-1].copy()
+        starts, found = sort_by_key(np.array(key, np.int32), values, keys=keys)
+    pairs = sorted(zip(key, values.tolist(), strict=True), key=lambda pair: pair[0])
+    assert found.tolist() == [value for _, value in pairs]
+    assert found.dtype == np.uint32
+    assert starts.tolist() == np.searchsorted([key for key, _ in pairs], np.arange(keys + 1)).tolist()
+
+
+def test_more_than_a_few_are_sorted_alike():
+    """As many as go to scipy of themselves, with values that need all 32 bits."""
+    random = np.random.default_rng(0)
+    key = random.integers(0, 8193, counting_sort._FEW, dtype=np.int32)
+    values = random.integers(0, 1 << 32, len(key), dtype=np.uint32)
+    starts, found = sort_by_key(key, values, keys=8193)
+    assert (found == values[np.argsort(key, kind="stable")]).all()
+    assert (np.diff(starts) == np.bincount(key, minlength=8193)).all()
