@@ -76,14 +76,45 @@ def _is_paired(text: str, texts: set[str]) -> bool:
     return f"<{name}>" in texts and f"</{name}>" in texts
 
 
+def _longest_first(text: str) -> tuple[int, str]:
+    return -len(text), text
+
+
+#: Texts that begin alike are told apart so many times over; an expression may not be nested without end.
+_LEVELS = 32
+
+
+def _any_of(texts: Iterable[str], levels: int = _LEVELS) -> str:
+    """An expression for the longest of these texts that stands at a place, for that is meant where one begins another,
+    as in the tokenizer itself.
+
+    It is a tree of what texts begin with: of a list of a thousand, as some tokenizers have, all would be tried in turn.
+
+    >>> _any_of(["<end>", "<start>", "<stop>"])
+    '<(?:st(?:art>|op>)|end>)'
+    """
+    texts = sorted(set(texts), key=_longest_first)
+    shared = texts[0][: common_prefix_length(*texts)]
+    rests = [text[len(shared) :] for text in texts]
+    if len(rests) == 1:
+        alternatives = [""]
+    elif not levels:
+        alternatives = [re.escape(rest) for rest in rests]
+    else:
+        by_first: dict[str, list[str]] = {}
+        for rest in rests:  # an empty one is last
+            by_first.setdefault(rest[:1], []).append(rest)
+        alternatives = [_any_of(group, levels - 1) for group in by_first.values()]
+    return re.escape(shared) + (f"(?:{'|'.join(alternatives)})" if len(alternatives) > 1 else "")
+
+
 class ControlTokens:
     """The control tokens of one tokenizer under one template, found, cut at and escaped in text."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = {token.text: token for token in tokens if token.text}
-        # Longest first: where one token's text begins another's, the longer one is meant, as in the tokenizer itself.
-        ordered = sorted(self.tokens, key=lambda text: (-len(text), text))
-        self.pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else re.compile(r"(?!)")
+        ordered = sorted(self.tokens, key=_longest_first)
+        self.pattern = re.compile(_any_of(ordered) if ordered else r"(?!)")
         self._longest = max(map(len, ordered), default=0)
         self._ordered = ordered
         # What a text may end or begin with that its neighbour could make a control token of.
