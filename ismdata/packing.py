@@ -46,9 +46,11 @@ _DEALT_TOGETHER = 64
 #: Documents that are laid into their rows at a time.
 _LAID_AT_ONCE = 1 << 15
 
-#: Rows that are laid down at a time, up to twice as many, and how many counts of such parts are kept at most.
+#: Rows that are laid down at a time, up to twice as many.
 _ROWS_OF_A_PART = 1 << 18
-_DEALT_COUNTS = 1 << 24
+
+#: Bins of a class that go to the same part of the training order: their documents fill a few lines of a cache.
+_BINS_DEALT_TOGETHER = 32
 
 #: Orders of its documents that one class of bins has, where it has as many bins, and places that all these may take.
 #: Powers of two.
@@ -56,7 +58,7 @@ _FEWEST_ORDERS, _MOST_ORDERS = 4, 64
 _ORDERED_PLACES = 1 << 20
 
 #: What random numbers are drawn for. Each has its own stream for a seed.
-_OF_PIECES, _OF_DOCUMENTS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(5)
+_OF_DOCUMENTS, _OF_LENGTHS, _OF_ROWS, _INSIDE_PARTS, _INSIDE_ROWS = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def plan(lengths: ArrayLike, *, seq_len: int, seed: int) -> Plan:
         dealing = _Dealing.of(len(lengths), seq_len, seed)
         order = np.empty(len(lengths), np.uint32)
         before = _sort_pieces(lengths, order, seq_len, dealing, threads)
-        grouped = _merge_pieces(order, before, dealing, threads)
+        grouped = _merge_pieces(order, before, dealing, seed, threads)
         bins = best_bins(before[-1].astype(np.int64), seq_len)
         return Plan(order=order, row_documents=_lay_down(grouped, bins, order, seed, threads))
 
@@ -128,26 +130,33 @@ def _piece(documents: int, seq_len: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class _Dealing:
     """Documents dealt out to pieces in turn, neighbours in the corpus a few at a time: a piece is an even sample of the
-    corpus. `places` is an order for the places of a piece, one for all: what a shorter one lacks is left out."""
+    corpus.
+
+    `places` is an order for the places of a piece, one for all, twice in a row. Each piece begins somewhere else in it,
+    for documents of two pieces may be neighbours too; what a shorter piece lacks is left out.
+    """
 
     documents: int
-    pieces: list[int]  # their numbers in the order in which their documents come
-    sizes: NDArray[np.int64]  # [pieces] how many documents a piece has, by its number
-    places: NDArray[np.int64]
-    first: NDArray[np.uint32]  # the documents of the first piece in that order
+    sizes: NDArray[np.int64]  # [pieces] how many documents a piece has, the first the most
+    begins: NDArray[np.int64]  # [pieces] where in the order it begins
+    places: NDArray[np.int64]  # [2 · the most documents of a piece]
+    first: NDArray[np.uint32]  # the documents of the first piece in that order, twice as well
 
     @staticmethod
     def of(documents: int, seq_len: int, seed: int) -> _Dealing:
         pieces = -(-documents // _piece(documents, seq_len))
         turns, left = divmod(documents, pieces * _DEALT_TOGETHER)
         last = np.clip(left - np.arange(pieces) * _DEALT_TOGETHER, 0, _DEALT_TOGETHER)
-        places = _random(seed, _OF_DOCUMENTS).permutation(turns * _DEALT_TOGETHER + int(last[0]))
+        sizes = turns * _DEALT_TOGETHER + last
+        random = _random(seed, _OF_DOCUMENTS)
+        places = np.tile(random.permutation(sizes[0]), 2)
+        begins = random.integers(0, sizes[0], size=pieces)
         turn, place = np.divmod(places, _DEALT_TOGETHER)
         first = (turn * (pieces * _DEALT_TOGETHER) + place).astype(np.uint32)
         return _Dealing(
             documents=documents,
-            pieces=_random(seed, _OF_PIECES).permutation(pieces).tolist(),
-            sizes=turns * _DEALT_TOGETHER + last,
+            sizes=sizes,
+            begins=begins,
             places=places,
             first=first,
         )
@@ -173,8 +182,9 @@ class _Dealing:
         return documents
 
     def _of_piece(self, number: int, what: NDArray[Any]) -> NDArray[Any]:
-        size = int(self.sizes[number])
-        return what if size == len(what) else what[self.places < size]
+        begin, end = self.begins[number], self.begins[number] + self.sizes[0]
+        size, of_first = self.sizes[number], what[begin:end]
+        return of_first if size == len(of_first) else of_first[self.places[begin:end] < size]
 
 
 def _out_of_range(lengths: NDArray[Any], seq_len: int) -> UsageError:
@@ -195,76 +205,78 @@ def _sort_pieces(
     Returns how many documents of each length come before those of each piece, uint32[pieces + 1, T + 1]; the last row
     is how many there are. Raises UsageError for a length out of range.
     """
-    before = np.zeros((len(dealing.pieces) + 1, seq_len + 1), np.uint32)
+    before = np.zeros((len(dealing.sizes) + 1, seq_len + 1), np.uint32)
     starts = _starts(dealing.sizes)
 
-    def sort(turn: int) -> None:
-        number = dealing.pieces[turn]
+    def sort(number: int) -> None:
         own = dealing.take(number, lengths)
         if own.min() < 1 or own.max() > seq_len:
             raise _out_of_range(lengths, seq_len)
         key = dealing.shuffled(number, own.astype(np.int32, copy=False))
         begins, by_key = sort_by_key(key, dealing.documents_of(number), keys=seq_len + 1)
-        before[turn + 1] = np.diff(begins)
+        before[number + 1] = np.diff(begins)
         by_length[starts[number] : starts[number + 1]] = by_key
 
-    _run(threads, sort, range(len(dealing.pieces)))
-    _accumulate(before)
+    _run(threads, sort, range(len(dealing.sizes)))
+    for earlier, own in pairwise(before):
+        own += earlier
     return before
 
 
 def _merge_pieces(
-    by_length: NDArray[np.uint32], before: NDArray[np.uint32], dealing: _Dealing, threads: Executor
+    by_length: NDArray[np.uint32], before: NDArray[np.uint32], dealing: _Dealing, seed: int, threads: Executor
 ) -> NDArray[np.uint32]:
-    """All documents by length, uint32[D], those of one length piece after piece. The arguments are as `_sort_pieces`
-    leaves them.
+    """All documents by length, uint32[D], those of one length piece after piece, from another piece on for each length:
+    so those of one piece, which may be neighbours in the corpus, lie elsewhere for each. The arguments are as
+    `_sort_pieces` leaves them.
     """
     merged = np.empty(dealing.documents, np.uint32)
     starts = _starts(dealing.sizes)
-    begins = _starts(before[-1])[:-1]
-    inside = np.arange(dealing.sizes.max())
+    total = before[-1]
+    first = _random(seed, _OF_LENGTHS).integers(0, len(dealing.sizes), size=len(total))  # the piece each begins with
+    begins = _starts(total)[:-1] - before[first, np.arange(len(total))]
+    inside = np.arange(dealing.sizes[0])
 
-    def merge(turn: int) -> None:
-        number = dealing.pieces[turn]
-        count = before[turn + 1] - before[turn]
+    def merge(number: int) -> None:
+        count = before[number + 1] - before[number]
         # where a length goes on in `merged`, less where it begins in this piece
-        shift = begins + before[turn]
+        shift = begins + before[number]
+        shift += np.where(number < first, total, 0)
         shift -= _starts(count)[:-1]
         places = np.repeat(shift, count)
         places += inside[: len(places)]
         merged[places] = by_length[starts[number] : starts[number + 1]]
 
-    _run(threads, merge, range(len(dealing.pieces)))
+    _run(threads, merge, range(len(dealing.sizes)))
     return merged
 
 
-def _accumulate(rows: NDArray[Any]) -> None:
-    """Add to each row all rows before it, in place."""
-    for before, row in pairwise(rows):
-        row += before
+@dataclass(frozen=True, kw_only=True)
+class _Dealt:
+    """Bins dealt out to parts of the training order, some of a class at a time, each time to a part at random."""
 
+    owner: NDArray[np.int64]  # [deals] the class, part after part, and in a part in the order of classes
+    first: NDArray[np.int64]  # [deals] which bin of the class comes first
+    bins: NDArray[np.int64]  # [deals] how many go together
+    starts: NDArray[np.int64]  # [parts + 1] where the deals of each part begin
 
-def _deal(bins: Bins, seed: int, threads: Executor) -> NDArray[np.uint32]:
-    """Deal the bins out to parts of the training order, each to a part at random: bins of each class before each part,
-    uint32[parts + 1, C]. With the bins of a part shuffled, all orders are as likely as in a shuffle of the whole.
-    """
-    classes = len(bins.count)
-    most = max(1, min(-(-bins.rows // _ROWS_OF_A_PART), _DEALT_COUNTS // classes))
-    parts = 1 << (most.bit_length() - 1)  # a power of two, as cores are: none is left without work at the end
-    first = _starts(bins.count)
-    cuts = _cut(first, _PIECE)
-    before = np.zeros((parts + 1, classes), np.uint32)
-
-    def deal(number: int) -> None:
-        start, stop = cuts[number], cuts[number + 1]
-        part = _random(seed, _OF_ROWS, number).integers(0, parts, size=int(first[stop] - first[start]))
-        part *= stop - start
-        part += np.repeat(np.arange(stop - start), bins.count[start:stop])
-        before[1:, start:stop] = np.bincount(part, minlength=parts * (stop - start)).reshape(parts, stop - start)
-
-    _run(threads, deal, range(len(cuts) - 1))
-    _accumulate(before)
-    return before
+    @staticmethod
+    def of(count: NDArray[np.int64], seed: int) -> _Dealt:
+        """count: int64[C], how many bins there are of each class."""
+        most = max(1, int(count.sum()) // _ROWS_OF_A_PART)
+        parts = 1 << (most.bit_length() - 1)  # a power of two, as cores are: none is left without work at the end
+        deals = -(-count // _BINS_DEALT_TOGETHER)
+        owner = np.repeat(np.arange(len(count)), deals)
+        first = (np.arange(len(owner)) - _starts(deals)[owner]) * _BINS_DEALT_TOGETHER
+        part = _random(seed, _OF_ROWS).integers(0, parts, size=len(owner))
+        by_part = np.argsort(part, kind="stable")
+        owner, first = owner[by_part], first[by_part]
+        return _Dealt(
+            owner=owner,
+            first=first,
+            bins=np.minimum(count[owner] - first, _BINS_DEALT_TOGETHER),
+            starts=_starts(np.bincount(part, minlength=parts)),
+        )
 
 
 def _lay_down(
@@ -272,41 +284,42 @@ def _lay_down(
 ) -> NDArray[np.int32]:
     """Fill the bins with the documents of `grouped`, and put them down in a random order: in `order`, uint32[D].
 
-    A place in class c is where in `grouped` the documents for it begin, `count[c]` of them. The bins of a class take
-    the next ones in the order of training, so all that is read at a time lies close together. Returns how many
-    documents each row has, int32[R].
+    A place in class c is where in `grouped` the documents for it begin, `count[c]` of them: bin n of the class takes
+    the n-th one. Returns how many documents each row has, int32[R].
     """
     bins = _by_size(bins)
-    before = _deal(bins, seed, threads)
     size = _sizes(bins)
     most, first_order, kinds = _orders(bins, size, seed)
-    first_row, first_document = before.sum(1, dtype=np.int64), before @ size
-    row_documents = np.empty(bins.rows, np.int32)
     rows_of = [_neighbours(order, kind.places.shape[1]) for kind in kinds]
+    dealt = _Dealt.of(bins.count, seed)
+    first_row = _starts(dealt.bins)[dealt.starts]
+    first_document = _starts(dealt.bins * size[dealt.owner])[dealt.starts]
+    row_documents = np.empty(bins.rows, np.int32)
 
     def fill(part: int) -> None:
         # Rows are made class by class, which reads a few places of `grouped` at a time, and put where they belong.
-        count = before[part + 1] - before[part]
+        own = slice(dealt.starts[part], dealt.starts[part + 1])
+        owner, count = dealt.owner[own], dealt.bins[own]
         starts = _starts(count)
         position = _random(seed, _INSIDE_PARTS, part).permutation(starts[-1])
         sizes = row_documents[first_row[part] : first_row[part + 1]]
-        sizes[position] = np.repeat(size, count)
+        sizes[position] = np.repeat(size[owner], count)
         target = _starts(sizes).take(position)
         target += first_document[part]
         nth = np.arange(starts[-1])
-        nth += np.repeat(before[part] - starts[:-1], count)
+        nth += np.repeat(dealt.first[own] - starts[:-1], count)
         ordered = nth & (most - 1)
-        ordered += np.repeat(first_order, count)
+        ordered += np.repeat(first_order[owner], count)
         for kind, rows in zip(kinds, rows_of, strict=True):
-            end = int(starts[kind.end])
+            begin, end = starts[np.searchsorted(owner, [kind.first, kind.end])].tolist()
             at_once = max(1, _LAID_AT_ONCE // kind.places.shape[1])
-            for start in range(int(starts[kind.first]), end, at_once):
+            for start in range(begin, end, at_once):
                 some = slice(start, min(start + at_once, end))
                 source = kind.places.take(ordered[some], axis=0)
                 source += nth[some, None]
                 rows[target[some]] = grouped.take(source).view(rows.dtype)[:, 0]
 
-    _run(threads, fill, range(len(before) - 1))
+    _run(threads, fill, range(len(dealt.starts) - 1))
     return row_documents
 
 
@@ -381,14 +394,6 @@ def _orders(bins: Bins, size: NDArray[np.int64], seed: int) -> tuple[int, NDArra
         first_order[first:end] = _starts(orders[first:end])[:-1]
         kinds.append(_Kind(first=first, end=end, places=ordered))
     return most, first_order, kinds
-
-
-def _cut(borders: NDArray[np.int64], size: int) -> list[int]:
-    """Indices into ascending `borders`, from 0 to the last, that are at least `size` apart where one step is not."""
-    cuts = [0]
-    while cuts[-1] < len(borders) - 1:
-        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(borders, borders[cuts[-1]] + size, side="right")) - 1))
-    return cuts
 
 
 def _run(threads: Executor, work: Callable[[int], None], pieces: Iterable[int]) -> None:
