@@ -98,10 +98,10 @@ def plan(lengths: ArrayLike, *, seq_len: int, seed: int) -> Plan:
         raise UsageError(f"{len(lengths)} documents; expected fewer than 2^32. Pack the corpus in parts")
     keep_freed_blocks()
     with ThreadPoolExecutor(_threads()) as threads:
-        dealing = _Dealing.of(len(lengths), seq_len, seed)
+        pieces = _Pieces.of(len(lengths), seq_len, seed)
         order = np.empty(len(lengths), np.uint32)
-        before = _sort_pieces(lengths, order, seq_len, dealing, threads)
-        grouped = _merge_pieces(order, before, dealing, seed, threads)
+        before = _sort_pieces(lengths, order, seq_len, pieces, threads)
+        grouped = _merge_pieces(order, before, pieces, seed, threads)
         bins = best_bins(before[-1].astype(np.int64), seq_len)
         return Plan(order=order, row_documents=_lay_down(grouped, bins, order, seed, threads))
 
@@ -128,7 +128,7 @@ def _piece(documents: int, seq_len: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dealing:
+class _Pieces:
     """Documents dealt out to pieces in turn, neighbours in the corpus a few at a time: a piece is an even sample of the
     corpus.
 
@@ -143,17 +143,17 @@ class _Dealing:
     first: NDArray[np.uint32]  # the documents of the first piece in that order, twice as well
 
     @staticmethod
-    def of(documents: int, seq_len: int, seed: int) -> _Dealing:
-        pieces = -(-documents // _piece(documents, seq_len))
-        turns, left = divmod(documents, pieces * _DEALT_TOGETHER)
-        last = np.clip(left - np.arange(pieces) * _DEALT_TOGETHER, 0, _DEALT_TOGETHER)
+    def of(documents: int, seq_len: int, seed: int) -> _Pieces:
+        count = -(-documents // _piece(documents, seq_len))
+        turns, left = divmod(documents, count * _DEALT_TOGETHER)
+        last = np.clip(left - np.arange(count) * _DEALT_TOGETHER, 0, _DEALT_TOGETHER)
         sizes = turns * _DEALT_TOGETHER + last
         random = _random(seed, _OF_DOCUMENTS)
         places = np.tile(random.permutation(sizes[0]), 2)
-        begins = random.integers(0, sizes[0], size=pieces)
+        begins = random.integers(0, sizes[0], size=count)
         turn, place = np.divmod(places, _DEALT_TOGETHER)
-        first = (turn * (pieces * _DEALT_TOGETHER) + place).astype(np.uint32)
-        return _Dealing(
+        first = (turn * (count * _DEALT_TOGETHER) + place).astype(np.uint32)
+        return _Pieces(
             documents=documents,
             sizes=sizes,
             begins=begins,
@@ -197,7 +197,7 @@ def _out_of_range(lengths: NDArray[Any], seq_len: int) -> UsageError:
 
 
 def _sort_pieces(
-    lengths: NDArray[Any], by_length: NDArray[np.uint32], seq_len: int, dealing: _Dealing, threads: Executor
+    lengths: NDArray[Any], by_length: NDArray[np.uint32], seq_len: int, pieces: _Pieces, threads: Executor
 ) -> NDArray[np.uint32]:
     """Fill `by_length`, uint32[D], with documents, piece after piece, those of a piece by length, and those of one
     length in a random order.
@@ -205,37 +205,37 @@ def _sort_pieces(
     Returns how many documents of each length come before those of each piece, uint32[pieces + 1, T + 1]; the last row
     is how many there are. Raises UsageError for a length out of range.
     """
-    before = np.zeros((len(dealing.sizes) + 1, seq_len + 1), np.uint32)
-    starts = _starts(dealing.sizes)
+    before = np.zeros((len(pieces.sizes) + 1, seq_len + 1), np.uint32)
+    starts = _starts(pieces.sizes)
 
     def sort(number: int) -> None:
-        own = dealing.take(number, lengths)
+        own = pieces.take(number, lengths)
         if own.min() < 1 or own.max() > seq_len:
             raise _out_of_range(lengths, seq_len)
-        key = dealing.shuffled(number, own.astype(np.int32, copy=False))
-        begins, by_key = sort_by_key(key, dealing.documents_of(number), keys=seq_len + 1)
+        key = pieces.shuffled(number, own.astype(np.int32, copy=False))
+        begins, by_key = sort_by_key(key, pieces.documents_of(number), keys=seq_len + 1)
         before[number + 1] = np.diff(begins)
         by_length[starts[number] : starts[number + 1]] = by_key
 
-    _run(threads, sort, range(len(dealing.sizes)))
+    _run(threads, sort, range(len(pieces.sizes)))
     for earlier, own in pairwise(before):
         own += earlier
     return before
 
 
 def _merge_pieces(
-    by_length: NDArray[np.uint32], before: NDArray[np.uint32], dealing: _Dealing, seed: int, threads: Executor
+    by_length: NDArray[np.uint32], before: NDArray[np.uint32], pieces: _Pieces, seed: int, threads: Executor
 ) -> NDArray[np.uint32]:
     """All documents by length, uint32[D], those of one length piece after piece, from another piece on for each length:
     so those of one piece, which may be neighbours in the corpus, lie elsewhere for each. The arguments are as
     `_sort_pieces` leaves them.
     """
-    merged = np.empty(dealing.documents, np.uint32)
-    starts = _starts(dealing.sizes)
+    merged = np.empty(pieces.documents, np.uint32)
+    starts = _starts(pieces.sizes)
     total = before[-1]
-    first = _random(seed, _OF_LENGTHS).integers(0, len(dealing.sizes), size=len(total))  # the piece each begins with
+    first = _random(seed, _OF_LENGTHS).integers(0, len(pieces.sizes), size=len(total))  # the piece each begins with
     begins = _starts(total)[:-1] - before[first, np.arange(len(total))]
-    inside = np.arange(dealing.sizes[0])
+    inside = np.arange(pieces.sizes[0])
 
     def merge(number: int) -> None:
         count = before[number + 1] - before[number]
@@ -247,12 +247,12 @@ def _merge_pieces(
         places += inside[: len(places)]
         merged[places] = by_length[starts[number] : starts[number + 1]]
 
-    _run(threads, merge, range(len(dealing.sizes)))
+    _run(threads, merge, range(len(pieces.sizes)))
     return merged
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dealt:
+class _Parts:
     """Bins dealt out to parts of the training order, some of a class at a time, each time to a part at random."""
 
     owner: NDArray[np.int64]  # [deals] the class, part after part, and in a part in the order of classes
@@ -261,7 +261,7 @@ class _Dealt:
     starts: NDArray[np.int64]  # [parts + 1] where the deals of each part begin
 
     @staticmethod
-    def of(count: NDArray[np.int64], seed: int) -> _Dealt:
+    def of(count: NDArray[np.int64], seed: int) -> _Parts:
         """count: int64[C], how many bins there are of each class."""
         most = max(1, int(count.sum()) // _ROWS_OF_A_PART)
         parts = 1 << (most.bit_length() - 1)  # a power of two, as cores are: none is left without work at the end
@@ -271,7 +271,7 @@ class _Dealt:
         part = _random(seed, _OF_ROWS).integers(0, parts, size=len(owner))
         by_part = np.argsort(part, kind="stable")
         owner, first = owner[by_part], first[by_part]
-        return _Dealt(
+        return _Parts(
             owner=owner,
             first=first,
             bins=np.minimum(count[owner] - first, _BINS_DEALT_TOGETHER),
@@ -291,15 +291,15 @@ def _lay_down(
     size = _sizes(bins)
     most, first_order, kinds = _orders(bins, size, seed)
     rows_of = [_neighbours(order, kind.places.shape[1]) for kind in kinds]
-    dealt = _Dealt.of(bins.count, seed)
-    first_row = _starts(dealt.bins)[dealt.starts]
-    first_document = _starts(dealt.bins * size[dealt.owner])[dealt.starts]
+    parts = _Parts.of(bins.count, seed)
+    first_row = _starts(parts.bins)[parts.starts]
+    first_document = _starts(parts.bins * size[parts.owner])[parts.starts]
     row_documents = np.empty(bins.rows, np.int32)
 
     def fill(part: int) -> None:
         # Rows are made class by class, which reads a few places of `grouped` at a time, and put where they belong.
-        own = slice(dealt.starts[part], dealt.starts[part + 1])
-        owner, count = dealt.owner[own], dealt.bins[own]
+        own = slice(parts.starts[part], parts.starts[part + 1])
+        owner, count = parts.owner[own], parts.bins[own]
         starts = _starts(count)
         position = _random(seed, _INSIDE_PARTS, part).permutation(starts[-1])
         sizes = row_documents[first_row[part] : first_row[part + 1]]
@@ -307,7 +307,7 @@ def _lay_down(
         target = _starts(sizes).take(position)
         target += first_document[part]
         nth = np.arange(starts[-1])
-        nth += np.repeat(dealt.first[own] - starts[:-1], count)
+        nth += np.repeat(parts.first[own] - starts[:-1], count)
         ordered = nth & (most - 1)
         ordered += np.repeat(first_order[owner], count)
         for kind, rows in zip(kinds, rows_of, strict=True):
@@ -319,7 +319,7 @@ def _lay_down(
                 source += nth[some, None]
                 rows[target[some]] = grouped.take(source).view(rows.dtype)[:, 0]
 
-    _run(threads, fill, range(len(dealt.starts) - 1))
+    _run(threads, fill, range(len(parts.starts) - 1))
     return row_documents
 
 

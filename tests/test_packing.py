@@ -218,13 +218,13 @@ def test_each_document_is_dealt_to_one_piece_and_keeps_what_it_has(monkeypatch, 
     monkeypatch.setattr(packing, "_PIECE", 128)
     monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
     monkeypatch.setattr(packing, "_DEALT_TOGETHER", 4)
-    dealing = packing._Dealing.of(documents, 16, seed=1)
+    pieces = packing._Pieces.of(documents, 16, seed=1)
     numbers, dealt = np.arange(documents), []
-    for piece in range(len(dealing.sizes)):
-        own = dealing.documents_of(piece).tolist()
-        assert dealing.shuffled(piece, dealing.take(piece, numbers)).tolist() == own
+    for piece in range(len(pieces.sizes)):
+        own = pieces.documents_of(piece).tolist()
+        assert pieces.shuffled(piece, pieces.take(piece, numbers)).tolist() == own
         dealt += own
-    assert len(dealing.sizes) == -(-documents // 128)
+    assert len(pieces.sizes) == -(-documents // 128)
     assert sorted(dealt) == numbers.tolist()
 
 
@@ -233,12 +233,12 @@ def test_documents_are_sorted_by_length(monkeypatch):
     monkeypatch.setattr(packing, "_PIECE", 128)
     monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
     lengths = np.random.default_rng(0).integers(1, 20, 3000)
-    dealing = packing._Dealing.of(len(lengths), 20, seed=1)
+    pieces = packing._Pieces.of(len(lengths), 20, seed=1)
     by_length = np.empty(len(lengths), np.uint32)
     with ThreadPoolExecutor(3) as threads:
-        before = packing._sort_pieces(lengths, by_length, 20, dealing, threads)
-        found = packing._merge_pieces(by_length, before, dealing, 1, threads)
-    in_turn = [dealing.documents_of(piece) for piece in range(len(dealing.sizes))]
+        before = packing._sort_pieces(lengths, by_length, 20, pieces, threads)
+        found = packing._merge_pieces(by_length, before, pieces, 1, threads)
+    in_turn = [pieces.documents_of(piece) for piece in range(len(pieces.sizes))]
     expected = sorted(np.concatenate(in_turn).tolist(), key=lambda document: lengths[document])
     firsts = set()
     for length in range(1, 20):
