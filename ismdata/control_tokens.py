@@ -94,18 +94,18 @@ def _any_of(texts: Iterable[str], levels: int = _LEVELS) -> str:
     '<(?:st(?:art>|op>)|end>)'
     """
     texts = sorted(set(texts), key=_longest_first)
+    if len(texts) == 1:
+        return re.escape(texts[0])
     shared = texts[0][: common_prefix_length(*texts)]
     rests = [text[len(shared) :] for text in texts]
-    if len(rests) == 1:
-        alternatives = [""]
-    elif not levels:
+    if not levels:
         alternatives = [re.escape(rest) for rest in rests]
     else:
         by_first: dict[str, list[str]] = {}
         for rest in rests:  # an empty one is last
             by_first.setdefault(rest[:1], []).append(rest)
         alternatives = [_any_of(group, levels - 1) for group in by_first.values()]
-    return re.escape(shared) + (f"(?:{'|'.join(alternatives)})" if len(alternatives) > 1 else "")
+    return f"{re.escape(shared)}(?:{'|'.join(alternatives)})"
 
 
 class ControlTokens:

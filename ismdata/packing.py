@@ -153,13 +153,7 @@ class _Pieces:
         begins = random.integers(0, sizes[0], size=count)
         turn, place = np.divmod(places, _DEALT_TOGETHER)
         first = (turn * (count * _DEALT_TOGETHER) + place).astype(np.uint32)
-        return _Pieces(
-            documents=documents,
-            sizes=sizes,
-            begins=begins,
-            places=places,
-            first=first,
-        )
+        return _Pieces(documents=documents, sizes=sizes, begins=begins, places=places, first=first)
 
     def take(self, number: int, what: NDArray[Any]) -> NDArray[Any]:
         """What the documents of a piece have, in the order of the corpus. what: that of all documents."""
@@ -213,9 +207,8 @@ def _sort_pieces(
         if own.min() < 1 or own.max() > seq_len:
             raise _out_of_range(lengths, seq_len)
         key = pieces.shuffled(number, own.astype(np.int32, copy=False))
-        begins, by_key = sort_by_key(key, pieces.documents_of(number), keys=seq_len + 1)
-        before[number + 1] = np.diff(begins)
-        by_length[starts[number] : starts[number + 1]] = by_key
+        own_by_length = by_length[starts[number] : starts[number + 1]]
+        before[number + 1], own_by_length[:] = sort_by_key(key, pieces.documents_of(number), keys=seq_len + 1)
 
     _run(threads, sort, range(len(pieces.sizes)))
     for earlier, own in pairwise(before):

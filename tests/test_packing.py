@@ -245,6 +245,7 @@ def test_documents_are_sorted_by_length(monkeypatch):
         start, end = np.searchsorted(lengths[expected], [length, length + 1])
         own, same = found[start:end].tolist(), expected[start:end]
         firsts.add(same.index(own[0]))
+        assert own[0] in [documents[lengths[documents] == length][:1] for documents in in_turn]
         assert own == same[same.index(own[0]) :] + same[: same.index(own[0])]
     assert len(firsts) > 10  # each length begins with a piece of its own
     for turn, documents in enumerate(in_turn):
@@ -340,7 +341,7 @@ def test_neither_length_nor_source_order_leaks(pieces):
         # How many documents a row has says how long they are: what may not show is where the row stands.
         pairs = (*pairs, (planned.row_documents, np.arange(planned.rows)))
         found.append([np.corrcoef(*pair)[0, 1] for pair in pairs])
-    assert np.abs(np.mean(found, axis=0)).max() < 0.035
+    assert np.abs(np.mean(found, axis=0)).max() < 0.03
 
 
 @pytest.mark.parametrize("distinct", [1, 10, 300])
