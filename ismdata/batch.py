@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM
 from ismdata.sensitivity import Sensitivity
-from ismdata.template import Message
+from ismdata.template import CannotRender, Message
 
 IntArray = NDArray[np.int64]
+
+
+class InvalidArguments(CannotRender):
+    """The arguments of a tool call are not JSON."""
+
+    reason = "invalid_arguments"
+
 
 #: Fields of a message that only a rendering of the conversation by itself takes into account.
 _SPECIAL_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -89,27 +96,42 @@ def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity) -> Conversa
 
 
 def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    """A canonical conversation as templates take it: tool calls and tools parsed, training marks left out."""
+    """A canonical conversation as templates take it: tool calls and tools parsed, training marks left out.
+
+    Raises InvalidArguments.
+    """
     messages = []
-    for message in conversation["messages"]:
+    for number, message in enumerate(conversation["messages"], 1):
         shaped = {key: message[key] for key in ("role", "content", *_SPECIAL_FIELDS) if message.get(key) is not None}
         if "tool_calls" in shaped:
             shaped["tool_calls"] = json.loads(shaped["tool_calls"])
             for call in shaped["tool_calls"]:
-                _parse_arguments(call)
-        shaped.setdefault("content", "")
+                _parse_arguments(call, number)
+        shaped.setdefault("content", None)  # templates ask `content is none`
         messages.append(shaped)
     tools = conversation.get("tools")
     return messages, json.loads(tools) if tools else None
 
 
-def _parse_arguments(call: dict[str, Any]) -> None:
-    """Arguments as an object, which templates expect, where their text is one."""
+def _parse_arguments(call: dict[str, Any], number: int) -> None:
+    """Put the arguments of a call in as an object, which templates expect; none at all are an empty one.
+
+    number: that of the message, for the error. Raises InvalidArguments for text that is not JSON: a model would learn to
+    write it. JSON that is no object stays as its text.
+    """
     function = call.get("function")
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict):
+        return
+    arguments = function.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        function["arguments"] = {}
+    elif isinstance(arguments, str):
         try:
-            parsed = json.loads(function["arguments"])
-        except ValueError:
-            return  # not JSON: the template gets the text as it is
+            parsed = json.loads(arguments)
+        except ValueError as error:
+            raise InvalidArguments(
+                f"message {number} calls the tool {function.get('name')!r} with arguments that are not JSON ({error}): "
+                f"{arguments[:80]!r}; expected a JSON object as text"
+            ) from error
         if isinstance(parsed, dict):
             function["arguments"] = parsed

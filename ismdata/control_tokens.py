@@ -24,7 +24,7 @@ from ismdata.conversation import ROLES
 _PRIVATE_RANGES = (0xF0000, 0xF4000, 0xF8000, 0xFC000, 0x100000, 0x104000, 0x108000)
 
 #: What looks like a marker in a template's source: `<|end|>`, `<turn|>`, `</s>`, `<end_of_turn>`, `[/INST]`.
-_MARKER = re.compile(r"<[|｜/]?\w[\w▁\-]*[|｜]?>|\[/?[A-Z_]{2,}\]")
+_MARKER = re.compile(r"<[|｜/]?\w[\w▁\-:]*[|｜]?>|\[/?[A-Z_]{2,}\]")
 
 #: What a marker looks like at all: an added token that is a word or a blank is none, though templates contain it.
 _SHAPED = re.compile(r"<\S+>|\[\S+\]")

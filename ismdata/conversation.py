@@ -124,7 +124,10 @@ REASONS: dict[str, str] = {
     "not_sampled": "the conversation was not drawn by --sample",
     # pack
     "template_refused": "the chat template refused the conversation",
-    "not_rendered": "the chat template leaves a tool call out",
+    "not_rendered": "the chat template leaves an answer or a tool call out",
+    "text_lost": "the chat template leaves out, repeats or changes a text of the conversation",
+    "not_traceable": "the chat template rewrites texts so that nothing says where they went",
+    "invalid_arguments": "the arguments of a tool call are not JSON",
     "too_many_messages": "the conversation can only be rendered one answer at a time and is too long for that",
     "history_rewritten": "the chat template rewrites an earlier turn beyond what append can follow",
     "no_target": "no answer of the conversation is to be trained",

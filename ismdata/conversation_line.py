@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ismdata.batch import as_template_messages
+from ismdata.batch import InvalidArguments, as_template_messages
 from ismdata.errors import DataError
 from ismdata.readers.base import Refused
 from ismdata.readers.canonical import Rules, canonical, parse_json, role_table
@@ -55,6 +55,8 @@ def read_line(path: Path) -> tuple[list[Message], list[Any] | None]:
         raise DataError(f'{path}:{number}: not JSON ({error}); expected {{"messages": [...]}}') from error
     try:
         return as_template_messages(check_record(record))
+    except InvalidArguments as error:
+        raise DataError(str(error)) from error
     except Refused as refusal:
         # What convert maps with an option has to be changed in the file here.
         raise DataError(f"{path}:{number}: {refusal.detail.partition('. Map it with')[0]}") from refusal

@@ -18,9 +18,10 @@ from ismdata.glm_layout import GlmTokens, choose_tokens
 from ismdata.masks import ANSWER, QUERY
 from ismdata.sensitivity import Sensitivity, sensitivity
 from ismdata.skeleton import History, Piece, compile_chunks, render_document
-from ismdata.template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in, profile
+from ismdata.template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in
+from ismdata.template_probe import profile
 from ismdata.tokenizer import Tokenizer, load_pretrained
-from ismdata.turns import SENTINEL, Chunk, Renderer
+from ismdata.turns import ANY_ANSWER, Chunk, Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +145,13 @@ def probe(
     sensitive = sensitivity(renderer, prepends=loaded.prepends)
     if sensitive.everything:
         notes.append("The template acts on what messages say, so each conversation is rendered by itself: slower.")
-    if not found.end_of_turn:
+    if found.next_turn_ends:
+        ends = " or ".join(repr(end) for end in found.next_turn_ends)
+        notes.append(
+            f"The template ends an answer with nothing but what follows it, {ends}. Where a message follows, that token "
+            "is trained as the answer's last; the last answer of a conversation has none."
+        )
+    elif not found.end_of_turn:
         notes.append(
             "The template writes nothing after an answer, so answers have no end-of-turn token to be trained on."
         )
@@ -260,15 +267,27 @@ class ConversationEncoder:
         """Tokens to feed before the model answers `messages`, all through the last answer's end of turn having been
         fed.
 
-        Raises TemplateRefused, HistoryRewritten, ValueError (text that cannot be escaped).
+        Raises CannotRender, ValueError (text that cannot be escaped).
         """
+        return self._next(messages, tools)[1]
+
+    def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+        """Tokens that belong to the last answer and end it, but are known only now that other messages follow.
+
+        Empty for all templates but those of `TemplateProfile.next_turn_ends`. Raises as `next_context`.
+        """
+        return self._next(messages, tools)[0] if self.next_turn_end_ids else []
+
+    def _next(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[int], list[int]]:
+        """`turn_end` and `next_context`."""
         renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
         (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
-        text = renderer.next_context(escaped, escaped_tools)
+        end, brought, context = renderer.next_context(escaped, escaped_tools)
         first = not any(message["role"] == "assistant" for message in messages)
-        ending = [] if first else controls.cut(renderer.profile.end_of_turn)
+        ending = controls.cut(end)
         last = ending[-1] if ending and isinstance(ending[-1], AddedToken) else None
-        return self._ids([Chunk(text=text, kind=QUERY)], escapes, preceding=last, opening=first)[0]
+        ids = self._ids([Chunk(text=context, kind=QUERY)], escapes, preceding=last, opening=first)[0]
+        return self._ids([Chunk(text=brought, kind=ANSWER)], escapes, opening=False)[0], ids
 
     def blocks(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[tuple[bool, list[int]]]:
         """The whole conversation as `expand` renders it, up to where the model answers: (is an answer, tokens) in
@@ -276,7 +295,7 @@ class ConversationEncoder:
         """
         renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
         (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
-        chunks = renderer.expand([*escaped, {"role": "assistant", "content": SENTINEL}], escaped_tools)
+        chunks = renderer.expand([*escaped, {"role": "assistant", "content": ANY_ANSWER}], escaped_tools)
         newest = next(k for k, chunk in enumerate(chunks) if chunk.message == len(messages))
         joined: list[Chunk] = []
         for chunk in chunks[:newest]:  # prompt and query are one context to a mask
@@ -307,6 +326,15 @@ class ConversationEncoder:
         for cut in tokenizer.controls.cut(self.encoding.renderer.profile.end_of_turn):
             ids += [cut.id] if isinstance(cut, AddedToken) else tokenizer.encode([cut])[0]
         return ids
+
+    @property
+    def next_turn_end_ids(self) -> frozenset[int]:
+        """The tokens of which one ends an answer as soon as another message follows, `TemplateProfile.next_turn_ends`:
+        the model writes it, the template only then.
+        """
+        controls = self.encoding.tokenizer.controls
+        cuts = [cut for end in self.encoding.renderer.profile.next_turn_ends for cut in controls.cut(end)[-1:]]
+        return frozenset(cut.id for cut in cuts if isinstance(cut, AddedToken))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.tokenizer.decode(ids)

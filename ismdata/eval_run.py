@@ -255,6 +255,8 @@ def _outputs(
         reference = dataset[int(answers.row[at])].sequence.input_ids[start:end].tolist()
         if ending and reference[-len(ending) :] == ending:
             del reference[-len(ending) :]
+        elif reference[-1] in encoder.next_turn_end_ids:
+            del reference[-1]
         lines.append(
             {
                 "conversation": answers.conversation[at],

@@ -18,10 +18,9 @@ from ismdata import glm_layout
 from ismdata.encoder import ConversationEncoder, probe
 from ismdata.errors import DataError
 from ismdata.glm_layout import GlmTokens
-from ismdata.next_context import quick
-from ismdata.skeleton import NotRendered, Piece, TooManyMessages
-from ismdata.template import Message, TemplateRefused
-from ismdata.turns import HistoryRewritten
+from ismdata.skeleton import Piece
+from ismdata.template import CannotRender, Message
+from ismdata.turns import ANY_ANSWER
 
 
 class Block(NamedTuple):
@@ -52,6 +51,13 @@ class Encoder(Protocol):
         """The tokens that together end an answer; empty where the template writes none."""
 
     @property
+    def next_turn_end_ids(self) -> frozenset[int]:
+        """The tokens of which one ends an answer as soon as another message follows; empty for most templates."""
+
+    def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
+        """Of such a template, the token that ends the last answer, which other messages follow."""
+
+    @property
     def glm(self) -> GlmTokens | None:
         """In the GLM layout, the tokens to put before answers."""
 
@@ -75,8 +81,8 @@ def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase) -> Encoder:
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         name = tokenizer.name_or_path or type(tokenizer).__name__
-        return ConversationEncoder(quick(probe(tokenizer, name=name)))  # type: ignore[arg-type]
-    return ConversationEncoder(quick(tokenizer.encoding)) if isinstance(tokenizer, ConversationEncoder) else tokenizer
+        return ConversationEncoder(probe(tokenizer, name=name))  # type: ignore[arg-type]
+    return tokenizer
 
 
 def conversation_blocks(
@@ -97,7 +103,9 @@ def conversation_blocks(
     answered = max((k for k, message in enumerate(messages, 1) if message["role"] == "assistant"), default=0)
     blocks = _finished_blocks(encoder, messages[:answered], tools, written or {}) if answered else []
     with refusals_explained():
-        return [*blocks, Block(encoder.next_context(messages, tools))]
+        end = encoder.turn_end(messages, tools) if answered else []
+        ended = [Block(end, answered - 1)] if end else []
+        return [*blocks, *ended, Block(encoder.next_context(messages, tools))]
 
 
 def with_markers(blocks: Sequence[Block], glm: GlmTokens) -> list[Block]:
@@ -122,11 +130,15 @@ def _finished_blocks(
                 break  # what follows the last answer begins the next context
             blocks.append(Block([], piece.message))
         blocks[-1].ids.extend(piece.ids or ())
-    return [Block(written.get(block.message, block.ids), block.message) for block in blocks]
+    ends = encoder.next_turn_end_ids
+    return [Block(_as_written(block, written, ends), block.message) for block in blocks]
 
 
-#: Stands for an answer's text where only what is around it is wanted.
-_ANY_ANSWER = "zyx"
+def _as_written(block: Block, written: Mapping[int, list[int]], ends: frozenset[int]) -> list[int]:
+    """The tokens of an answer as the model wrote them, if it did, with the end that only the next message brought."""
+    ids = written.get(block.message, block.ids)
+    brought = block.ids[-1:] if ids is not block.ids and block.ids and block.ids[-1] in ends else []
+    return [*ids, *brought]
 
 
 def answer_lead(encoder: Encoder, messages: Sequence[Message], tools: list[Any] | None) -> str:
@@ -135,9 +147,9 @@ def answer_lead(encoder: Encoder, messages: Sequence[Message], tools: list[Any] 
     """
     first = next((k for k, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
     with refusals_explained():
-        pieces = encoder.encoding.document([*messages[:first], {"role": "assistant", "content": _ANY_ANSWER}], tools)
+        pieces = encoder.encoding.document([*messages[:first], {"role": "assistant", "content": ANY_ANSWER}], tools)
     text = encoder.decode([id for piece in pieces if piece.message == first for id in piece.ids or ()])
-    return text.partition(_ANY_ANSWER)[0]
+    return text.partition(ANY_ANSWER)[0]
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def refusals_explained() -> Iterator[None]:
     """Make a DataError of what a template does not take."""
     try:
         yield
-    except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
+    except (CannotRender, ValueError) as error:
         raise DataError(f"the chat template does not take this conversation: {error}") from error
 
 

@@ -61,12 +61,12 @@ def set_generation_ends(model: PreTrainedModel, dataset: PackedDataset) -> None:
 
 
 def _end_of_turn(dataset: PackedDataset) -> list[int]:
-    """The control token that ends an answer, where the template writes one; [] where it ends in plain text."""
-    if not dataset.shards.index.get("chat_template", {}).get("end_of_turn"):
+    """The control tokens that end an answer, where the template writes some; [] where it ends in plain text."""
+    if "end_of_turn" not in dataset.shards.index.get("chat_template", {}):
         return []
     encoder = ConversationEncoder.load(dataset.shards.folder / "tokenizer")
     controls = set(encoder.encoding.tokenizer.control_ids.tolist())
-    first = encoder.end_of_turn_ids[:1]
+    first = [*encoder.end_of_turn_ids[:1], *sorted(encoder.next_turn_end_ids)]
     return [id for id in first if id in controls]
 
 

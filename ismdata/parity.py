@@ -1,8 +1,8 @@
 """Law 5 on real data: the tokens of a document are the model's own.
 
 Checked on a sample at the start of every `pack`, where a wrong template would otherwise show only in a model that
-learns the wrong thing. Two comparisons: the columnar road against the conversation rendered by itself, and that
-rendering against the tokenizer's own encoding of the rendered text, special tokens parsed.
+learns the wrong thing. Two comparisons: the columnar road against the conversation rendered by itself, tokens and spans,
+and that rendering against the tokenizer's own encoding of the rendered text, special tokens parsed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ismdata.control_tokens import AddedToken
 from ismdata.document_columns import Requests
 from ismdata.encoder import Encoding, marked_pieces
 from ismdata.errors import DataError
-from ismdata.skeleton import NotRendered, Piece, compile_chunks, rendered_chunks
-from ismdata.template import TemplateRefused
+from ismdata.skeleton import Piece, compile_chunks, rendered_chunks
+from ismdata.template import CannotRender
 from ismdata.tokens import DocumentEncoder
-from ismdata.turns import Chunk, HistoryRewritten
+from ismdata.turns import Chunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,6 +71,7 @@ class Comparison:
 
     encoding: Encoding
     found: Sequence[list[int]]
+    spans: Sequence[list[_Span]]
     cut: Sequence[bool]  # whether a document ends with its last answer
     rendered: Sequence[_Rendered]
 
@@ -83,11 +84,13 @@ class Comparison:
         """
         rendered = _encode(self.encoding, self.rendered)
         glm = self.encoding.glm
-        for document, found, cut in zip(rendered, self.found, self.cut, strict=True):
+        for document, found, spans, cut in zip(rendered, self.found, self.spans, self.cut, strict=True):
             pieces = document.pieces if glm is None else marked_pieces(document.pieces, glm)
-            reference = _ids(pieces)
+            reference, expected = _ids(pieces), _spans(pieces)
             if found != (reference[: len(found)] if cut else reference):
                 raise ColumnsDiffer(document.place)
+            if spans != (expected[: len(spans)] if cut else expected):
+                raise ColumnsDiffer(f"{document.place}: the same tokens, other spans")
         _compare_with_tokenizer(self.encoding, [document for document in rendered if document.as_written])
         return len(rendered)
 
@@ -102,11 +105,15 @@ def comparison(
     """
     layout = encoder.lay_out(requests)
     documents = encoder.documents(layout, requests)
-    ends = np.cumsum(documents.lengths)
+    ends, span_ends = np.cumsum(documents.lengths), np.cumsum(documents.span_counts)
     there = [r for r in range(len(requests)) if r not in layout.refused]
     return Comparison(
         encoding=encoding,
         found=[documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist() for r in there],
+        spans=[
+            [(int(end - start), int(kind)) for start, end, kind, _ in documents.spans[end - count : end]]
+            for end, count in zip(span_ends[there].tolist(), documents.span_counts[there].tolist(), strict=True)
+        ],
         cut=[bool(requests.cut[r]) for r in there],
         rendered=[_render(encoding, batch, requests, r) for r in there],
     )
@@ -127,14 +134,14 @@ class _Rendered:
 
 def _render(encoding: Encoding, batch: ConversationBatch, requests: Requests, r: int) -> _Rendered:
     c = int(requests.conversation[r])
-    messages, tools = as_template_messages(batch.conversation(c))
-    asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
     place = str(batch.rows.column("source")[c])
     tokenizer = encoding.tokenizer
     try:
+        messages, tools = as_template_messages(batch.conversation(c))
+        asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
         chunks, escapes = rendered_chunks(encoding.renderer, tokenizer, asked, tools, encoding.history)
         pieces = compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False)
-    except (TemplateRefused, HistoryRewritten, NotRendered, ValueError) as error:
+    except (CannotRender, ValueError) as error:
         raise ColumnsDiffer(f"{place}: {error}") from error
     return _Rendered(place=place, chunks=chunks, pieces=pieces, as_written=not escapes.mapping)
 
@@ -158,6 +165,19 @@ def _encode(encoding: Encoding, documents: Sequence[_Rendered]) -> list[_Rendere
 
 def _ids(pieces: Sequence[Piece]) -> list[int]:
     return [id for piece in pieces for id in piece.ids or ()]
+
+
+#: A span of a document: how many tokens it has, and its kind.
+_Span = tuple[int, int]
+
+
+def _spans(pieces: Sequence[Piece]) -> list[_Span]:
+    """The spans of a document, those without tokens left out."""
+    lengths: dict[int, int] = {}
+    for piece in pieces:
+        lengths[piece.span] = lengths.get(piece.span, 0) + len(piece.ids or ())
+    kinds = {piece.span: piece.kind for piece in pieces}
+    return [(length, kinds[span]) for span, length in lengths.items() if length]
 
 
 def _compare_with_tokenizer(encoding: Encoding, documents: Sequence[_Rendered]) -> None:

@@ -7,16 +7,11 @@ the skeleton filled in, contents of that kind are rendered one by one.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import nodes
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from ismdata.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
-from ismdata.template import TemplateRefused
+from ismdata.template import TemplateRefused, parsed
 from ismdata.turns import Renderer
 
 #: Contents that templates have been seen to treat specially without naming them: case, escapes, lengths, blanks, JSON,
@@ -73,8 +68,12 @@ def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
             for k in range(len(roles))
         )
 
-    constants = _constants(renderer.template.source)
-    if constants is None or len(constants) > _MOST_CONSTANTS or any(differs(content) for content in BATTERY):
+    constants = [text for text in renderer.template.constants if EM_SPACE not in text]
+    if (
+        parsed(renderer.template.source) is None
+        or len(constants) > _MOST_CONSTANTS
+        or any(differs(content) for content in BATTERY)
+    ):
         return Sensitivity(triggers=(), blank=True, everything=True)
     # What such tokens strip, and what is a text's beginning, depends on whether there is any text.
     stripping = any(token.lstrip or token.rstrip for token in renderer.controls.tokens.values())
@@ -97,19 +96,3 @@ def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] |
         return None
     except NotDecomposable:
         return ("\0",)  # equal to no rendering
-
-
-def _constants(source: str) -> set[str] | None:
-    """The string constants of a template, less blanks; None where it cannot be parsed here."""
-    without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
-    try:
-        tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
-    except TemplateError:
-        return None
-    return {text for text in _strings(tree) if text.strip() and EM_SPACE not in text}
-
-
-def _strings(tree: nodes.Template) -> Iterator[str]:
-    for constant in tree.find_all(nodes.Const):
-        if isinstance(constant.value, str):
-            yield constant.value

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ismdata import masks
 from ismdata.backends import BACKENDS
-from ismdata.batch import as_template_messages
+from ismdata.batch import InvalidArguments, as_template_messages
 from ismdata.cache_policy import SINKS
 from ismdata.conversation_line import check_record, read_line, write_line
 from ismdata.decoding import EndOfTurn, Sampling, can_show, chooser, message_text
@@ -279,7 +279,7 @@ class Session:
         for block in blocks:
             opening = self._opening if block is blocks[-1] else ()
             logits = self._held.feed(block.ids, is_answer=block.is_answer, opening=opening)
-            if block.is_answer:
+            if block.is_answer and not (self._marks and self._marks[-1].messages == block.message + 1):
                 self._mark(block.message + 1)
         return logits
 
@@ -405,7 +405,7 @@ def end_of_turn(model: PreTrainedModel, encoder: Encoder) -> EndOfTurn:
     config = getattr(model, "generation_config", None) or model.config
     eos = config.eos_token_id
     stop = () if eos is None else (eos,) if isinstance(eos, int) else eos
-    return EndOfTurn(ids=tuple(encoder.end_of_turn_ids), stop=frozenset(stop))
+    return EndOfTurn(ids=tuple(encoder.end_of_turn_ids), stop=frozenset(stop) | encoder.next_turn_end_ids)
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -443,3 +443,5 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
         return as_template_messages(check_record({"messages": [dict(message) for message in messages]}))[0]
     except Refused as refusal:
         raise UsageError(refusal.detail) from refusal
+    except InvalidArguments as error:
+        raise UsageError(str(error)) from error

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ismdata.control_tokens import AddedToken, Escapes
 from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.template import ChatTemplate, Message
+from ismdata.template import CannotRender, ChatTemplate, Message, TemplateRefused
 from ismdata.tokenizer import Tokenizer
+from ismdata.tracing import Level, Place, Text, Traced
 from ismdata.turns import Chunk, Renderer
 
 History = Literal["append", "expand"]
@@ -57,16 +58,14 @@ class Piece:
     controls: int = 0
 
 
-class NotRendered(Exception):
-    """The template leaves out a part of an answer."""
-
-
 class NotDecomposable(Exception):
     """The template does something to contents that slots cannot express; such conversations are rendered one by one."""
 
 
-class TooManyMessages(Exception):
+class TooManyMessages(CannotRender):
     """A conversation that would have to be rendered once or more for each answer, and is too long for that."""
+
+    reason = "too_many_messages"
 
     def __init__(self, found: int) -> None:
         super().__init__(
@@ -86,8 +85,9 @@ _MARKED = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
 
 
 def skeleton(renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], history: History) -> tuple[Piece, ...]:
-    """The pieces of a document with messages of these roles. Raises TemplateRefused, HistoryRewritten,
-    NotDecomposable, TooManyMessages.
+    """The pieces of a document with messages of these roles; `renderer` is one of `for_marked`.
+
+    Raises CannotRender, NotDecomposable.
     """
 
     def chunks(before: str, after: str) -> list[Chunk]:
@@ -114,51 +114,63 @@ def _chunks(renderer: Renderer, messages: Sequence[Message], tools: list[Any] | 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembering(ChatTemplate):
-    """A template that renders short conversations once: sequences of roles begin alike."""
+class _MarkedRenderer(Renderer):
+    """A renderer of messages whose contents are marks, so that one rendering says where they stand.
+
+    What it renders it remembers: sequences of roles begin alike.
+    """
 
     @cached_property
-    def _rendered(self) -> Callable[..., str]:
-        @lru_cache(maxsize=4096)
-        def rendered(messages: tuple[tuple[str, str], ...], generation_prompt: bool) -> str:
-            shaped = [{"role": role, "content": content} for role, content in messages]
-            return super(_Remembering, self).render(shaped, generation_prompt=generation_prompt)
+    def _remembered(self) -> Callable[..., Traced]:
+        return lru_cache(maxsize=4096)(self._traced)
 
-        return rendered
+    def _traced(self, messages: tuple[tuple[str, str], ...], generation_prompt: bool) -> Traced:
+        shaped = [{"role": role, "content": content} for role, content in messages]
+        text = self.template.render(shaped, generation_prompt=generation_prompt)
+        found = ((int(match[2]), match) for match in _MARKED.finditer(text))
+        places = tuple(Place(match.start(2) - 1, match.end(2) + 1, k, "content", k) for k, match in found)
+        return Traced(text, places, tuple(Text(k, "content", "") for k in range(len(messages))))
 
-    def render(
-        self, messages: Sequence[Message], *, tools: list[Any] | None = None, generation_prompt: bool = False
+    def trace(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Traced:
+        return self._of(messages, generation_prompt=False)
+
+    def around(
+        self, messages: Sequence[Message], tools: list[Any] | None, level: Level, *, generation_prompt: bool = False
+    ) -> Traced | None:
+        try:
+            return self._of(messages, generation_prompt=generation_prompt)
+        except TemplateRefused:
+            return None
+
+    def _of(self, messages: Sequence[Message], *, generation_prompt: bool) -> Traced:
+        key = tuple((message["role"], message["content"]) for message in messages)
+        return (self._remembered if len(messages) <= 2 * _LONG else self._traced)(key, generation_prompt)
+
+    def _header(
+        self, messages: Sequence[Message], tools: list[Any] | None, level: Level, plain: Traced | None = None
     ) -> str:
-        if tools is not None or len(messages) > 2 * _LONG:
-            return super().render(messages, tools=tools, generation_prompt=generation_prompt)
-        return self._rendered(tuple((message["role"], message["content"]) for message in messages), generation_prompt)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _RememberingRenderer(Renderer):
-    """A renderer that cuts short conversations once: long ones of like roles begin alike."""
+        mark = f"{EM_SPACE}\ue000{len(messages)}\ue001{EM_SPACE}"
+        plain = plain or self.around([*messages, {"role": "assistant", "content": mark}], tools, level)
+        return super()._header(messages, tools, level, plain)
 
     @cached_property
     def _appended(self) -> Callable[..., tuple[Chunk, ...]]:
         @lru_cache(maxsize=4096)
         def appended(messages: tuple[tuple[str, str], ...]) -> tuple[Chunk, ...]:
             shaped = [{"role": role, "content": content} for role, content in messages]
-            return tuple(super(_RememberingRenderer, self).append(shaped))
+            return tuple(super(_MarkedRenderer, self).append(shaped))
 
         return appended
 
     def append(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Chunk]:
-        if tools is not None or len(messages) > _LONG:
+        if len(messages) > _LONG:
             return super().append(messages, tools)
         return list(self._appended(tuple((message["role"], message["content"]) for message in messages)))
 
 
-def remembering(renderer: Renderer) -> Renderer:
-    """A renderer for making many skeletons: what they render alike is rendered once."""
-    template = renderer.template
-    shared = {field.name: getattr(template, field.name) for field in fields(template)}
-    own = {field.name: getattr(renderer, field.name) for field in fields(renderer)}
-    return _RememberingRenderer(**own | {"template": _Remembering(**shared)})
+def for_marked(renderer: Renderer) -> Renderer:
+    """A renderer for making many skeletons."""
+    return _MarkedRenderer(**{field.name: getattr(renderer, field.name) for field in fields(renderer)})
 
 
 #: Conversations of more messages are cut in one rendering, not in two for each answer.
@@ -169,24 +181,26 @@ def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
     """As `renderer.append`, for marked messages under a prefix-stable template: answers found by their markers.
 
     The beginning is cut both ways and must agree, and every answer must stand behind the generation prompt and look
-    like the beginning's last one around its content; else all of it is cut the long way.
+    like the first one around its content; else all of it is cut the long way.
     """
     beginning = renderer.append(messages[:_LONG])
     answers = [chunk for chunk in beginning if chunk.kind == ANSWER]
     text = renderer.template.render(messages)
     markers = {int(match[2]): match for match in _MARKED.finditer(text)}
     prompt = renderer.profile.generation_prompt
-    if not answers or len(markers) != len(messages):
+    if not answers or list(markers) != list(range(len(messages))):  # one is missing, or they are out of order
         return _chunks(renderer, messages, None, "append")
-    around = _MARKED.split(answers[-1].text)[:: _MARKED.groups + 1]
+    around = _MARKED.split(answers[0].text)[:: _MARKED.groups + 1]
     if len(around) != 2:  # the template writes a content twice, or not at all
         return _chunks(renderer, messages, None, "append")
-    lead, trail = around
+    lead, closed = around
+    brought = next((end for end in renderer.profile.next_turn_ends if closed.endswith(end)), "")
     chunks: list[Chunk] = []
     done = 0
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        trail = closed if k < len(messages) - 1 else closed.removesuffix(brought)
         start, end = markers[k].start() - len(lead), markers[k].end() + len(trail)
         behind_prompt = start > done and text.endswith(prompt, 0, start)
         if not (behind_prompt and text.startswith(lead, start) and text.startswith(trail, markers[k].end())):
@@ -198,8 +212,15 @@ def _long_chunks(renderer: Renderer, messages: list[Message]) -> list[Chunk]:
     if beginning[0].kind == PROMPT:
         cut = len(beginning[0].text)
         chunks[:1] = [Chunk(text=chunks[0].text[:cut], kind=PROMPT), Chunk(text=chunks[0].text[cut:], kind=QUERY)]
-    last = next(place for place, chunk in enumerate(beginning) if chunk.message == answers[-1].message)
-    return chunks if chunks[: last + 1] == beginning[: last + 1] else _chunks(renderer, messages, None, "append")
+    return chunks if _begins_alike(chunks, beginning) else _chunks(renderer, messages, None, "append")
+
+
+def _begins_alike(chunks: Sequence[Chunk], beginning: Sequence[Chunk]) -> bool:
+    """Whether chunks begin with those of the conversation's beginning, through its last answer but one: what ends the
+    last one may come with the next message.
+    """
+    places = [place for place, chunk in enumerate(beginning) if chunk.kind == ANSWER]
+    return len(places) > 1 and list(chunks[: places[-2] + 1]) == list(beginning[: places[-2] + 1])
 
 
 def marked_parts(template: ChatTemplate, roles: Sequence[str]) -> tuple[str | Slot, ...]:
@@ -232,7 +253,7 @@ def render_document(
     """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
     skeleton. `encode`: else what is no control token stays text, one part a piece.
 
-    Raises TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError (text that cannot be escaped).
+    Raises CannotRender, ValueError (text that cannot be escaped).
     """
     chunks, escapes = rendered_chunks(renderer, tokenizer, messages, tools, history)
     return compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=encode)
@@ -247,24 +268,7 @@ def rendered_chunks(
 ) -> tuple[list[Chunk], Escapes]:
     """One conversation rendered by itself, still escaped, and the way back. Raises as `render_document`."""
     (messages, tools), escapes = tokenizer.controls.escape([list(messages), tools])
-    chunks = _chunks(renderer, messages, tools, history)
-    _check_calls(chunks if history == "append" else chunks[-2:], messages)  # earlier answers are no targets in expand
-    if any(message["role"] == "tool" for message in messages):
-        renderer.check_places(messages, tools, expand=history == "expand")
-    return chunks, escapes
-
-
-def _check_calls(chunks: Sequence[Chunk], messages: Sequence[Message]) -> None:
-    """Raise NotRendered where an answer calls a tool and its text does not say which: a model would learn silence."""
-    for chunk in chunks:
-        calls = messages[chunk.message].get("tool_calls", []) if chunk.message >= 0 else []
-        for call in calls:
-            name = call.get("function", call).get("name", "")
-            if name not in chunk.text:
-                raise NotRendered(
-                    f"message {chunk.message + 1} calls the tool {name!r}, which the template leaves out. "
-                    "Pass a template that renders tool calls with --chat-template FILE"
-                )
+    return _chunks(renderer, messages, tools, history), escapes
 
 
 def _stripped(plain: str, broken: str) -> set[tuple[int, str]]:

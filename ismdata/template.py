@@ -1,11 +1,7 @@
-"""A chat template: rendering it, fixing its date, and probing what it writes around each message.
+"""A chat template: rendering it with a fixed date, and giving it messages in the shape that it reads.
 
 Rendering is transformers' own, sandbox included, so a template means here what it means everywhere. A template is also
 a program from somewhere: there are limits to the time and memory that it takes, and to the text that it writes.
-
-Probing renders marked conversations once and reads off what the rest of the road needs: the generation prompt, what
-closes an answer, what opens a user's turn, and whether the template is prefix-stable (rendering messages[:k] with the
-generation prompt is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
 """
 
 from __future__ import annotations
@@ -15,15 +11,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, nodes
+from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ismdata.control_tokens import ControlTokens, common_prefix_length
 from ismdata.errors import DataError, UsageError
 from ismdata.limits import limited
 
@@ -46,12 +42,23 @@ _CHARACTERS, _CHARACTERS_A_MESSAGE, _TIMES_LONGER = 1 << 20, 1000, 10
 _MOST_SAID = 500
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
-#: Contents while probing; the private-use characters around them keep them apart from the template's own text.
-_MARKERS = tuple(f"\ue000{name}\ue001" for name in ("QUESTION", "ANSWER", "SECOND QUESTION", "SECOND ANSWER"))
 
 
-class TemplateRefused(Exception):
+class CannotRender(Exception):
+    """A conversation cannot be rendered as it should be; `reason` is the key of `conversation.REASONS` for it."""
+
+    reason: str
+
+
+class TemplateRefused(CannotRender):
     """The template raised on a conversation; the message is the template's own."""
+
+    reason = "template_refused"
+
+
+#: How a template is given the content of a message that only calls tools: as the conversation has it, always null, or
+#: always empty.
+CallContent = Literal["as_is", "null", "empty"]
 
 
 def built_in(name: str) -> str:
@@ -63,9 +70,10 @@ def built_in(name: str) -> str:
 class ChatTemplate:
     """A template with everything that its rendering depends on.
 
-    `special_tokens` are the tokenizer's (`bos_token` and so on), `arguments` come from `--template-arg`.
-    `typed_content` and `text_arguments`: the template takes contents as typed parts, the arguments of tool calls as
-    JSON text.
+    `special_tokens` are the tokenizer's (`bos_token` and so on), `arguments` come from `--template-arg`. The other
+    fields say in which shape the template reads messages, which probing finds out: `typed_content`, contents as typed
+    parts; `text_arguments`, the arguments of tool calls as JSON text; `call_content`, what it takes for no content
+    beside tool calls; `reasoning_key`, the field of a message that it reads reasoning from.
     """
 
     name: str
@@ -75,6 +83,8 @@ class ChatTemplate:
     date: datetime.date = DEFAULT_DATE
     typed_content: bool = False
     text_arguments: bool = False
+    call_content: CallContent = "as_is"
+    reasoning_key: str = "reasoning_content"
 
     @cached_property
     def sha256(self) -> str:
@@ -89,6 +99,8 @@ class ChatTemplate:
             self.text_arguments,
         ]
         parts.append(self.date.isoformat() if "date_string" in self.source else None)
+        if (self.call_content, self.reasoning_key) != ("as_is", "reasoning_content"):
+            parts += [self.call_content, self.reasoning_key]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
@@ -99,6 +111,13 @@ class ChatTemplate:
             return json.dumps(self.date.strftime(match["format"]))
 
         return _STRFTIME.sub(fixed, self.source)
+
+    @cached_property
+    def constants(self) -> frozenset[str]:
+        """The string constants of the source that are not blank; empty where it cannot be parsed here."""
+        tree = parsed(self.source)
+        found = tree.find_all(nodes.Const) if tree is not None else ()
+        return frozenset(node.value for node in found if isinstance(node.value, str) and node.value.strip())
 
     @property
     def prints_date(self) -> bool:
@@ -116,9 +135,7 @@ class ChatTemplate:
         context: dict[str, Any] = dict(self.special_tokens) | dict(self.arguments)
         if "date_string" in self.source:
             context.setdefault("date_string", self.date.strftime("%d %b %Y"))
-        shaped = [_typed(message) for message in messages] if self.typed_content else list(messages)
-        if self.text_arguments:
-            shaped = [_with_text_arguments(message) for message in shaped]
+        shaped = [self._shaped(message) for message in messages]
         try:
             rendered: Any = limited(
                 lambda: render_jinja_template(
@@ -146,11 +163,31 @@ class ChatTemplate:
             raise self._too_much(messages, f"wrote {len(text):,} characters")
         return text
 
+    def _shaped(self, message: Message) -> Message:
+        """A message in the shape that the template reads."""
+        if message.get("tool_calls") and not (message.get("content") or "").strip() and self.call_content != "as_is":
+            message = {**message, "content": None if self.call_content == "null" else ""}
+        if self.reasoning_key != "reasoning_content" and "reasoning_content" in message:
+            message = dict(message)
+            message[self.reasoning_key] = message.pop("reasoning_content")
+        if self.text_arguments:
+            message = _with_text_arguments(message)
+        return _typed(message) if self.typed_content else message
+
     def _too_much(self, messages: Sequence[Message], what: str) -> DataError:
         return DataError(
             f"chat template {self.name}: rendering {len(messages):,} messages {what}; expected one that lays messages "
             "out and does little else. Pass another with --chat-template FILE"
         )
+
+
+def parsed(source: str) -> nodes.Template | None:
+    """The syntax tree of a template; None where it cannot be parsed without transformers' own extensions."""
+    without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    try:
+        return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
+    except TemplateError:
+        return None
 
 
 def _most_characters(messages: Sequence[Message], tools: list[Any] | None) -> int:
@@ -174,161 +211,6 @@ def _with_text_arguments(message: Message) -> Message:
             }
         calls.append(call)
     return {**message, "tool_calls": calls} if calls else message
-
-
-def _wants_text_arguments(template: ChatTemplate) -> bool:
-    """Whether a template refuses a tool call with its arguments as an object, but takes them as text."""
-    call = {"id": "call00001", "type": "function", "function": {"name": "tool", "arguments": {"key": "value"}}}
-    messages: list[Message] = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    for text_arguments in (False, True):
-        try:
-            replace(template, text_arguments=text_arguments).render(messages)
-        except TemplateRefused:
-            continue
-        return text_arguments
-    return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemplateProfile:
-    """What probing a template found.
-
-    generation_prompt: the text that opens an answer. close: what follows an answer that ends the conversation.
-    end_of_turn: the part of `close` that belongs to the answer, through its first control token. user_header: what
-    opens a later user turn. prefix_stable: see the module's text; `difference` shows one place where it is not, as
-    (fed, rewritten).
-    """
-
-    generation_prompt: str
-    close: str
-    end_of_turn: str
-    user_header: str
-    prefix_stable: bool
-    difference: tuple[str, str] | None
-
-
-def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplate, TemplateProfile]:
-    """Probe a template; returns it with `typed_content` set where it only takes typed parts. Raises DataError.
-
-    A template that does not even render one user's question and one answer cannot be used at all. `markers` are the
-    tokenizer's control tokens and the template's own markers.
-    """
-    _refuse_powers(template)
-    question, answer, second, last = _MARKERS
-    user, reply = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-    try:
-        alone = template.render([user])
-        if question not in alone:
-            template = replace(template, typed_content=True)
-            alone = template.render([user])
-        opened = template.render([user], generation_prompt=True)
-        answered = template.render([user, reply])
-    except TemplateRefused as refusal:
-        raise DataError(
-            f"chat template {template.name}: refuses one user message and one answer ({refusal}). "
-            "Pass another with --chat-template FILE"
-        ) from refusal
-    template = replace(template, text_arguments=_wants_text_arguments(template))
-    if question not in alone or answer not in answered:
-        raise DataError(
-            f"chat template {template.name}: its rendering does not contain what user and assistant said; "
-            f"rendered {answered[:200]!r}. Pass another with --chat-template FILE"
-        )
-    close = answered[answered.index(answer) + len(answer) :]
-    longer = [user, reply, {"role": "user", "content": second}, {"role": "assistant", "content": last}]
-    end_of_turn, header = _end_of_turn(close, close, markers), ""
-    try:
-        text = template.render(longer[:3])
-    except TemplateRefused:
-        text = ""  # one exchange is all that this template takes
-    if question in text and answer in text:
-        later = text[text.index(answer) + len(answer) : text.index(second)]
-        end_of_turn = _end_of_turn(close, later, markers)
-        turn_end = len(end_of_turn) if later.startswith(end_of_turn) else markers.first_end(later) or 0
-        header = _user_header(text[: text.index(question)], later[turn_end:], markers)
-    difference = _first_difference(template, longer)
-    return template, TemplateProfile(
-        generation_prompt=opened[markers.common_prefix(alone, opened) :],
-        close=close,
-        end_of_turn=end_of_turn,
-        user_header=header,
-        prefix_stable=difference is None,
-        difference=difference,
-    )
-
-
-def _refuse_powers(template: ChatTemplate) -> None:
-    """Raise DataError where a template takes powers: `9**9**9` is one step for ever, which no time limit reaches.
-
-    Only the template's words are looked at; it is neither compiled nor run.
-    """
-    before = ""
-    try:
-        for line, kind, word in ImmutableSandboxedEnvironment().lex(template.source):
-            if kind == "whitespace":
-                continue
-            if kind == "operator" and word == "**" and before not in ("(", ","):  # behind those it is **kwargs
-                raise DataError(
-                    f"chat template {template.name}: line {line} takes a power (**); expected plain text layout. "
-                    "Pass another with --chat-template FILE"
-                )
-            before = word
-    except TemplateSyntaxError:
-        return  # rendering says what is wrong, as transformers words it
-
-
-def _end_of_turn(close: str, later: str, controls: ControlTokens) -> str:
-    """The part of `close`, which follows an answer at the end, that the model itself writes.
-
-    That is all through the first control token and those directly behind it, as far as an answer in history (`later`)
-    has them too: a tail that only the end of a conversation gets is not the answer's. Without any it is all but
-    trailing blanks.
-    """
-    shared = close[: controls.common_prefix(close, later)]
-    first = controls.first_end(shared)
-    if first is None:
-        return close[: controls.first_end(close) or len(close.rstrip())]
-    while (match := controls.pattern.match(shared, first)) is not None:
-        first = match.end()
-    return shared[:first]
-
-
-def _user_header(first: str, later: str, controls: ControlTokens) -> str:
-    """What a template writes before a user's text in a later turn as in the first one, from its first control token
-    on.
-    """
-    shared = common_prefix_length(first[::-1], later[::-1])
-    header = first[len(first) - shared :]
-    match = controls.pattern.search(header)
-    return header[match.start() :] if match else header
-
-
-def _first_difference(template: ChatTemplate, messages: list[Message]) -> tuple[str, str] | None:
-    """The first place where a longer rendering does not begin with a shorter one, each from there on; None if
-    stable.
-    """
-    previous = ""
-    for k in range(1, len(messages) + 1):
-        renders = []
-        try:
-            if messages[k - 1]["role"] == "assistant":
-                renders.append(template.render(messages[: k - 1], generation_prompt=True))
-            renders.append(template.render(messages[:k]))
-        except TemplateRefused:
-            return None
-        for text in renders:
-            if not text.startswith(previous):
-                at = common_prefix_length(previous, text)
-                return _without_marks(previous[at:]), _without_marks(text[at:])
-            previous = text
-    return None
-
-
-def _without_marks(text: str) -> str:
-    return text.replace("\ue000", "").replace("\ue001", "")
 
 
 #: Names that rendering itself passes to a template.

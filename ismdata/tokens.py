@@ -45,18 +45,16 @@ from ismdata.runs import RunTable, as_runs, ragged_arange, taken_runs
 from ismdata.skeleton import (
     History,
     NotDecomposable,
-    NotRendered,
     Piece,
     Slot,
-    TooManyMessages,
-    remembering,
+    for_marked,
     render_document,
     skeleton,
 )
-from ismdata.template import TemplateRefused
+from ismdata.template import CannotRender, TemplateRefused
 from ismdata.tokenizer import Tokenizer
 from ismdata.tokenizer_backends import Backend
-from ismdata.turns import HistoryRewritten, Renderer
+from ismdata.turns import Renderer
 
 
 class DocumentEncoder:
@@ -82,7 +80,7 @@ class DocumentEncoder:
         self.use_skeletons = use_skeletons
         self.backend = backend
         self.glm = glm
-        self._probing = remembering(renderer)
+        self._probing = for_marked(renderer)
         self._skeletons: dict[bytes, Skeleton | Refusal | None] = {}
         self._shapes: dict[tuple[Any, ...], int] = {}
         self._shape_list: list[tuple[Any, ...]] = []
@@ -268,7 +266,7 @@ class DocumentEncoder:
                 pieces = skeleton(self._probing, self.tokenizer, roles, self.history)
             except NotDecomposable:
                 found = None
-            except (TemplateRefused, HistoryRewritten, TooManyMessages) as error:
+            except CannotRender as error:
                 found = _refusal(error)
             else:
                 found = self._tabulate(pieces)
@@ -440,11 +438,11 @@ class DocumentEncoder:
         documents: dict[RequestKey, tuple[Piece, ...] | Refusal] = {}
         for key in dict.fromkeys(keys):
             c, head, lo, hi = key
-            messages, tools = as_template_messages(self.batch.conversation(c))
-            asked = messages[:head] + messages[lo:hi]
             try:
+                messages, tools = as_template_messages(self.batch.conversation(c))
+                asked = messages[:head] + messages[lo:hi]
                 found = render_document(self.renderer, self.tokenizer, asked, tools, self.history, encode=False)
-            except (TemplateRefused, HistoryRewritten, NotRendered, TooManyMessages, ValueError) as error:
+            except (CannotRender, ValueError) as error:
                 documents[key] = _refusal(error)
             else:
                 documents[key] = found
@@ -490,10 +488,7 @@ class DocumentEncoder:
         return np.where(run >= 0, static[np.maximum(run, -1)], encoded[np.maximum(-1 - run, -1)])
 
 
-def _refusal(error: Exception) -> Refusal:
-    reasons = {
-        HistoryRewritten: "history_rewritten",
-        NotRendered: "not_rendered",
-        TooManyMessages: "too_many_messages",
-    }
-    return Refusal(reason=reasons.get(type(error), "template_refused"), detail=str(error))
+def _refusal(error: CannotRender | ValueError) -> Refusal:
+    """A refusal by its reason; text that cannot be escaped (ValueError) is one of the template's."""
+    reason = error.reason if isinstance(error, CannotRender) else TemplateRefused.reason
+    return Refusal(reason=reason, detail=str(error))

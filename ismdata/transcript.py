@@ -73,7 +73,9 @@ class Transcript:
         kept = [*self.messages[: self.head], *self.messages[self.first :]]
         if fed and fed == self.answered:
             with refusals_explained():
-                return [Block(encoder.next_context(kept, self.tools))]
+                end = encoder.turn_end(kept, self.tools)
+                ended = [Block(end, self.answered - 1)] if end else []
+                return [*ended, Block(encoder.next_context(kept, self.tools))]
         written = {place - moved: ids for place, ids in self.written.items() if place >= self.first}
         blocks = conversation_blocks(encoder, kept, self.tools, written)
         blocks = [Block(ids, message + moved if message >= 0 else message) for ids, message in blocks]

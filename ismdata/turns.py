@@ -2,41 +2,85 @@
 
 Two ways with templates that rewrite history (they give the same for prefix-stable templates, one document or many):
 
-- `append`: what was fed is never rewritten, exactly as a KV cache is fed. The context of an answer ends at the common
-  prefix of render(messages[:k], generation prompt) and render(messages[:k + 1]); the answer is what follows, through
-  its end-of-turn token; what the template puts between that token and the next answer is the next context, read off the
-  rendering that has the next message.
-- `expand`: one document an answer, exactly what the template renders for the conversation that ends with it.
+- `append`: what was fed is never rewritten, exactly as a KV cache is fed. The context of an answer is what the rendering
+  that has the answer holds between the end of the answer before it and its own beginning. What ends an answer is fed once,
+  as it is written when the answer is the last message.
+- `expand`: one document per answer, exactly what the template renders for the conversation that ends with it.
 
-Where an answer's text could be taken for the template's own, its place is found by rendering the conversation once more
-with that one message replaced by a sentinel, never by searching for the text.
+An answer begins behind all text of its context and behind the header that opens it, whatever is written for the answer
+itself: where the rendering with the generation prompt and the rendering with an answer of plain text part, but not inside
+the header. So `pack` and chat, which does not know the answer, cut at the same place. Where texts stand is traced
+(`tracing.py`), and each conversation is held to law 7: every text of its context once, in its place, none in an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from ismdata.control_tokens import ControlTokens
+from ismdata.control_tokens import ControlTokens, common_prefix_length
 from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.template import ChatTemplate, Message, TemplateProfile, TemplateRefused
+from ismdata.template import CannotRender, ChatTemplate, Message
+from ismdata.template_probe import TemplateProfile
+from ismdata.tracing import Level, Place, TextLost, Traced, Tracer, reasoning_length
 
-#: A noncharacter of Unicode; `ControlTokens.escape` refuses text that holds it.
-SENTINEL = "\U0010fffe"
+#: Stands for an answer that is not there yet.
+ANY_ANSWER = "zyx"
+
+#: What opens reasoning: the model writes it, so no header reaches beyond it.
+_REASONING_START = re.compile(r"<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|think\|>", re.IGNORECASE)
 
 
-class HistoryRewritten(Exception):
-    """The template changes an earlier turn in a way that `append` cannot follow."""
+class HistoryRewritten(CannotRender):
+    """The template moves or changes earlier turns in a way that `append` cannot follow."""
+
+    reason = "history_rewritten"
+
+
+class NotRendered(CannotRender):
+    """The template leaves out a part of an answer."""
+
+    reason = "not_rendered"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A stretch of rendered text. `message` is the number of the assistant message it answers with, -1 for context."""
+    """A stretch of rendered text.
+
+    `message` is the number of the assistant message it answers with, -1 for context. `reasoning`: how many characters of
+    an answer are its reasoning, what closes it included. `unwritten`: the template leaves out reasoning of this answer.
+    """
 
     text: str
     kind: int
     message: int = -1
+    reasoning: int = 0
+    unwritten: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """Where the newest answer stands in a rendering: characters `start` to `end`, its own text between `said_from` and
+    `said_until`. header: what stands between the last text before it and `start`, as an answer of plain text has it.
+    """
+
+    header: str
+    start: int
+    said_from: int
+    said_until: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """An answer that was fed: its message, its header, and what was fed behind its text."""
+
+    message: int
+    header: str
+    tail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,225 +95,296 @@ class Renderer:
     markers: ControlTokens
 
     def append(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Chunk]:
-        """The chunks of a conversation under `append`. Raises TemplateRefused, HistoryRewritten."""
+        """The chunks of a conversation under `append`. Raises CannotRender."""
         chunks: list[Chunk] = []
-        fed = ""  # the newest rendering, of which `done` characters have been cut into chunks
+        last: _Fed | None = None
+        rendered: Traced | None = None
         done = 0
-        last: int | None = None
-        for k, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            opened = self._opened(messages[:k], tools)
-            answered = self.template.render(messages[: k + 1], tools=tools)
-            if last is not None:
-                done = self._resume(messages, last, k + 1, tools, fed, done, answered)
-            border = self._border(messages, k, tools, opened, answered, done)
-            chunks += self._context(messages[: k + 1], tools, answered[done:border], start=done)
-            end = border + self._answer_length(messages[: k + 1], tools, answered[border:])
-            chunks.append(Chunk(text=answered[border:end], kind=ANSWER, message=k))
-            fed, done, last = answered, end, k
-        if last is None or last < len(messages) - 1:
-            whole = self.template.render(messages, tools=tools)
-            if last is not None:
-                done = self._resume(messages, last, len(messages), tools, fed, done, whole)
-            fed = whole
-        tail = fed[done:]
-        if tail:
-            chunks += self._context(messages, tools, tail, start=done) if last is None else [_query(tail)]
-        return chunks
+        for k in _answers(messages):
+            rendered = self.trace(messages[: k + 1], tools)
+            done, ended = self._resume(messages, last, rendered) if last is not None else (0, "")
+            if ended:
+                chunks[-1] = replace(chunks[-1], text=chunks[-1].text + ended)
+            answer = self._newest(messages, k, tools, rendered, done)
+            self._check_context(
+                messages, range(0 if last is None else last.message + 1, k), rendered, done, answer.start
+            )
+            chunks += self._context(messages, rendered, done, answer.start)
+            chunks.append(self._answer(messages, k, rendered, answer))
+            done = answer.end
+            last = _Fed(k, answer.header, rendered.text[answer.said_until : done])
+        if last is None or last.message < len(messages) - 1:
+            rendered = self.trace(messages, tools)
+            done, ended = self._resume(messages, last, rendered) if last is not None else (0, "")
+            if ended:
+                chunks[-1] = replace(chunks[-1], text=chunks[-1].text + ended)
+        assert rendered is not None
+        return [*chunks, *self._context(messages, rendered, done, len(rendered.text))]
 
     def expand(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[Chunk]:
         """The chunks of one document that ends with an answer, exactly as the template renders it.
 
-        Earlier answers are answer chunks too, wherever the rendering still has them. Raises TemplateRefused.
+        Earlier answers are answer chunks too, wherever the rendering still has them. Raises CannotRender.
         """
         k = len(messages) - 1
-        opened = self._opened(messages[:k], tools)
-        text = self.template.render(messages, tools=tools)
-        border = self._border(messages, k, tools, opened, text)
+        rendered = self.trace(messages, tools)
+        answer = self._newest(messages, k, tools, rendered, 0)
+        border = answer.start
+        history = [
+            cut for j in _answers(messages[:k]) if (cut := self._history_answer(rendered, j, border, answer.header))
+        ]
+        contexts = [place for place in rendered.places if not any(a <= place.start < b for _, a, b in history)]
+        self._check_document(messages, rendered, [place for place in contexts if place.end <= border])
         chunks: list[Chunk] = []
         done = 0
-        for j, message in enumerate(messages[:k]):
-            if message["role"] != "assistant":
-                continue
-            place = self._place(messages, j, tools, text)
-            if place is None or place[0] < done or place[1] > border:
-                continue  # the template dropped this turn; what is left of it is context
-            start, end = place
-            chunks += self._context(messages, tools, text[done:start], start=done)
-            chunks.append(Chunk(text=text[start:end], kind=ANSWER, message=j))
+        for j, start, end in sorted(history, key=lambda cut: cut[1]):
+            start = max(start, done)  # without a header the answer begins where the one before it is closed
+            chunks += self._context(messages, rendered, done, start)
+            chunks.append(Chunk(text=rendered.text[start:end], kind=ANSWER, message=j))
             done = end
-        chunks += self._context(messages, tools, text[done:border], start=done)
-        end = border + self._answer_length(messages, tools, text[border:])
-        chunks.append(Chunk(text=text[border:end], kind=ANSWER, message=k))
-        if text[end:]:
-            chunks.append(_query(text[end:]))
-        return chunks
+        chunks += self._context(messages, rendered, done, border)
+        chunks.append(self._answer(messages, k, rendered, answer))
+        return [*chunks, *self._context(messages, rendered, answer.end, len(rendered.text))]
 
-    def next_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
-        """What to feed before the model answers `messages`, all through the last answer's end of turn having been
-        fed.
+    def next_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[str, str, str]:
+        """What to feed before the model answers `messages`, when all through the text of the last answer has been fed.
+
+        Returns what ends that answer as `pack` has it ("" where there is none), the part of this that only the next
+        message brought (`TemplateProfile.next_turn_ends`), and the context. Raises CannotRender.
         """
-        context = ""
-        for chunk in self.append([*messages, {"role": "assistant", "content": SENTINEL}], tools):
-            if chunk.kind != ANSWER:
-                context += chunk.text
-            elif chunk.message < len(messages):
-                context = ""
-            else:
-                break
-        return context
+        answered: list[Message] = [*messages, {"role": "assistant", "content": ANY_ANSWER}]
+        k = len(messages)
+        last = max(_answers(messages), default=-1)
+        tail = ended = ""
+        done = 0
+        rendered = self.trace(answered, tools)
+        if last >= 0:
+            alone = self.trace(messages[: last + 1], tools)
+            newest = self._newest(messages, last, tools, alone, 0)
+            tail = alone.text[newest.said_until : newest.end]
+            done, ended = self._resume(answered, _Fed(last, newest.header, tail), rendered)
+        border = self._newest(answered, k, tools, rendered, done).start
+        self._check_context(answered, range(last + 1, k), rendered, done, border)
+        return tail + ended, ended, rendered.text[done:border]
 
-    def check_places(self, messages: Sequence[Message], tools: list[Any] | None, *, expand: bool) -> None:
-        """Raise HistoryRewritten unless what users and tools say lands in contexts, all of it, and nowhere else.
+    def trace(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Traced:
+        """The rendering of messages and where their texts stand. Raises CannotRender."""
+        return self._tracer.trace(messages, tools)
 
-        Some templates draw a tool's result into the turn of the model that called it.
+    def around(
+        self, messages: Sequence[Message], tools: list[Any] | None, level: Level, *, generation_prompt: bool = False
+    ) -> Traced | None:
+        """What the template writes around the texts of messages; None where it refuses them."""
+        return self._tracer.around(messages, tools, level, generation_prompt=generation_prompt)
+
+    @cached_property
+    def _tracer(self) -> Tracer:
+        return Tracer(self.template)
+
+    # -- where an answer begins and ends ------------------------------------------------------------------------------
+
+    def _newest(
+        self, messages: Sequence[Message], k: int, tools: list[Any] | None, rendered: Traced, done: int
+    ) -> _Answer:
+        """Answer k in `rendered`, which ends with it and of which `done` is cut. Raises NotRendered, HistoryRewritten."""
+        own = rendered.of(k)
+        if not own and any(text.message == k for text in rendered.texts):
+            for call in messages[k].get("tool_calls") or ():
+                raise _call_left_out(k, call.get("function", call).get("name", ""))
+            raise NotRendered(
+                f"message {k + 1} (assistant) is not in the rendering: the template leaves it out. "
+                "Pass another with --chat-template FILE"
+            )
+        at = rendered.end_before(k)
+        header = self._header(messages[:k], tools, rendered.level, rendered if own and _is_plain(messages[k]) else None)
+        lead_in = rendered.text[at : own[0].start if own else len(rendered.text)]
+        length = len(header) if lead_in.startswith(header) else self._header_length(lead_in, header)
+        start = max(at + length, done)
+        said_from, said_until = (own[0].start, own[-1].end) if own else (start, start)
+        if own and at > said_from:
+            behind = next(place for place in rendered.places if place.message < k and place.end == at)
+            raise HistoryRewritten(
+                f"message {behind.message + 1} ({messages[behind.message]['role']}) stands behind the answer that "
+                f"follows it, message {k + 1}. Pass another template with --chat-template FILE"
+            )
+        end = self._end(rendered, said_until)
+        return _Answer(header=header, start=start, said_from=said_from, said_until=said_until, end=end)
+
+    def _header(
+        self, messages: Sequence[Message], tools: list[Any] | None, level: Level, plain: Traced | None = None
+    ) -> str:
+        """What stands between the last text of `messages` and what the model writes: all that opens its answer.
+
+        It depends on the context alone. plain: the rendering with an answer of plain text, where there is one already.
         """
-        marked = [
-            {**message, "content": f"\ue000{k}\ue001"} if message["role"] in ("user", "tool") else message
-            for k, message in enumerate(messages)
-        ]
-        chunks = self.expand(marked, tools) if expand else self.append(marked, tools)
-        contexts = "".join(chunk.text for chunk in chunks if chunk.kind != ANSWER)
-        for k, message in enumerate(messages):
-            if message["role"] in ("user", "tool") and f"\ue000{k}\ue001" not in contexts:
-                raise HistoryRewritten(
-                    f"message {k + 1} ({message['role']}) does not come before the answer that follows it: the "
-                    "template leaves it out, or draws it into a turn of the assistant. "
-                    "Pass another with --chat-template FILE"
-                )
+        k = len(messages)
+        opened = self.around(messages, tools, level, generation_prompt=True) if messages else None
+        if plain is None or not plain.level == level == "whole":  # in `words` an answer's own markup is not marked
+            plain = self.around([*messages, {"role": "assistant", "content": ANY_ANSWER}], tools, level)
+        shown = "" if opened is None else opened.text[opened.end_before(k) :]
+        if plain is None or not plain.of(k):
+            return shown
+        lead_in = plain.text[plain.end_before(k) : plain.of(k)[0].start]
+        return lead_in[: self._header_length(lead_in, shown)]
 
-    # -- where things are in a rendering ------------------------------------------------------------------------------
+    def _header_length(self, lead_in: str, opened: str) -> int:
+        """How much of `lead_in`, which stands before an answer's text, is its header and what comes before that.
 
-    def _opened(self, messages: Sequence[Message], tools: list[Any] | None) -> str | None:
-        """The rendering with the generation prompt; None where a template cannot render what precedes an opening
-        answer.
+        opened: the same place of the rendering with the generation prompt. The two may part before the header is over.
         """
-        try:
-            return self.template.render(messages, tools=tools, generation_prompt=True)
-        except TemplateRefused:
-            if messages:
-                raise
-            return None
-
-    def _border(
-        self,
-        messages: Sequence[Message],
-        k: int,
-        tools: list[Any] | None,
-        opened: str | None,
-        answered: str,
-        done: int = 0,
-    ) -> int:
-        """Where the context of answer k ends in `answered`, the rendering of messages[:k + 1], of which `done` is
-        fed.
-        """
-        if opened and answered.startswith(opened):
-            return len(opened)
-        # The answer's own text may happen to begin like the generation prompt; a sentinel never does.
-        sentinel = self.template.render([*messages[:k], {"role": "assistant", "content": SENTINEL}], tools=tools)
-        if opened and k > 0:
-            border = self.markers.common_prefix(opened, sentinel, answered)
-            if border >= done:
-                return border
-        # The two part before this answer begins: it begins behind the last generation prompt before its text.
-        before = sentinel[: sentinel.find(SENTINEL)]
         prompt = self.profile.generation_prompt
-        at = before.rfind(prompt) if prompt else -1
-        border = self.markers.common_prefix(before[: at + len(prompt)] if at >= 0 else before, answered)
-        if border < done:
-            raise HistoryRewritten(
-                f"the template rewrites what precedes message {k + 1} when it is added; "
-                "--history expand renders one document an answer instead"
-            )
-        return border
+        length = common_prefix_length(lead_in, opened)
+        if length < len(opened):
+            length = self.markers.common_prefix(lead_in, opened)
+        if prompt:
+            return max(length, self._prompt_end(lead_in, prompt))
+        # Without a generation prompt all text before the answer's own opens it, but for reasoning.
+        opens = _REASONING_START.search(lead_in, length)
+        rest = lead_in[: opens.start() if opens else len(lead_in)].rstrip(" ")
+        return max(length, len(rest))
 
-    def _answer_length(self, messages: Sequence[Message], tools: list[Any] | None, text: str) -> int:
-        """How much of `text`, which begins with the newest answer and ends the rendering, is the answer's own."""
-        close, end_of_turn = self.profile.close, self.profile.end_of_turn
-        if text.endswith(close):
-            return len(text) - len(close) + len(end_of_turn)
-        at = text.rfind(end_of_turn) if end_of_turn else -1
+    def _prompt_end(self, lead_in: str, prompt: str) -> int:
+        """Where the last generation prompt in `lead_in` ends, or as much of one as has its last control token."""
+        at = lead_in.rfind(prompt)
         if at >= 0:
-            return at + len(end_of_turn)
-        end = self.markers.last_end(text)
-        return end if end is not None else len(text.rstrip())
+            return at + len(prompt)
+        own = {match[0] for match in self.markers.pattern.finditer(prompt) if not self._is_markup(match[0])}
+        found = [match for match in self.markers.pattern.finditer(lead_in) if match[0] in own]
+        if not found:
+            return 0
+        rest = prompt[prompt.rindex(found[-1][0]) + len(found[-1][0]) :]
+        return found[-1].end() + self.markers.common_prefix(lead_in[found[-1].end() :], rest)
 
-    def _resume(
-        self,
-        messages: Sequence[Message],
-        last: int,
-        count: int,
-        tools: list[Any] | None,
-        fed: str,
-        done: int,
-        text: str,
-    ) -> int:
-        """Where the answer `last`, fed as `fed[:done]`, ends in `text`, the rendering of messages[:count]."""
-        if text.startswith(fed[:done]):
-            return done
-        place = self._place(messages[:count], last, tools, text)
-        if place is None:
+    def _is_markup(self, marker: str) -> bool:
+        """Whether a marker is one of a pair like `<think>` and `</think>`, which the model writes."""
+        name = marker.strip("<>/")
+        return marker == f"<{name}>" and f"</{name}>" in self.markers.tokens
+
+    def _end(self, rendered: Traced, at: int) -> int:
+        """Where the answer ends whose text ends `at`, in the rendering that ends with it."""
+        tail, end = rendered.text[at:], self.profile.end_of_turn
+        found = tail.find(end) if end else -1
+        if found >= 0:
+            return at + found + len(end)
+        last = self.markers.last_end(tail) if end else None
+        return at + (last if last is not None else len(tail.rstrip()))
+
+    def _resume(self, messages: Sequence[Message], last: _Fed, rendered: Traced) -> tuple[int, str]:
+        """Where an answer that was fed is over in a longer rendering, and what ends it there that was not fed."""
+        places = rendered.of(last.message)
+        silent_at = rendered.end_before(last.message)
+        if places:
+            at = places[-1].end
+        elif rendered.text.startswith(last.header, silent_at) and all(
+            text.message != last.message or text.part == "reasoning" for text in rendered.texts
+        ):
+            at = silent_at + len(last.header)
+        else:
             raise HistoryRewritten(
-                f"message {last + 1} cannot be found in the rendering that has message {count}; "
-                "--history expand renders one document an answer instead"
+                f"message {last.message + 1} (assistant) is no longer in the rendering that has message "
+                f"{last.message + 2}; --history expand renders one document per answer instead"
             )
-        return place[1]
+        between = rendered.behind(last.message, at)
+        length = self._closed(between, last.tail)
+        if length is None:
+            raise HistoryRewritten(
+                f"message {last.message + 1} (assistant) was fed with its end, and message {last.message + 2} is put "
+                "before that; "
+                "--history expand renders one document per answer instead"
+            )
+        ended = ""
+        if not self.profile.end_of_turn:
+            match = self.markers.pattern.search(between, length)
+            if match is not None and between[length : match.end()] in self.profile.next_turn_ends:
+                ended = between[length : match.end()]
+        return at + length + len(ended), ended
 
-    def _place(self, messages: Sequence[Message], j: int, tools: list[Any] | None, text: str) -> tuple[int, int] | None:
-        """Start and end (through its end of turn) of answer j in `text`, the rendering of `messages`; None if
-        dropped.
+    def _closed(self, between: str, tail: str) -> int | None:
+        """How much of `between`, which follows an answer's text in history, closes the answer; None where nothing does,
+        though the template closes answers.
         """
-        message = messages[j]
-        calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", [])]
-        found: tuple[int, int] | None = None
-        bare, kept = {"role": "assistant", "content": SENTINEL}, {**message, "content": SENTINEL}
-        for stripped in (kept, bare) if calls else (bare, kept):
-            replaced = [*messages[:j], stripped, *messages[j + 1 :]]
-            try:
-                sentinel = self.template.render(replaced, tools=tools)
-            except TemplateRefused:
-                continue
-            at = sentinel.find(SENTINEL)
-            if at < 0:
-                continue
-            rest = sentinel[at + len(SENTINEL) :]
-            start = at
-            # Everything after the sentinel stands at the end of `text` too; everything before it at the beginning.
-            after = _after_turn(rest, self, calls=bool(calls) and stripped is kept)
-            if not (text.startswith(sentinel[:at]) and text.endswith(after)):
-                continue
-            place = start, len(text) - len(after)
-            if all(name in text[place[0] : place[1]] for name in calls):
-                return place
-            found = found or place  # some templates write the calls before the content
-        return found
+        if between.startswith(tail):
+            return len(tail)
+        for end in (self.profile.end_of_turn, self.profile.history_end):
+            found = between.find(end) if end else -1
+            if found >= 0:
+                return found + len(end)
+        return None if self.profile.history_end else self.markers.common_prefix(between, tail)
 
-    def _context(self, messages: Sequence[Message], tools: list[Any] | None, text: str, *, start: int) -> list[Chunk]:
+    def _history_answer(self, rendered: Traced, j: int, border: int, header: str) -> tuple[int, int, int] | None:
+        """(j, start, end) of an earlier answer in a document of `expand`; None where the template dropped it."""
+        places = rendered.of(j)
+        if not places or places[-1].end > border:
+            return None
+        first, at = places[0].start, places[-1].end
+        before = max((place.end for place in rendered.places if place.start < first), default=0)
+        lead_in = rendered.text[before:first]
+        length = len(header) if lead_in.startswith(header) else self._header_length(lead_in, "")
+        closed = self._closed(rendered.behind(j, at), self.profile.history_end)
+        return j, before + length, min(at + (closed or 0), border)
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
+
+    def _answer(self, messages: Sequence[Message], k: int, rendered: Traced, answer: _Answer) -> Chunk:
+        """Answer k as a chunk, all its text in it. Raises TextLost, NotRendered, HistoryRewritten."""
+        places, border, end = rendered.of(k), answer.start, answer.end
+        lead = rendered.text[border : answer.said_from]
+        for opener in {self.profile.generation_prompt.strip(), self.profile.user_header.strip()}:
+            if self.markers.pattern.search(opener) is not None and opener in lead:
+                raise HistoryRewritten(
+                    f"message {k + 1} (assistant): another turn's header, {opener!r}, stands before its text. "
+                    "Pass another template with --chat-template FILE"
+                )
+        if answer.said_until > end or answer.said_from < border:
+            raise HistoryRewritten(f"message {k + 1} (assistant): a part of it stands outside its turn")
+        missing = _missing(rendered, places, {k})
+        said = [number for number in missing if rendered.texts[number].part != "reasoning"]
+        if said:
+            raise _lost(messages, rendered, said[0])
+        self._check_calls(messages[k], k, rendered, border, end)
+        text = rendered.text[border:end]
+        return Chunk(
+            text=text,
+            kind=ANSWER,
+            message=k,
+            reasoning=_reasoning_in(rendered, places, border),
+            unwritten=bool(missing),
+        )
+
+    def _check_calls(self, message: Message, k: int, rendered: Traced, border: int, end: int) -> None:
+        """Raise NotRendered where an answer calls a tool and its text does not say so, once per call."""
+        calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or ()]
+        if not calls:
+            return
+        at, around = border, []
+        for place in rendered.of(k):
+            around.append(rendered.text[at : place.start])
+            at = place.end
+        written = "\0".join([*around, rendered.text[at:end]])
+        marked = [rendered.texts[place.text].text for place in rendered.of(k) if place.part == "call"]
+        for name in dict.fromkeys(calls):
+            if written.count(name) + marked.count(name) < calls.count(name):
+                raise _call_left_out(k, name)
+
+    def _context(self, messages: Sequence[Message], rendered: Traced, start: int, end: int) -> list[Chunk]:
         """A context as chunks: the document's first one is parted into prompt and query where a user's turn opens."""
-        if not text:
-            return []
-        if start > 0:
-            return [_query(text)]
-        border = self._prompt_length(messages, tools, text)
-        return [
-            chunk
-            for chunk in (Chunk(text=text[:border], kind=PROMPT), Chunk(text=text[border:], kind=QUERY))
-            if chunk.text
-        ]
+        text = rendered.text[start:end]
+        border = self._prompt_length(messages, rendered, text) if start == 0 else 0
+        chunks = Chunk(text=text[:border], kind=PROMPT), Chunk(text=text[border:], kind=QUERY)
+        return [chunk for chunk in chunks if chunk.text]
 
-    def _prompt_length(self, messages: Sequence[Message], tools: list[Any] | None, text: str) -> int:
+    def _prompt_length(self, messages: Sequence[Message], rendered: Traced, text: str) -> int:
         """How much of the first context is prompt: all before the first user's header, cut at a control token."""
-        first = next((k for k, message in enumerate(messages) if message["role"] == "user"), None)
-        if first is None or any(message["role"] == "assistant" for message in messages[:first]):
+        first = next((k for k, message in enumerate(messages) if message["role"] in ("user", "assistant")), None)
+        if first is None or messages[first]["role"] == "assistant":
             header = text.rfind(self.profile.generation_prompt) if self.profile.generation_prompt else -1
             return self._snap(text, header) if header > 0 else 0
-        replaced = [*messages[:first], {**messages[first], "content": SENTINEL}]
-        try:
-            at = self.template.render(replaced, tools=tools).find(SENTINEL)
-        except TemplateRefused:
-            return 0
-        header = text[: max(at, 0)].rfind(self.profile.user_header) if self.profile.user_header else -1
+        at = next((place.start for place in rendered.places if place.message == first), None)
+        if at is None:  # it says nothing: where it would
+            said = self.around([*messages[:first], {**messages[first], "content": ANY_ANSWER}], None, "whole")
+            places = said.of(first) if said is not None else []
+            at = places[0].start if said and places and text.startswith(said.text[: places[0].start]) else 0
+        header = text[:at].rfind(self.profile.user_header) if self.profile.user_header else -1
         return self._snap(text, header) if header > 0 else 0
 
     def _snap(self, text: str, at: int) -> int:
@@ -279,17 +394,113 @@ class Renderer:
             borders += [match.start(), match.end()]
         return max(border for border in borders if border <= at)
 
+    # -- law 7 --------------------------------------------------------------------------------------------------------
 
-def _query(text: str) -> Chunk:
-    return Chunk(text=text, kind=QUERY)
+    def _check_context(
+        self, messages: Sequence[Message], between: range, rendered: Traced, start: int, end: int
+    ) -> None:
+        """Raise unless the texts of the messages `between` two answers stand in [start, end), each once, in order, and
+        no other message's text does.
+        """
+        here = [place for place in rendered.places if start <= place.start < end]
+        foreign = next((place for place in here if place.message not in between), None)
+        if foreign is not None:
+            raise HistoryRewritten(
+                f"the template writes message {foreign.message + 1} ({messages[foreign.message]['role']}) anew when "
+                f"message {between.stop + 1} is added; --history expand renders one document per answer instead"
+            )
+        missing = _missing(rendered, here, between)
+        if missing:
+            raise _lost(messages, rendered, missing[0])
+        numbers = [place.text for place in here]
+        if len(set(numbers)) < len(numbers):
+            raise _repeated(messages, rendered, numbers)
+        if numbers != sorted(numbers):
+            raise HistoryRewritten("the template changes the order of messages before an answer")
+
+    def _check_document(self, messages: Sequence[Message], rendered: Traced, context: Sequence[Place]) -> None:
+        """Raise unless every text before the last answer, answers aside, stands in the context once; users' and tools'
+        in order.
+        """
+        said = {k for k, message in enumerate(messages) if message["role"] != "assistant"}
+        answered = next((place for place in context if place.message not in said), None)
+        if answered is not None:
+            raise HistoryRewritten(
+                f"message {answered.message + 1} (assistant) does not stand in a turn of its own. "
+                "Pass another template with --chat-template FILE"
+            )
+        missing = _missing(rendered, context, said)
+        if missing:
+            raise _lost(messages, rendered, missing[0])
+        numbers = [place.text for place in context]
+        if len(set(numbers)) < len(numbers):
+            raise _repeated(messages, rendered, numbers)
+        ordered = [place.text for place in context if messages[place.message]["role"] != "system"]
+        if ordered != sorted(ordered):
+            raise HistoryRewritten("the template changes the order of messages. Pass another with --chat-template FILE")
 
 
-def _after_turn(rest: str, renderer: Renderer, *, calls: bool) -> str:
-    """What follows the end of a turn in `rest`, which begins right after an answer's text, before its `calls`."""
-    end_of_turn = renderer.profile.end_of_turn
-    if calls and end_of_turn and end_of_turn in rest:
-        return rest[rest.index(end_of_turn) + len(end_of_turn) :]
-    if rest.startswith(end_of_turn) and (end_of_turn or not renderer.profile.close):
-        return rest[len(end_of_turn) :]
-    end = renderer.markers.first_end(rest)
-    return rest[end:] if end is not None else rest
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether an answer is text alone and begins with it."""
+    content = message.get("content")
+    extra = message.get("tool_calls") or message.get("reasoning_content") or message.get("name")
+    return bool(content) and not extra and content == content.lstrip() and not reasoning_length(content)
+
+
+def _call_left_out(k: int, name: str) -> NotRendered:
+    return NotRendered(
+        f"message {k + 1} calls the tool {name!r}, and the template leaves this or another of its calls out. "
+        "Pass a template that renders tool calls with --chat-template FILE"
+    )
+
+
+def _missing(rendered: Traced, places: Sequence[Place], messages: Collection[int]) -> list[int]:
+    """The texts of these messages that have no place among `places`."""
+    found = {place.text for place in places}
+    return [number for number, text in enumerate(rendered.texts) if text.message in messages and number not in found]
+
+
+def _lost(messages: Sequence[Message], rendered: Traced, number: int) -> CannotRender:
+    """Why a text is not where it should be."""
+    text = rendered.texts[number]
+    role = messages[text.message]["role"]
+    if any(place.text == number for place in rendered.places):
+        return HistoryRewritten(
+            f"message {text.message + 1} ({role}) does not come directly before the answer that follows it: the template "
+            "moves it, or draws it into another turn. --history expand renders one document per answer instead"
+        )
+    if text.part == "call":
+        return NotRendered(
+            f"message {text.message + 1} calls a tool with {text.text!r}, which the template leaves out. "
+            "Pass a template that renders tool calls with --chat-template FILE"
+        )
+    return TextLost(
+        f"message {text.message + 1} ({role}) is not in the rendering, or not all of it: the template leaves it out. "
+        "Pass another with --chat-template FILE"
+    )
+
+
+def _repeated(messages: Sequence[Message], rendered: Traced, numbers: Sequence[int]) -> CannotRender:
+    twice = next(number for number in numbers if numbers.count(number) > 1)
+    message = rendered.texts[twice].message
+    return TextLost(f"the template writes message {message + 1} ({messages[message]['role']}) more than once")
+
+
+def _reasoning_in(rendered: Traced, places: Sequence[Place], border: int) -> int:
+    """How many characters behind `border` are an answer's reasoning, with what closes it and blanks behind."""
+    said = next((place.start for place in places if place.part != "reasoning"), None)
+    if said is None:
+        return 0
+    if places[0].part == "reasoning":
+        return said - border
+    first = places[0]
+    if first.part != "content":
+        return 0
+    text = rendered.text[first.start : first.end]
+    length = reasoning_length(text)
+    rest = text[length:]
+    return first.start - border + length + len(rest) - len(rest.lstrip()) if length else 0

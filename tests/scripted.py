@@ -50,6 +50,7 @@ class CharacterEncoder:
 
     history = "append"
     glm = None
+    next_turn_end_ids = frozenset()
 
     def __init__(self, ending=(END,)):
         self.end_of_turn_ids = list(ending)
@@ -73,6 +74,9 @@ class CharacterEncoder:
         self.asked.append([dict(message) for message in messages])
         last = max((k for k, message in enumerate(messages, 1) if message["role"] == "assistant"), default=0)
         return [id for message in messages[last:] if message["role"] != "system" for id in self._context(message)]
+
+    def turn_end(self, messages, tools=None):
+        return []
 
     def decode(self, ids):
         """Tokens 40 and 41 are the halves of one character."""

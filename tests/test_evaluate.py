@@ -222,6 +222,8 @@ def test_likelihood_by_turn(tmp_path):
 
 
 class Ending:
+    next_turn_end_ids = frozenset()
+
     def __init__(self, *ids):
         self.end_of_turn_ids = list(ids)
 

@@ -29,7 +29,8 @@ from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.encoder import Encoding
 from ismdata.errors import DataError
 from ismdata.limits import limited
-from ismdata.template import ChatTemplate, built_in, profile
+from ismdata.template import ChatTemplate, built_in
+from ismdata.template_probe import profile
 from ismdata.tokenizer import load_pretrained
 from ismdata.tokens import DocumentEncoder
 from tests.conftest import encoding, template_named
@@ -372,7 +373,7 @@ FIELDS: dict[str, Any] = {
     "a tool's name": lambda text: {"name": text},
     "arguments": lambda text: {"arguments": json.dumps({"key": text})},
     "keys of arguments": lambda text: {"arguments": json.dumps({text: {text: 1}})},
-    "arguments that are no JSON": lambda text: {"arguments": text},
+    "arguments that are no object": lambda text: {"arguments": json.dumps(text)},
     "what a tool is": lambda text: {"description": text},
     "keys of a tool's parameters": lambda text: {"properties": {text: {"type": text, "role": text}}},
     "reasoning": lambda text: {"reasoning_content": text},

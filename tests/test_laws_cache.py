@@ -40,6 +40,10 @@ class FixedEncoder:
 
     history = "append"
     glm = None
+    next_turn_end_ids = frozenset()
+
+    def turn_end(self, messages, tools=None):
+        return []
 
     @property
     def encoding(self):

@@ -18,7 +18,7 @@ LAYERS = """
 errors terminal limits memory
 conversation masks columns lock folders journal
 digests near sampling limits runs
-shards bootstrap text_scores answers readers control_tokens template tokenizer_backends tokenizer turns
+shards bootstrap text_scores answers readers control_tokens template tracing template_probe tokenizer_backends tokenizer turns
 counting_sort bins exact_completion cutting_stock best_bins packing
 skeleton sensitivity
 glm_layout encoder batch document_columns piece_columns tokens overlong behind spool documents sequences parity
@@ -27,7 +27,7 @@ problems invariants verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends
 architecture weighted_loss glm canary attention presets
 train_options distributed order metrics loss resume base_model model_out train_progress trainer train
-next_context conversation_line decoding greedy feeding cache_policy held transcript session batched chat
+conversation_line decoding greedy feeding cache_policy held transcript session batched chat
 evaluate generate_eval eval_results eval_run
 row_view view eval_view demo command bench
 train_command eval_command chat_command

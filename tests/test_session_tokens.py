@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,8 @@ import torch
 
 from ismdata.encoder import ConversationEncoder
 from ismdata.masks import ANSWER
-from ismdata.next_context import quick
 from ismdata.session import Session
-from ismdata.skeleton import NotRendered
-from ismdata.template import TemplateRefused
-from ismdata.turns import HistoryRewritten
+from ismdata.template import CannotRender, TemplateRefused
 from tests.conftest import conversations, encoding, template_named
 from tests.scripted import ScriptedModel
 
@@ -74,6 +72,8 @@ def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
         pieces = with_.document(talk)
     answers = [k for k, message in enumerate(talk) if message["role"] == "assistant"]
     written = [[id for piece in pieces if piece.message == k for id in piece.ids] for k in answers]
+    ends = ConversationEncoder(with_).next_turn_end_ids  # the token that stops the model is fed with the next question
+    assert bool(ends) == (name == "glm4moe")
     model = WideModel([id for answer in written for id in [*answer, EOS]])
     system = talk[0]["content"] if talk[0]["role"] == "system" else None
     session = Session(model, ConversationEncoder(with_), mask="ism", system=system)
@@ -87,32 +87,38 @@ def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_next_context_is_the_references(name, smollm2):
-    with_ = encoding(smollm2, template_named(name), markers=True)
-    reference, ours = with_.renderer, quick(with_).renderer
+def test_the_next_context_is_what_pack_makes(name, smollm2):
+    """What ends the last answer and the context behind it, read off the conversation with the next answer packed."""
+    renderer = encoding(smollm2, template_named(name), markers=True).renderer
     compared = 0
-    for messages in conversations(8):
-        for k in {len(messages), 3}:
-            try:
-                expected = reference.next_context(messages[:k])
-            except (TemplateRefused, HistoryRewritten, NotRendered) as error:
-                with pytest.raises(type(error)):
-                    ours.next_context(messages[:k])
-                continue
-            assert ours.next_context(messages[:k]) == expected
+    for messages in conversations(11):
+        try:
+            chunks = renderer.append(messages)
+        except CannotRender:
+            continue
+        answers = [place for place, chunk in enumerate(chunks) if chunk.kind == ANSWER]
+        for before, place in zip([None, *answers], answers, strict=False):
+            context = "".join(chunk.text for chunk in chunks[0 if before is None else before + 1 : place])
+            end, brought, found = renderer.next_context(messages[: chunks[place].message])
+            assert found == context
+            assert end.endswith(brought)
+            if before is not None:
+                assert chunks[before].text.endswith(end)
             compared += 1
     assert compared >= 3
 
 
-def test_a_long_conversation_is_rendered_three_times_a_turn(smollm2):
-    with_ = quick(encoding(smollm2))
+def test_the_next_context_of_a_long_conversation_takes_as_few_renderings(smollm2):
+    with_ = encoding(smollm2)
     messages = [{"role": role, "content": "x"} for _ in range(50) for role in ("user", "assistant")]
-    renders = []
-    template = with_.renderer.template
-    object.__setattr__(
-        with_.renderer,
-        "template",
-        SimpleNamespace(render=lambda *a, **k: renders.append(a) or template.render(*a, **k)),
-    )
-    assert with_.renderer.next_context([*messages, {"role": "user", "content": "y"}])
-    assert len(renders) == 3
+    counts = []
+    for length in (2, 100):
+        renders = []
+        template = with_.renderer.template
+        counted = SimpleNamespace(
+            constants=template.constants, render=lambda *a, **k: renders.append(a) or template.render(*a, **k)
+        )
+        renderer = replace(with_.renderer, template=counted)
+        assert renderer.next_context([*messages[:length], {"role": "user", "content": "y"}])[2]
+        counts.append(len(renders))
+    assert counts[0] == counts[1]

@@ -19,9 +19,8 @@ from ismdata.encoder import Encoding
 from ismdata.masks import ANSWER
 from ismdata.overlong import TurnRange, split, split_turns
 from ismdata.runs import as_runs, taken_runs
-from ismdata.template import TemplateRefused
+from ismdata.template import CannotRender
 from ismdata.tokens import DocumentEncoder
-from ismdata.turns import HistoryRewritten
 from tests.conftest import encoding, template_named
 
 #: Text that templates or tokenizers could take for something else, between ordinary words.
@@ -89,7 +88,7 @@ def reference(
     head, lo, hi = int(requests.head[r]), int(requests.lo[r]), int(requests.hi[r])
     try:
         pieces = with_.document(messages[:head] + messages[lo:hi], tools)
-    except (TemplateRefused, HistoryRewritten, ValueError):
+    except (CannotRender, ValueError):
         return None
     if requests.cut[r]:
         last = max(piece.span for piece in pieces if piece.kind == ANSWER)
