@@ -237,8 +237,10 @@ class Renderer:
         if length < len(opened):
             length = self.markers.common_prefix(lead_in, opened)
         if prompt:
-            return max(length, self._prompt_end(lead_in, prompt))
-        # Without a generation prompt all text before the answer's own opens it, but for reasoning.
+            length = max(length, self._prompt_end(lead_in, prompt))
+            if length:
+                return length
+        # Where no generation prompt is to be found all text before the answer's own opens it, but for reasoning.
         opens = _REASONING_START.search(lead_in, length)
         rest = lead_in[: opens.start() if opens else len(lead_in)].rstrip(" ")
         return max(length, len(rest))

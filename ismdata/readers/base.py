@@ -50,9 +50,9 @@ def shown(value: object) -> str:
 class Draft:
     """A record taken apart by its format, before the rules that all formats share.
 
-    `messages` are dicts whose keys are those of `conversation.MESSAGE_TYPE` plus `function_call`; their values and role
-    names are still the corpus's own. `extra` holds the record's fields that have no place of their own; they become
-    `meta`. `ignored` names message fields that are left out.
+    `messages` are dicts whose keys are those of `conversation.MESSAGE_TYPE` plus `function_call` and the names in
+    `training_flags.TRAINING_FLAGS`; their values and role names are still the corpus's own. `extra` holds the record's
+    fields that have no place of their own; they become `meta`. `ignored` names message fields that are left out.
     """
 
     messages: Sequence[dict[str, Any]]

@@ -14,6 +14,7 @@ from typing import Any
 from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
 from ismdata.errors import UsageError
 from ismdata.readers.base import Draft, Refused, kind_of, shown
+from ismdata.readers.training_flags import refuse_flags, train_flag
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 #: Record fields that hold what is no text: without it the messages are half of the conversation.
@@ -50,6 +51,7 @@ def canonical(draft: Draft, rules: Rules) -> dict[str, Any]:
     for name in MEDIA:
         if draft.extra.get(name):
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
+    refuse_flags(draft.ignored)
     messages = [_message(raw, number, rules.roles) for number, raw in enumerate(draft.messages, 1)]
     row = {
         "id": None if draft.id is None else str(draft.id),
@@ -108,7 +110,7 @@ def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> d
     return {
         "role": role,
         "content": text,
-        "train": _train(raw.get("train"), number),
+        "train": train_flag(raw, number),
         "weight": _weight(raw.get("weight"), number),
         "name": _string(raw, "name", number),
         "tool_calls": json_text(calls, f"message {number}'s tool calls") if calls else None,
@@ -214,14 +216,6 @@ def meta_text(extra: Mapping[str, Any]) -> str | None:
     """The JSON text of what else a record holds, nulls left out, or None. Raises Refused."""
     held = {name: value for name, value in extra.items() if value is not None}
     return json_text(held, "the record's other fields") if held else None
-
-
-def _train(value: Any, number: int) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    if value in (0, 1) and isinstance(value, int | float):
-        return bool(value)
-    raise Refused("invalid_field", f"message {number} has train {shown(value)}; expected true or false")
 
 
 #: Weights are stored as float32 in shards.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ismdata.conversation import CONVERSATION_SCHEMA, MESSAGE_TYPE
 from ismdata.readers.base import Columns
 from ismdata.readers.canonical import JOINED, Rules
+from ismdata.readers.training_flags import is_flag
 
 #: All characters that `str.strip` takes away: the one definition of "blank" for both roads.
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x110000))))
@@ -36,6 +37,9 @@ def assemble(
         again[columns.offsets[1:-1][(columns.offsets[1:-1] > 0) & (columns.offsets[1:-1] < len(role))] - 1] = False
         odd[1:] |= again & mask(pc.fill_null(pc.is_in(role[1:], pa.array(JOINED)), False))
     care = columns.care | per_record(odd, columns.offsets)
+    for name, counts in columns.ignored.items():
+        if is_flag(name):  # refused, on the general road
+            care |= counts > 0
 
     count = len(columns.contents)
     given = {**columns.optional, "role": pc.fill_null(role, ""), "content": columns.contents}

@@ -13,6 +13,7 @@ from ismdata.readers.base import Block, Draft, Place, Reader, Refused, Side, fie
 from ismdata.readers.dialogue_rows import cell_id, group_of, shared, speaker_of
 from ismdata.readers.grouping import by_key, in_order
 from ismdata.readers.speakers import alternating, played
+from ismdata.readers.training_flags import TRAINING_FLAGS
 
 #: The path of a record itself.
 WHOLE = "."
@@ -20,7 +21,7 @@ WHOLE = "."
 ANYONE = "*"
 
 #: Message fields that keep their names, where messages are objects.
-_KEPT = frozenset({field.name for field in MESSAGE_TYPE} | {"function_call"}) - {"role", "content"}
+_KEPT = frozenset({field.name for field in MESSAGE_TYPE} | {"function_call"} | TRAINING_FLAGS) - {"role", "content"}
 _ABSENT = object()
 
 

@@ -17,6 +17,7 @@ from ismdata.readers.canonical import MOST_WEIGHT, parse_json
 from ismdata.readers.columnar import flat_list, held, mask, per_record
 from ismdata.readers.content_blocks import has_blocks, spread, system_blocks, tools_of
 from ismdata.readers.speakers import alternating, turns
+from ismdata.readers.training_flags import TRAINING_FLAGS
 from ismdata.readers.with_more import Plain, apart, columns_of_records, ids_of, meta_of, rest_of
 
 #: Message fields that keep their names in all formats, and the Arrow type that the fast road takes them as.
@@ -30,7 +31,12 @@ _OPTIONAL = {
 #: Message fields that the fast road accepts only as null: what they hold takes the general road.
 _EMPTY = ("tool_calls", "function_call")
 #: Other names for the same thing, as corpora have them.
-_ALIASES = {"loss_weight": "weight", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
+_ALIASES = {
+    "loss_weight": "weight",
+    "loss_scale": "weight",
+    "reasoning": "reasoning_content",
+    "thinking": "reasoning_content",
+}
 #: Record fields that hold tool descriptions; the first one present is read.
 _TOOLS = ("tools", "functions", "toolConfig")
 #: What a record holds in a field that it does not use.
@@ -160,7 +166,7 @@ class MessageLists(Reader):
     def _target(self, name: str) -> str | None:
         if name == self.role:
             return "role"
-        if name in _OPTIONAL or name in _EMPTY:
+        if name in _OPTIONAL or name in _EMPTY or name in TRAINING_FLAGS:
             return name
         return _ALIASES.get(name)
 
@@ -215,7 +221,7 @@ class MessageLists(Reader):
     def _columns_apart(self, block: TableBlock) -> Columns | None:
         """The columns of a table that holds more than messages, None where they are not plain lists."""
         names = [name for name in (self.messages, *self.also) if name in block.rows.column_names]
-        heeded = {*_ALIASES, *self.contents}
+        heeded = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"})}
         parts = apart(block, names[0], known=self._known, heeded=heeded) if len(names) == 1 else None
         if parts is None:
             return None
