@@ -109,9 +109,12 @@ def _documents(sequence: Sequence, row: int) -> Iterator[_Found]:
     spans = sequence.spans[sequence.spans[:, 2] == ANSWER].astype(np.int64)
     if sequence.position_ids_2 is not None:  # `[START]` is a span of its own, and no answer
         spans = spans[sequence.position_ids_2[spans[:, 0]] > 1]
-    owner = np.searchsorted(ends, spans[:, 0], side="right")
     before = np.concatenate([[0], np.cumsum(sequence.loss_mask, dtype=np.int64)])
     targets = before[spans[:, 1]] - before[spans[:, 0]]
+    # Reasoning that is not trained is a span of its own, directly before its answer's.
+    thought = np.append((spans[:-1, 1] == spans[1:, 0]) & (targets[:-1] == 0) & (targets[1:] > 0), False)[: len(spans)]
+    spans, targets = spans[~thought], targets[~thought]
+    owner = np.searchsorted(ends, spans[:, 0], side="right")
     tokens = np.ascontiguousarray(sequence.input_ids, "<i4")
     for document, name in enumerate(sequence.conversation_ids):
         mine = owner == document

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM
 from ismdata.sensitivity import Sensitivity
 from ismdata.template import CannotRender, Message
+from ismdata.tracing import REASONING_END
 
 IntArray = NDArray[np.int64]
 
@@ -61,7 +62,13 @@ class ConversationBatch:
         return {key: value for key, value in row.items() if value is not None}
 
 
-def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity) -> ConversationBatch:
+#: What of the answers that a conversation's flags leave is trained: all of them, the last one, or all without their
+#: reasoning.
+TrainOn = Literal["all", "last", "content"]
+TRAIN_ON: tuple[TrainOn, ...] = ("all", "last", "content")
+
+
+def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity, train_on: TrainOn = "all") -> ConversationBatch:
     """Columns of converted rows. `sensitive` says which contents the template does more with than write them."""
     messages = rows.column("messages")
     first = messages.offsets.to_numpy().astype(np.int64)
@@ -79,6 +86,8 @@ def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity) -> Conversa
         special |= pc.equal(pc.utf8_trim_whitespace(contents), "").to_numpy(zero_copy_only=False)
     for trigger in sensitive.triggers:
         special |= pc.match_substring(contents, trigger).to_numpy(zero_copy_only=False)
+    if train_on == "content":  # where reasoning ends, only a rendering of the conversation by itself says
+        special |= pc.match_substring_regex(contents, REASONING_END).to_numpy(zero_copy_only=False)
     counted = np.concatenate([[0], np.cumsum(special)])
     by_itself = counted[first[1:]] > counted[first[:-1]]
     by_itself |= sensitive.everything
@@ -90,6 +99,11 @@ def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity) -> Conversa
     if fields.field("weight").null_count < len(fields):
         weight = pc.fill_null(fields.field("weight"), 1.0).to_numpy(zero_copy_only=False).astype(np.float32)
         trained &= weight != 0
+    if train_on == "last":
+        answers = np.flatnonzero(trained)
+        owner = np.searchsorted(first, answers, side="right")
+        trained = np.zeros(len(roles), bool)
+        trained[answers[np.append(owner[1:] != owner[:-1], True)] if len(answers) else answers] = True
     return ConversationBatch(
         rows=rows, contents=contents, roles=roles, first=first, trained=trained, weight=weight, by_itself=by_itself
     )
@@ -116,8 +130,8 @@ def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message]
 def _parse_arguments(call: dict[str, Any], number: int) -> None:
     """Put the arguments of a call in as an object, which templates expect; none at all are an empty one.
 
-    number: that of the message, for the error. Raises InvalidArguments for text that is not JSON: a model would learn to
-    write it. JSON that is no object stays as its text.
+    number: that of the message, for the error. Raises InvalidArguments for text that is not JSON: a model would learn
+    to write it. JSON that is no object stays as its text.
     """
     function = call.get("function")
     if not isinstance(function, dict):

@@ -178,6 +178,13 @@ def pack(
         str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
     ] = None,
     prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    train_on: Annotated[
+        Literal["all", "last", "content"],
+        typer.Option(
+            help="Of the answers that messages' own flags leave: train all, the last one of each conversation, or all "
+            "without their reasoning."
+        ),
+    ] = "all",
     layout: Annotated[
         Literal["plain", "glm"],
         typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
@@ -221,6 +228,7 @@ def pack(
             template_arguments=parse_arguments(template_arg or []),
             template_date=_date(template_date) if template_date else DEFAULT_DATE,
             prefix_every=prefix_every,
+            train_on=train_on,
             layout=layout,
             glm_mask_token=glm_mask_token,
             glm_start_token=glm_start_token,

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ismdata.batch import ConversationBatch, IntArray
+from ismdata.batch import ConversationBatch, IntArray, TrainOn
 from ismdata.conversation import Refusal
 from ismdata.document_columns import Documents, Requests
 from ismdata.errors import DataError
@@ -32,6 +32,7 @@ class Options:
     history: History
     prefix_every: int
     seed: int
+    train_on: TrainOn = "all"
 
     @property
     def one_an_answer(self) -> bool:
@@ -51,6 +52,7 @@ class Made:
     truncated: int
     truncated_tokens: int
     dropped: int
+    unwritten_reasoning: int
 
 
 def wanted(batch: ConversationBatch, options: Options) -> Requests:
@@ -153,7 +155,15 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
         truncated=len(np.unique(requests.conversation[packed][lost > 0])),
         truncated_tokens=int(lost.sum()),
         dropped=sum(refusal.reason in ("over_long", "no_target_left") for refusal in refused.values()),
+        unwritten_reasoning=_unwritten_reasoning(encoder, batch, refused),
     )
+
+
+def _unwritten_reasoning(encoder: DocumentEncoder, batch: ConversationBatch, refused: dict[int, Refusal]) -> int:
+    """How many trained answers of packed conversations have reasoning that the template leaves out."""
+    messages = np.array(sorted(encoder.unwritten), np.int64)
+    owner = np.searchsorted(batch.first, messages, side="right") - 1
+    return int((batch.trained[messages] & ~np.isin(owner, list(refused))).sum())
 
 
 _NO_TARGET = "no answer is to be trained: all are absent, empty, or marked train: false or weight: 0"

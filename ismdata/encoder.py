@@ -148,8 +148,8 @@ def probe(
     if found.next_turn_ends:
         ends = " or ".join(repr(end) for end in found.next_turn_ends)
         notes.append(
-            f"The template ends an answer with nothing but what follows it, {ends}. Where a message follows, that token "
-            "is trained as the answer's last; the last answer of a conversation has none."
+            f"The template ends an answer with nothing but what follows it, {ends}. Where a message follows, that "
+            "token is trained as the answer's last; the last answer of a conversation has none."
         )
     elif not found.end_of_turn:
         notes.append(

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 import ismdata
+from ismdata.batch import TRAIN_ON, TrainOn
 from ismdata.behind import BehindThread, side_by_side
 from ismdata.conversation import Quarantined
 from ismdata.documents import Options
@@ -82,6 +83,7 @@ def pack(
     template_arguments: Mapping[str, Any] | None = None,
     template_date: datetime.date = DEFAULT_DATE,
     prefix_every: int = 1,
+    train_on: TrainOn = "all",
     layout: LayoutName = "plain",
     glm_mask_token: str | None = None,
     glm_start_token: str | None = None,
@@ -94,19 +96,29 @@ def pack(
 ) -> PackReport:
     """Pack converted folders into `output`, or go on with it where the same call was killed.
 
-    layout: `glm` puts two tokens before answers and writes two positions (`glm_layout.py`); which control tokens, the
-    two options say, or the tokenizer by itself. workers: threads of the tokenizer, 0 for all cores; the output does not
-    depend on it. tokenizer_backend: `auto` is gigatoken where it is installed and gives the ids of tokenizers (`hf`),
-    the reference; the output does not depend on it either, but for the entries in the index that name it. Raises
-    UsageError for options that cannot be and for a call that differs from the one to go on with, DataError for what is
-    wrong with the data; then no output folder is left.
+    train_on: which of the answers that messages' own flags leave are trained: `all`, the `last` one of a
+    conversation, or all without their reasoning (`content`). layout: `glm` puts two tokens before answers and
+    writes two positions (`glm_layout.py`); which control tokens, the two options say, or the tokenizer by itself.
+    workers: threads of the tokenizer, 0 for all cores; the output does not depend on it. tokenizer_backend: `auto`
+    is gigatoken where it is installed and gives the ids of tokenizers (`hf`), the reference; the output does not
+    depend on it either, but for the entries in the index that name it. Raises UsageError for options that cannot be
+    and for a call that differs from the one to go on with, DataError for what is wrong with the data; then no
+    output folder is left.
     """
     started = time.perf_counter()
     options = Options(
-        seq_len=seq_len, mask=mask, over_long=over_long, history=history, prefix_every=prefix_every, seed=seed
+        seq_len=seq_len,
+        mask=mask,
+        over_long=over_long,
+        history=history,
+        prefix_every=prefix_every,
+        seed=seed,
+        train_on=train_on,
     )
     _check_options(options, tokenizer_backend, workers)
     _check_layout(layout, glm_mask_token, glm_start_token)
+    if train_on == "content" and layout == "glm":
+        raise UsageError("--train-on content goes with --layout plain: with glm an answer has one [START], not two")
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     sources = [Source(folder) for folder in converted]
@@ -151,6 +163,12 @@ def pack(
             planned = plan(lengths, seq_len=options.seq_len, seed=options.seed)
             _write_shards(partial, spool, planned, encoding, options, tally.weighted, journal, progress)
             shards = [ShardFile(**entry) for entry in journal.finished]
+        if tally.unwritten_reasoning:
+            answers = "answer" if tally.unwritten_reasoning == 1 else "answers"
+            notify(
+                f"The template does not write the reasoning of {tally.unwritten_reasoning:,} {answers}: it is left out, "
+                "and the text behind it is trained."
+            )
         counts = _counts(sources, quarantine, tally)
         totals = tally.totals(lengths, options.seq_len, sequences=planned.rows)
         refusals = quarantine.first()
@@ -185,6 +203,13 @@ def _check_options(options: Options, backend: BackendName, workers: int) -> None
         raise UsageError(f"--over-long {options.over_long}: expected one of {', '.join(POLICIES)}")
     if options.history not in ("append", "expand"):
         raise UsageError(f"--history {options.history}: expected append or expand")
+    if options.train_on not in TRAIN_ON:
+        raise UsageError(f"--train-on {options.train_on}: expected one of {', '.join(TRAIN_ON)}")
+    if options.train_on == "content" and options.mask == "prefix":
+        raise UsageError(
+            "--train-on content goes with --mask ism or causal: under prefix all before the trained part of an answer "
+            "is read in both directions, and so its reasoning would be"
+        )
     if options.prefix_every < 1:
         raise UsageError(f"--prefix-every {options.prefix_every}: expected 1 or more")
     if options.prefix_every > 1 and options.mask != "prefix":
@@ -370,6 +395,7 @@ def _index(
             "history": options.history,
             "prefix_stable": encoding.renderer.profile.prefix_stable,
             "end_of_turn": encoding.renderer.profile.end_of_turn,
+            "next_turn_ends": list(encoding.renderer.profile.next_turn_ends),
             "date": template.date.isoformat() if template.prints_date else None,
             "arguments": dict(template.arguments),
         },
@@ -382,6 +408,7 @@ def _index(
         "options": {
             "over_long": options.over_long,
             "prefix_every": options.prefix_every,
+            "train_on": options.train_on,
             "seed": options.seed,
         },
     }

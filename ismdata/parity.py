@@ -1,8 +1,8 @@
 """Law 5 on real data: the tokens of a document are the model's own.
 
 Checked on a sample at the start of every `pack`, where a wrong template would otherwise show only in a model that
-learns the wrong thing. Two comparisons: the columnar road against the conversation rendered by itself, tokens and spans,
-and that rendering against the tokenizer's own encoding of the rendered text, special tokens parsed.
+learns the wrong thing. Two comparisons: the columnar road against the conversation rendered by itself, tokens and
+spans, and that rendering against the tokenizer's own encoding of the rendered text, special tokens parsed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def comparison(
             for end, count in zip(span_ends[there].tolist(), documents.span_counts[there].tolist(), strict=True)
         ],
         cut=[bool(requests.cut[r]) for r in there],
-        rendered=[_render(encoding, batch, requests, r) for r in there],
+        rendered=[_render(encoding, batch, requests, r, encoder.without_reasoning) for r in there],
     )
 
 
@@ -128,11 +128,13 @@ class _Rendered:
     pieces: tuple[Piece, ...]
     as_written: bool  # no text in it had to be escaped
 
-    def ids_of(self, span: int) -> list[int]:
-        return _ids([piece for piece in self.pieces if piece.span == span])
+    def ids_of(self, chunk: int) -> list[int]:
+        return _ids([piece for piece in self.pieces if piece.chunk == chunk])
 
 
-def _render(encoding: Encoding, batch: ConversationBatch, requests: Requests, r: int) -> _Rendered:
+def _render(
+    encoding: Encoding, batch: ConversationBatch, requests: Requests, r: int, without_reasoning: bool
+) -> _Rendered:
     c = int(requests.conversation[r])
     place = str(batch.rows.column("source")[c])
     tokenizer = encoding.tokenizer
@@ -140,7 +142,9 @@ def _render(encoding: Encoding, batch: ConversationBatch, requests: Requests, r:
         messages, tools = as_template_messages(batch.conversation(c))
         asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
         chunks, escapes = rendered_chunks(encoding.renderer, tokenizer, asked, tools, encoding.history)
-        pieces = compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False)
+        pieces = compile_chunks(
+            chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False, without_reasoning=without_reasoning
+        )
     except (CannotRender, ValueError) as error:
         raise ColumnsDiffer(f"{place}: {error}") from error
     return _Rendered(place=place, chunks=chunks, pieces=pieces, as_written=not escapes.mapping)

@@ -45,8 +45,9 @@ class Piece:
     """Tokens of one span: either `ids`, or `parts`, texts and slots that are encoded as one text.
 
     `span` numbers the spans of the document, `kind` is the span's, `message` the assistant message that it answers with
-    (-1 for context). `opening`: the tokenizer may put a blank before the text. `controls` counts the control tokens
-    among `ids`.
+    (-1 for context, and for reasoning that is not trained). `opening`: the tokenizer may put a blank before the text.
+    `controls` counts the control tokens among `ids`. `chunk` numbers the chunk that it comes of. `unwritten`: the
+    template leaves out reasoning of this answer.
     """
 
     span: int
@@ -56,6 +57,8 @@ class Piece:
     parts: tuple[str | Slot, ...] = ()
     opening: bool = False
     controls: int = 0
+    chunk: int = 0
+    unwritten: bool = False
 
 
 class NotDecomposable(Exception):
@@ -249,14 +252,17 @@ def render_document(
     history: History,
     *,
     encode: bool = True,
+    without_reasoning: bool = False,
 ) -> tuple[Piece, ...]:
     """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
-    skeleton. `encode`: else what is no control token stays text, one part a piece.
+    skeleton. `encode` and `without_reasoning` as for `compile_chunks`.
 
     Raises CannotRender, ValueError (text that cannot be escaped).
     """
     chunks, escapes = rendered_chunks(renderer, tokenizer, messages, tools, history)
-    return compile_chunks(chunks, tokenizer, lambda text: (escapes.undo(text),), encode=encode)
+    return compile_chunks(
+        chunks, tokenizer, lambda text: (escapes.undo(text),), encode=encode, without_reasoning=without_reasoning
+    )
 
 
 def rendered_chunks(
@@ -300,21 +306,34 @@ def compile_chunks(
     preceding: AddedToken | None = None,
     opening: bool = True,
     encode: bool = True,
+    without_reasoning: bool = False,
 ) -> tuple[Piece, ...]:
     """Rendered chunks as pieces; `parse` parts what stands between control tokens into texts and slots.
 
-    encode: texts without slots become known tokens. preceding: the control token before the first chunk, if there is
-    one. opening: the first chunk begins a document.
+    encode: texts without slots become known tokens; else they stay text, one part per piece. without_reasoning: what an
+    answer holds of reasoning becomes a span of its own, an answer to no message. preceding: the control token before
+    the first chunk, if there is one. opening: the first chunk begins a document.
     """
     pieces: list[Piece] = []
     previous: AddedToken | str | None = preceding if preceding or opening else ""
-    for span, chunk in enumerate(chunks):
+    span = -1
+    for number, chunk in enumerate(chunks):
         ids: list[int] = []
         controls = 0
-        piece = partial(Piece, span=span, kind=chunk.kind, message=chunk.message)
+        span += 1
+        left = chunk.reasoning if without_reasoning else 0  # characters of reasoning that are still to come
+        message = -1 if left else chunk.message
+        piece = partial(Piece, span=span, kind=chunk.kind, message=message, chunk=number, unwritten=chunk.unwritten)
         cuts = tokenizer.controls.cut(chunk.text)
         for place, cut in enumerate(cuts):
             before, previous = previous, cut
+            if piece.keywords["message"] < 0 <= chunk.message and left <= 0:
+                if ids:
+                    pieces.append(piece(ids=tuple(ids), controls=controls))
+                    ids, controls = [], 0
+                span += 1
+                piece = partial(piece, span=span, message=chunk.message)
+            reasoning, left = left, left - len(cut.text if isinstance(cut, AddedToken) else cut)
             if isinstance(cut, AddedToken):
                 ids.append(cut.id)
                 controls += cut.id != tokenizer.unknown_id
@@ -328,6 +347,14 @@ def compile_chunks(
             fresh = before is None or (isinstance(before, AddedToken) and tokenizer.prepends_after_controls)
             if not parts:
                 continue
+            if reasoning > 0 > left:
+                thought, said = _cut_behind("".join(map(str, parts)), parse(cut[:reasoning]), tokenizer, opening=fresh)
+                if ids or thought:
+                    pieces.append(piece(ids=(*ids, *thought), controls=controls))
+                span += 1
+                piece = partial(piece, span=span, message=chunk.message)
+                ids, controls = list(said), 0
+                continue
             if encode and all(isinstance(part, str) for part in parts):
                 ids += tokenizer.encode(["".join(map(str, parts))], opening=fresh)[0]
                 continue
@@ -338,6 +365,21 @@ def compile_chunks(
         if ids:
             pieces.append(piece(ids=tuple(ids), controls=controls))
     return tuple(pieces)
+
+
+def _cut_behind(
+    text: str, beginning: Sequence[str | Slot], tokenizer: Tokenizer, *, opening: bool
+) -> tuple[list[int], list[int]]:
+    """The tokens of a text, those that hold some of its `beginning` and those behind it.
+
+    The text is encoded whole, as the template's reader would: a border within an answer is no border between tokens.
+    """
+    start = "".join(map(str, beginning))
+    end = len(start) if text.startswith(start) else len(start.lstrip())
+    backend = tokenizer.reference.opening if opening else tokenizer.reference.inside
+    encoded = backend.encode(text, add_special_tokens=False)
+    cut = next((at for at, (begin, _) in enumerate(encoded.offsets) if begin >= end), len(encoded.ids))
+    return encoded.ids[:cut], encoded.ids[cut:]
 
 
 def _parts(text: str, newlines: frozenset[tuple[int, str]]) -> tuple[str | Slot, ...]:

@@ -1,8 +1,8 @@
 """What a chat template writes around messages, found by rendering a few conversations made for it.
 
-The rest of the road needs the generation prompt, what ends an answer, what opens a user's turn, in which shape the template
-reads tool calls and reasoning, and whether it is prefix-stable (rendering messages[:k] with the generation prompt is a
-prefix of rendering messages[:k + 1], which is a prefix of everything longer).
+The rest of the pipeline needs the generation prompt, what ends an answer, what opens a user's turn, in which shape the
+template reads tool calls and reasoning, and whether it is prefix-stable (rendering messages[:k] with the generation
+prompt is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
 
 What ends an answer is read off two places: the end of a conversation, and history. They may differ:
 
@@ -12,7 +12,9 @@ What ends an answer is read off two places: the end of a conversation, and histo
 | a token | another | GPT-OSS | the token of the end; history's own is passed over |
 | a token | nothing | eos after the last turn only | that token at the end, its text in history |
 | nothing | a token | vLLM's ChatML | history's token, where a message follows |
-| nothing | the next turn's header | GLM-4.6 | the header's first token, where a message follows: the model must write it |
+| nothing | the next turn's header | GLM-4.6 | the header's first token, where a message follows |
+
+The last one is a choice: the model must write that token to stop, and nothing else in such a template teaches it to.
 """
 
 from __future__ import annotations

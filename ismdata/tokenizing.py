@@ -194,11 +194,13 @@ class Tally:
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: int = 0
+    unwritten_reasoning: int = 0
     weighted: bool = False
 
     def add(self, made: Made, *, conversations: int) -> None:
         self.conversations += conversations
-        for name in ("target_tokens", "split", "truncated", "truncated_tokens", "dropped"):
+        names = ("target_tokens", "split", "truncated", "truncated_tokens", "dropped", "unwritten_reasoning")
+        for name in names:
             setattr(self, name, getattr(self, name) + getattr(made, name))
 
     def totals(self, lengths: NDArray[np.int32], seq_len: int, *, sequences: int) -> dict[str, int]:
@@ -216,6 +218,7 @@ class Tally:
             "split": self.split,
             "truncated": self.truncated,
             "truncated_tokens": self.truncated_tokens,
+            "unwritten_reasoning": self.unwritten_reasoning,
         }
 
 
@@ -321,13 +324,14 @@ def _go_on(
         use_skeletons=skeletons,
         backend=backend,
         glm=encoding.glm,
+        without_reasoning=options.train_on == "content",
     )
     rows = _from((rows for source in sources for rows in source.batches()), done)
     samples = chain([parity.LATER_SAMPLE if done else parity.SAMPLE], repeat(parity.LATER_SAMPLE))
     with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as ahead_thread:
 
         def begun(rows: pa.RecordBatch) -> Ahead:
-            batch = conversation_batch(rows, encoding.sensitivity)
+            batch = conversation_batch(rows, encoding.sensitivity, options.train_on)
             return encoder.ahead(batch, wanted(batch, options), ahead_thread)
 
         def made(ahead: Ahead) -> _Unchecked:
@@ -418,6 +422,7 @@ def _finding_out_why(
             encoder.history,
             use_skeletons=encoder.use_skeletons,
             glm=encoding.glm,
+            without_reasoning=encoder.without_reasoning,
         )
         by_reference.begin(batch)
         parity.comparison(encoding, by_reference, batch, requests).check()

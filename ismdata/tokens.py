@@ -61,7 +61,8 @@ class DocumentEncoder:
     """Makes documents of conversations. One encoder serves a whole corpus; `begin` starts a batch.
 
     use_skeletons: off where the columnar road turned out not to give what the template renders. backend: makes the ids
-    of texts; by default the tokenizer itself. glm: what to put before answers in the GLM layout.
+    of texts; by default the tokenizer itself. glm: what to put before answers in the GLM layout. without_reasoning:
+    reasoning in answers is no target.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class DocumentEncoder:
         use_skeletons: bool = True,
         backend: Backend | None = None,
         glm: GlmTokens | None = None,
+        without_reasoning: bool = False,
     ) -> None:
+        self.without_reasoning = without_reasoning
         self.renderer = renderer
         self.tokenizer = tokenizer
         self.history = history
@@ -98,6 +101,8 @@ class DocumentEncoder:
         self._keys = np.empty((0, 1), np.int64)
         self._key_runs = np.empty(0, np.int64)
         self._stripped: dict[tuple[str, str], pa.LargeStringArray] = {}
+        #: Messages of the batch whose reasoning the template leaves out of their own answer.
+        self.unwritten: set[int] = set()
         self._ahead = ahead
 
     def ahead(self, batch: ConversationBatch, requests: Requests, thread: Executor) -> Ahead:
@@ -441,7 +446,15 @@ class DocumentEncoder:
             try:
                 messages, tools = as_template_messages(self.batch.conversation(c))
                 asked = messages[:head] + messages[lo:hi]
-                found = render_document(self.renderer, self.tokenizer, asked, tools, self.history, encode=False)
+                found = render_document(
+                    self.renderer,
+                    self.tokenizer,
+                    asked,
+                    tools,
+                    self.history,
+                    encode=False,
+                    without_reasoning=self.without_reasoning,
+                )
             except (CannotRender, ValueError) as error:
                 documents[key] = _refusal(error)
             else:
@@ -460,6 +473,11 @@ class DocumentEncoder:
             runs[known] = -1 - self._encoded.add(np.concatenate(ids), lengths)
         at = 0
         for key, own in documents:
+            c, head, lo, _ = key
+            for piece in own:
+                if piece.unwritten:
+                    number = piece.message if piece.message < head else piece.message - head + lo
+                    self.unwritten.add(int(self.batch.first[c]) + number)
             self._rendered[key] = PieceBlock(
                 request=np.zeros(len(own), np.int64),
                 span=np.array([piece.span for piece in own], np.int64),

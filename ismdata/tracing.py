@@ -27,9 +27,7 @@ _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _WORDS = re.compile(r"\w+(?: \w+)*")
 
 #: What ends reasoning that stands in the content of an answer.
-_REASONING_END = re.compile(
-    r"</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>", re.IGNORECASE
-)
+REASONING_END = r"(?i)</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>"
 
 Part = Literal["content", "reasoning", "call"]
 Level = Literal["whole", "words"]
@@ -219,8 +217,8 @@ def _occurrences(part: str, text: str) -> Iterator[int]:
 
 
 def reasoning_length(content: str) -> int:
-    """How much of an answer's content is reasoning: all through the last `</think>` or the like; 0 where there is none."""
-    return max((match.end() for match in _REASONING_END.finditer(content)), default=0)
+    """How much of an answer's content is reasoning: all through the last `</think>` or the like; 0 without any."""
+    return max((match.end() for match in re.finditer(REASONING_END, content)), default=0)
 
 
 class Tracer:
@@ -228,7 +226,7 @@ class Tracer:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
-        # A constant of letters alone (`user`) is a word like any other: templates compare with it, they do not look for it.
+        # A constant of letters alone (`user`) is a word like any other: templates compare with it, and look for markup.
         self._constants = sorted(text for text in template.constants if len(text) > 1 and not text.isalnum())
 
     def trace(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Traced:

@@ -2,30 +2,40 @@
 
 Two ways with templates that rewrite history (they give the same for prefix-stable templates, one document or many):
 
-- `append`: what was fed is never rewritten, exactly as a KV cache is fed. The context of an answer is what the rendering
-  that has the answer holds between the end of the answer before it and its own beginning. What ends an answer is fed once,
-  as it is written when the answer is the last message.
+- `append`: what was fed is never rewritten, exactly as a KV cache is fed. The context of an answer is what the
+  rendering that has the answer holds between the end of the answer before it and its own beginning. What ends an answer
+  is fed once, as it is written when the answer is the last message.
 - `expand`: one document per answer, exactly what the template renders for the conversation that ends with it.
 
 An answer begins behind all text of its context and behind the header that opens it, whatever is written for the answer
-itself: where the rendering with the generation prompt and the rendering with an answer of plain text part, but not inside
-the header. So `pack` and chat, which does not know the answer, cut at the same place. Where texts stand is traced
-(`tracing.py`), and each conversation is held to law 7: every text of its context once, in its place, none in an answer.
+itself: where the rendering with the generation prompt and the rendering with an answer of plain text part, but not
+inside the header. So `pack` and chat, which does not know the answer, cut at the same place. Where texts stand is
+traced (`tracing.py`), and each conversation is held to law 7 (`conservation.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ismdata.conservation import (
+    HistoryRewritten,
+    NotRendered,
+    call_left_out,
+    check_calls,
+    check_context,
+    check_document,
+    lost,
+    missing_texts,
+)
 from ismdata.control_tokens import ControlTokens, common_prefix_length
 from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.template import CannotRender, ChatTemplate, Message
+from ismdata.template import ChatTemplate, Message
 from ismdata.template_probe import TemplateProfile
-from ismdata.tracing import Level, Place, TextLost, Traced, Tracer, reasoning_length
+from ismdata.tracing import Level, Place, Traced, Tracer, reasoning_length
 
 #: Stands for an answer that is not there yet.
 ANY_ANSWER = "zyx"
@@ -34,24 +44,13 @@ ANY_ANSWER = "zyx"
 _REASONING_START = re.compile(r"<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|think\|>", re.IGNORECASE)
 
 
-class HistoryRewritten(CannotRender):
-    """The template moves or changes earlier turns in a way that `append` cannot follow."""
-
-    reason = "history_rewritten"
-
-
-class NotRendered(CannotRender):
-    """The template leaves out a part of an answer."""
-
-    reason = "not_rendered"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     """A stretch of rendered text.
 
-    `message` is the number of the assistant message it answers with, -1 for context. `reasoning`: how many characters of
-    an answer are its reasoning, what closes it included. `unwritten`: the template leaves out reasoning of this answer.
+    `message` is the number of the assistant message it answers with, -1 for context. `reasoning`: how many characters
+    of an answer are its reasoning, what closes it included. `unwritten`: the template leaves out reasoning of this
+    answer.
     """
 
     text: str
@@ -106,9 +105,7 @@ class Renderer:
             if ended:
                 chunks[-1] = replace(chunks[-1], text=chunks[-1].text + ended)
             answer = self._newest(messages, k, tools, rendered, done)
-            self._check_context(
-                messages, range(0 if last is None else last.message + 1, k), rendered, done, answer.start
-            )
+            check_context(messages, range(0 if last is None else last.message + 1, k), rendered, done, answer.start)
             chunks += self._context(messages, rendered, done, answer.start)
             chunks.append(self._answer(messages, k, rendered, answer))
             done = answer.end
@@ -134,7 +131,7 @@ class Renderer:
             cut for j in _answers(messages[:k]) if (cut := self._history_answer(rendered, j, border, answer.header))
         ]
         contexts = [place for place in rendered.places if not any(a <= place.start < b for _, a, b in history)]
-        self._check_document(messages, rendered, [place for place in contexts if place.end <= border])
+        check_document(messages, rendered, [place for place in contexts if place.end <= border])
         chunks: list[Chunk] = []
         done = 0
         for j, start, end in sorted(history, key=lambda cut: cut[1]):
@@ -164,7 +161,7 @@ class Renderer:
             tail = alone.text[newest.said_until : newest.end]
             done, ended = self._resume(answered, _Fed(last, newest.header, tail), rendered)
         border = self._newest(answered, k, tools, rendered, done).start
-        self._check_context(answered, range(last + 1, k), rendered, done, border)
+        check_context(answered, range(last + 1, k), rendered, done, border)
         return tail + ended, ended, rendered.text[done:border]
 
     def trace(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Traced:
@@ -186,11 +183,14 @@ class Renderer:
     def _newest(
         self, messages: Sequence[Message], k: int, tools: list[Any] | None, rendered: Traced, done: int
     ) -> _Answer:
-        """Answer k in `rendered`, which ends with it and of which `done` is cut. Raises NotRendered, HistoryRewritten."""
+        """Answer k in `rendered`, which ends with it and of which `done` is cut.
+
+        Raises NotRendered, HistoryRewritten.
+        """
         own = rendered.of(k)
         if not own and any(text.message == k for text in rendered.texts):
             for call in messages[k].get("tool_calls") or ():
-                raise _call_left_out(k, call.get("function", call).get("name", ""))
+                raise call_left_out(k, call.get("function", call).get("name", ""))
             raise NotRendered(
                 f"message {k + 1} (assistant) is not in the rendering: the template leaves it out. "
                 "Pass another with --chat-template FILE"
@@ -339,11 +339,11 @@ class Renderer:
                 )
         if answer.said_until > end or answer.said_from < border:
             raise HistoryRewritten(f"message {k + 1} (assistant): a part of it stands outside its turn")
-        missing = _missing(rendered, places, {k})
+        missing = missing_texts(rendered, places, {k})
         said = [number for number in missing if rendered.texts[number].part != "reasoning"]
         if said:
-            raise _lost(messages, rendered, said[0])
-        self._check_calls(messages[k], k, rendered, border, end)
+            raise lost(messages, rendered, said[0])
+        check_calls(messages[k], k, rendered, border, end)
         text = rendered.text[border:end]
         return Chunk(
             text=text,
@@ -352,21 +352,6 @@ class Renderer:
             reasoning=_reasoning_in(rendered, places, border),
             unwritten=bool(missing),
         )
-
-    def _check_calls(self, message: Message, k: int, rendered: Traced, border: int, end: int) -> None:
-        """Raise NotRendered where an answer calls a tool and its text does not say so, once per call."""
-        calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or ()]
-        if not calls:
-            return
-        at, around = border, []
-        for place in rendered.of(k):
-            around.append(rendered.text[at : place.start])
-            at = place.end
-        written = "\0".join([*around, rendered.text[at:end]])
-        marked = [rendered.texts[place.text].text for place in rendered.of(k) if place.part == "call"]
-        for name in dict.fromkeys(calls):
-            if written.count(name) + marked.count(name) < calls.count(name):
-                raise _call_left_out(k, name)
 
     def _context(self, messages: Sequence[Message], rendered: Traced, start: int, end: int) -> list[Chunk]:
         """A context as chunks: the document's first one is parted into prompt and query where a user's turn opens."""
@@ -396,51 +381,6 @@ class Renderer:
             borders += [match.start(), match.end()]
         return max(border for border in borders if border <= at)
 
-    # -- law 7 --------------------------------------------------------------------------------------------------------
-
-    def _check_context(
-        self, messages: Sequence[Message], between: range, rendered: Traced, start: int, end: int
-    ) -> None:
-        """Raise unless the texts of the messages `between` two answers stand in [start, end), each once, in order, and
-        no other message's text does.
-        """
-        here = [place for place in rendered.places if start <= place.start < end]
-        foreign = next((place for place in here if place.message not in between), None)
-        if foreign is not None:
-            raise HistoryRewritten(
-                f"the template writes message {foreign.message + 1} ({messages[foreign.message]['role']}) anew when "
-                f"message {between.stop + 1} is added; --history expand renders one document per answer instead"
-            )
-        missing = _missing(rendered, here, between)
-        if missing:
-            raise _lost(messages, rendered, missing[0])
-        numbers = [place.text for place in here]
-        if len(set(numbers)) < len(numbers):
-            raise _repeated(messages, rendered, numbers)
-        if numbers != sorted(numbers):
-            raise HistoryRewritten("the template changes the order of messages before an answer")
-
-    def _check_document(self, messages: Sequence[Message], rendered: Traced, context: Sequence[Place]) -> None:
-        """Raise unless every text before the last answer, answers aside, stands in the context once; users' and tools'
-        in order.
-        """
-        said = {k for k, message in enumerate(messages) if message["role"] != "assistant"}
-        answered = next((place for place in context if place.message not in said), None)
-        if answered is not None:
-            raise HistoryRewritten(
-                f"message {answered.message + 1} (assistant) does not stand in a turn of its own. "
-                "Pass another template with --chat-template FILE"
-            )
-        missing = _missing(rendered, context, said)
-        if missing:
-            raise _lost(messages, rendered, missing[0])
-        numbers = [place.text for place in context]
-        if len(set(numbers)) < len(numbers):
-            raise _repeated(messages, rendered, numbers)
-        ordered = [place.text for place in context if messages[place.message]["role"] != "system"]
-        if ordered != sorted(ordered):
-            raise HistoryRewritten("the template changes the order of messages. Pass another with --chat-template FILE")
-
 
 def _answers(messages: Sequence[Message]) -> list[int]:
     return [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -448,48 +388,9 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 def _is_plain(message: Message) -> bool:
     """Whether an answer is text alone and begins with it."""
-    content = message.get("content")
+    content = message.get("content") or ""
     extra = message.get("tool_calls") or message.get("reasoning_content") or message.get("name")
-    return bool(content) and not extra and content == content.lstrip() and not reasoning_length(content)
-
-
-def _call_left_out(k: int, name: str) -> NotRendered:
-    return NotRendered(
-        f"message {k + 1} calls the tool {name!r}, and the template leaves this or another of its calls out. "
-        "Pass a template that renders tool calls with --chat-template FILE"
-    )
-
-
-def _missing(rendered: Traced, places: Sequence[Place], messages: Collection[int]) -> list[int]:
-    """The texts of these messages that have no place among `places`."""
-    found = {place.text for place in places}
-    return [number for number, text in enumerate(rendered.texts) if text.message in messages and number not in found]
-
-
-def _lost(messages: Sequence[Message], rendered: Traced, number: int) -> CannotRender:
-    """Why a text is not where it should be."""
-    text = rendered.texts[number]
-    role = messages[text.message]["role"]
-    if any(place.text == number for place in rendered.places):
-        return HistoryRewritten(
-            f"message {text.message + 1} ({role}) does not come directly before the answer that follows it: the template "
-            "moves it, or draws it into another turn. --history expand renders one document per answer instead"
-        )
-    if text.part == "call":
-        return NotRendered(
-            f"message {text.message + 1} calls a tool with {text.text!r}, which the template leaves out. "
-            "Pass a template that renders tool calls with --chat-template FILE"
-        )
-    return TextLost(
-        f"message {text.message + 1} ({role}) is not in the rendering, or not all of it: the template leaves it out. "
-        "Pass another with --chat-template FILE"
-    )
-
-
-def _repeated(messages: Sequence[Message], rendered: Traced, numbers: Sequence[int]) -> CannotRender:
-    twice = next(number for number in numbers if numbers.count(number) > 1)
-    message = rendered.texts[twice].message
-    return TextLost(f"the template writes message {message + 1} ({messages[message]['role']}) more than once")
+    return bool(content.strip()) and not extra and content == content.lstrip() and not reasoning_length(content)
 
 
 def _reasoning_in(rendered: Traced, places: Sequence[Place], border: int) -> int:

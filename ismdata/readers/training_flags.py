@@ -1,7 +1,7 @@
 """Which fields of a message say whether its answer is trained, whatever a corpus calls them.
 
-ms-swift and XTuner call it `loss`, tinker `trainable`, Axolotl `training`, verl `loss_mask`, torchtune `masked`. A field that
-could decide training is never left aside: what has no plain meaning is refused.
+ms-swift and XTuner call it `loss`, tinker `trainable`, Axolotl `training`, verl `loss_mask`, torchtune `masked`. A
+field that could decide training is never left aside: what has no plain meaning is refused.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def refuse_flags(ignored: Iterable[str]) -> None:
         if is_flag(name):
             raise Refused(
                 "invalid_field",
-                f"{name} could say what is trained, and is not read in this format; expected it on messages with role and "
-                "content. Rename the field, or take it out",
+                f"{name} could say what is trained, and is not read in this format; expected it on messages with role "
+                "and content. Rename the field, or take it out",
             )
 
 
