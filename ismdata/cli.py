@@ -17,6 +17,7 @@ from ismdata.chat_command import chat
 from ismdata.command import AsJson, Output, Overwrite, Workers, explained, show
 from ismdata.errors import Terminated, UsageError
 from ismdata.eval_command import eval_command
+from ismdata.template_command import template_command
 from ismdata.terminal import StageProgress, note
 from ismdata.train_command import train_command
 
@@ -246,13 +247,26 @@ def pack(
 @explained
 def verify(
     folder: Annotated[Path, typer.Argument(help="A converted or packed folder.")],
+    conversations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="For a packed folder: a converted folder that it was made of. Decodes every row and looks for every "
+            "text in its place. Several times."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a folder: files against its index, and every invariant on every row. Exit code 1 where one is broken."""
+    """Check a folder: files against its index, and every invariant on every row. Exit code 1 where one is broken.
+
+    With --conversations also that no text of theirs was lost, and none trained that should not be.
+    """
     from ismdata import view
-    from ismdata.verify import verify
+    from ismdata.verify import verify, with_texts
 
     report = verify(folder)
+    if conversations and report.ok:
+        with StageProgress() as progress:
+            report = with_texts(report, conversations, progress=progress)
     show(view.verify_report(report), as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)
@@ -278,6 +292,7 @@ def inspect(
         )
 
 
+app.command("template")(explained(template_command))
 app.command("train")(explained(train_command))
 app.command("eval")(explained(eval_command))
 app.command("chat")(explained(chat))

@@ -50,6 +50,7 @@ from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
+from ismdata.template_report import cautions
 from ismdata.tokenizer_backends import BACKENDS, BackendName
 from ismdata.tokenizing import Progress, Quarantine, Source, Tally, sampled_texts, tokenize
 
@@ -136,7 +137,7 @@ def pack(
             encoding = encoding.with_glm(
                 mask_token=glm_mask_token, start_token=glm_start_token, every_answer=mask != "prefix"
             )
-        for note in encoding.notes:
+        for note in (*encoding.notes, *cautions(encoding)):
             notify(note)
         with closing(
             Journal.open(partial, _run(sources, encoding, options, tokenizer_backend), restart=overwrite)
@@ -166,8 +167,8 @@ def pack(
         if tally.unwritten_reasoning:
             answers = "answer" if tally.unwritten_reasoning == 1 else "answers"
             notify(
-                f"The template does not write the reasoning of {tally.unwritten_reasoning:,} {answers}: it is left out, "
-                "and the text behind it is trained."
+                f"The template does not write the reasoning of {tally.unwritten_reasoning:,} {answers}: it is left "
+                "out, and the text behind it is trained."
             )
         counts = _counts(sources, quarantine, tally)
         totals = tally.totals(lengths, options.seq_len, sequences=planned.rows)

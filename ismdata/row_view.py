@@ -95,7 +95,7 @@ class RowDrawing:
             length = document["end"] - document["start"]
             title = f"document {number} · {printable(document['conversation_id'])} · {length:,} tokens"
             yield Rule(Text(title, "bold"), align="left", style="dim", characters="─")
-            yield _document(document)
+            yield draw_spans(document["spans"])
         if facts["padding_tokens"]:
             yield Rule(Text(f"padding · {facts['padding_tokens']:,} tokens", "dim"), align="left", style="dim")
         yield Rule(Text(f"mask {self.mask}", "bold"), align="left", style="dim")
@@ -162,11 +162,12 @@ def mask_cells(sequence: Sequence, *, mask: str, seq_len: int) -> tuple[NDArray[
     return seen, seen & (beyond * 2 >= everything)
 
 
-def _document(document: dict[str, Any]) -> Table:
+def draw_spans(spans: list[dict[str, Any]]) -> Table:
+    """Spans below each other: `kind` and `runs` of `text`, each a `target` or not."""
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(no_wrap=True, width=8, justify="right")
     table.add_column(overflow="fold", ratio=1)
-    for span in document["spans"]:
+    for span in spans:
         style = _STYLES[span["kind"]]
         dot = " " if span["kind"] != "answer" else "●" if any(run["target"] for run in span["runs"]) else "○"
         text = Text()

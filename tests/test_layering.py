@@ -21,16 +21,16 @@ digests near sampling limits runs
 shards bootstrap text_scores answers readers control_tokens template tracing conservation template_probe tokenizer_backends tokenizer turns
 counting_sort bins exact_completion cutting_stock best_bins packing
 skeleton sensitivity
-glm_layout encoder batch document_columns piece_columns tokens overlong behind spool documents sequences parity
+glm_layout encoder template_report batch document_columns piece_columns tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack
-problems invariants verify
+problems invariants verify_texts verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends
 architecture weighted_loss glm canary attention presets
 train_options distributed order metrics loss resume base_model model_out train_progress trainer train
 conversation_line decoding greedy feeding cache_policy held transcript session batched chat
 evaluate generate_eval eval_results eval_run
 row_view view eval_view demo command bench
-train_command eval_command chat_command
+template_command train_command eval_command chat_command
 cli
 __main__
 """.strip().splitlines()
