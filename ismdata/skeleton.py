@@ -149,6 +149,13 @@ class _MarkedRenderer(Renderer):
         key = tuple((message["role"], message["content"]) for message in messages)
         return (self._remembered if len(messages) <= 2 * _LONG else self._traced)(key, generation_prompt)
 
+    def _remembered_header(self, messages: Sequence[Message], k: int, tools: list[Any] | None, rendered: Traced) -> str:
+        # Blanks around the marks, the same in all messages, belong to it.
+        key = (*(message["role"] for message in messages[:k]), messages[k]["content"][:1])
+        if key not in self._headers:
+            self._headers[key] = self._header(messages[:k], None, "whole")
+        return self._headers[key]
+
     def _header(
         self, messages: Sequence[Message], tools: list[Any] | None, level: Level, plain: Traced | None = None
     ) -> str:

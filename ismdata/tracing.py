@@ -15,8 +15,9 @@ ways, tried in this order:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ismdata.template import CannotRender, ChatTemplate, Message
@@ -28,6 +29,9 @@ _WORDS = re.compile(r"\w+(?: \w+)*")
 
 #: What ends reasoning that stands in the content of an answer.
 REASONING_END = r"(?i)</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>"
+
+#: Messages of a conversation whose marked rendering is remembered.
+_REMEMBERED = 64
 
 Part = Literal["content", "reasoning", "call"]
 Level = Literal["whole", "words"]
@@ -261,10 +265,25 @@ class Tracer:
 
     def _filled(self, marked: Marked, tools: list[Any] | None, *, generation_prompt: bool = False) -> Traced | None:
         try:
-            rendered = self.template.render(marked.messages, tools=tools, generation_prompt=generation_prompt)
+            if tools is None and len(marked.messages) <= _REMEMBERED and all(len(one) == 2 for one in marked.messages):
+                key = tuple((one["role"], one["content"]) for one in marked.messages)
+                rendered = self._remembered(key, generation_prompt)
+            else:
+                rendered = self.template.render(marked.messages, tools=tools, generation_prompt=generation_prompt)
         except CannotRender:
             return None
         return marked.filled(rendered)
+
+    @cached_property
+    def _remembered(self) -> Callable[[tuple[tuple[str, str], ...], bool], str]:
+        """Renders messages of a role and a content each. Conversations of like roles are the same once marked."""
+
+        @lru_cache(maxsize=1024)
+        def rendered(messages: tuple[tuple[str, str], ...], generation_prompt: bool) -> str:
+            shaped = [{"role": role, "content": content} for role, content in messages]
+            return self.template.render(shaped, generation_prompt=generation_prompt)
+
+        return rendered
 
     def _aligned(self, text: str, messages: Sequence[Message], tools: list[Any] | None) -> Traced:
         """The places of texts that the template rewrites, from what stands between them."""

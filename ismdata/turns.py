@@ -196,7 +196,7 @@ class Renderer:
                 "Pass another with --chat-template FILE"
             )
         at = rendered.end_before(k)
-        header = self._header(messages[:k], tools, rendered.level, rendered if own and _is_plain(messages[k]) else None)
+        header = self._remembered_header(messages, k, tools, rendered)
         lead_in = rendered.text[at : own[0].start if own else len(rendered.text)]
         length = len(header) if lead_in.startswith(header) else self._header_length(lead_in, header)
         start = max(at + length, done)
@@ -209,6 +209,20 @@ class Renderer:
             )
         end = self._end(rendered, said_until)
         return _Answer(header=header, start=start, said_from=said_from, said_until=said_until, end=end)
+
+    def _remembered_header(self, messages: Sequence[Message], k: int, tools: list[Any] | None, rendered: Traced) -> str:
+        """`_header` for answer k; where messages are plain text it depends on their roles alone."""
+        plain = rendered if rendered.of(k) and _is_plain(messages[k]) else None
+        if tools is not None or rendered.level != "whole" or not all(map(_is_bare, messages[:k])):
+            return self._header(messages[:k], tools, rendered.level, plain)
+        roles = tuple(message["role"] for message in messages[:k])
+        if roles not in self._headers:
+            self._headers[roles] = self._header(messages[:k], None, "whole", plain)
+        return self._headers[roles]
+
+    @cached_property
+    def _headers(self) -> dict[tuple[str, ...], str]:
+        return {}
 
     def _header(
         self, messages: Sequence[Message], tools: list[Any] | None, level: Level, plain: Traced | None = None
@@ -391,6 +405,12 @@ def _is_plain(message: Message) -> bool:
     content = message.get("content") or ""
     extra = message.get("tool_calls") or message.get("reasoning_content") or message.get("name")
     return bool(content.strip()) and not extra and content == content.lstrip() and not reasoning_length(content)
+
+
+def _is_bare(message: Message) -> bool:
+    """Whether a message is a role and a text, without blanks around it."""
+    content = message.get("content") or ""
+    return len(message) == 2 and bool(content) and content == content.strip()
 
 
 def _reasoning_in(rendered: Traced, places: Sequence[Place], border: int) -> int:

@@ -29,7 +29,7 @@ architecture weighted_loss glm canary attention presets
 train_options distributed order metrics loss resume base_model model_out train_progress trainer train
 conversation_line decoding greedy feeding cache_policy held transcript session batched chat
 evaluate generate_eval eval_results eval_run
-row_view view eval_view demo command bench
+row_view view eval_view template_view demo command bench
 template_command train_command eval_command chat_command
 cli
 __main__
