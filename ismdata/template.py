@@ -73,7 +73,7 @@ class ChatTemplate:
     `special_tokens` are the tokenizer's (`bos_token` and so on), `arguments` come from `--template-arg`. The other
     fields say in which shape the template reads messages, which probing finds out: `typed_content`, contents as typed
     parts; `text_arguments`, the arguments of tool calls as JSON text; `call_content`, what it takes for no content
-    beside tool calls; `reasoning_key`, the field of a message that it reads reasoning from.
+    beside tool calls.
     """
 
     name: str
@@ -84,7 +84,6 @@ class ChatTemplate:
     typed_content: bool = False
     text_arguments: bool = False
     call_content: CallContent = "as_is"
-    reasoning_key: str = "reasoning_content"
 
     @cached_property
     def sha256(self) -> str:
@@ -99,8 +98,8 @@ class ChatTemplate:
             self.text_arguments,
         ]
         parts.append(self.date.isoformat() if "date_string" in self.source else None)
-        if (self.call_content, self.reasoning_key) != ("as_is", "reasoning_content"):
-            parts += [self.call_content, self.reasoning_key]
+        if self.call_content != "as_is":
+            parts.append(self.call_content)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
@@ -167,9 +166,6 @@ class ChatTemplate:
         """A message in the shape that the template reads."""
         if message.get("tool_calls") and not (message.get("content") or "").strip() and self.call_content != "as_is":
             message = {**message, "content": None if self.call_content == "null" else ""}
-        if self.reasoning_key != "reasoning_content" and "reasoning_content" in message:
-            message = dict(message)
-            message[self.reasoning_key] = message.pop("reasoning_content")
         if self.text_arguments:
             message = _with_text_arguments(message)
         return _typed(message) if self.typed_content else message

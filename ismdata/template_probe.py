@@ -1,7 +1,7 @@
 """What a chat template writes around messages, found by rendering a few conversations made for it.
 
 The rest of the pipeline needs the generation prompt, what ends an answer, what opens a user's turn, in which shape the
-template reads tool calls and reasoning, and whether it is prefix-stable (rendering messages[:k] with the generation
+template reads tool calls, and whether it is prefix-stable (rendering messages[:k] with the generation
 prompt is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
 
 What ends an answer is read off two places: the end of a conversation, and history. They may differ:
@@ -49,9 +49,6 @@ _TOOL: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]},
     },
 }
-
-#: Fields in which templates look for an answer's reasoning.
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def calling(content: str | None) -> Message:
@@ -109,7 +106,7 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
             f"chat template {template.name}: its rendering does not contain what user and assistant said; "
             f"rendered {answered[:200]!r}. Pass another with --chat-template FILE"
         )
-    template = _shape_of_calls(_shape_of_reasoning(template, tools))
+    template = _shape_of_calls(template)
     prompt = opened[markers.common_prefix(alone, opened) :]
     difference = _first_difference(template, tools)
     return template, TemplateProfile(
@@ -141,16 +138,6 @@ def _refuse_powers(template: ChatTemplate) -> None:
 
 
 # -- in which shape the template reads messages ------------------------------------------------------------------------
-
-
-def _shape_of_reasoning(template: ChatTemplate, tools: list[Any] | None) -> ChatTemplate:
-    """The template, told in which field it looks for reasoning."""
-    for key in _REASONING_KEYS:
-        shaped = replace(template, reasoning_key=key)
-        text = _rendered(shaped, [_USER, {**_REPLY, "reasoning_content": _VALUE}], tools)
-        if text is not None and _VALUE in text:
-            return shaped
-    return template
 
 
 def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
@@ -206,7 +193,7 @@ def _endings(
         return {"end_of_turn": end, "history_end": end, "next_turn_ends": (), "user_header": ""}
     opening = text[: text.index(_QUESTION)]
     later = text[text.index(_ANSWER) + len(_ANSWER) : text.index(_SECOND_QUESTION)]
-    openers = _openers(opening, template, markers)
+    openers = _openers(text, opening, markers)
     shared = close[: markers.common_prefix(close, later)]
     end = in_history = _through_controls(shared, markers, openers)
     if not end:
@@ -226,11 +213,11 @@ def _endings(
     }
 
 
-def _openers(opening: str, template: ChatTemplate, markers: ControlTokens) -> frozenset[str]:
-    """What opens a turn: the first control token of a rendering, bos aside."""
-    bos = template.special_tokens.get("bos_token")
-    found = (match[0] for match in markers.pattern.finditer(opening) if match[0] != bos)
-    return frozenset([first] if (first := next(found, None)) is not None else [])
+def _openers(text: str, opening: str, markers: ControlTokens) -> frozenset[str]:
+    """What opens a turn: the first control token of a rendering, but for those that stand there once, as bos does."""
+    found = (match[0] for match in markers.pattern.finditer(opening) if text.count(match[0]) > 1)
+    first = next(found, None)
+    return frozenset() if first is None else frozenset([first])
 
 
 def _through_controls(text: str, markers: ControlTokens, openers: frozenset[str]) -> str:

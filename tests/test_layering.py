@@ -18,10 +18,12 @@ LAYERS = """
 errors terminal limits memory
 conversation masks columns lock folders journal
 digests near sampling limits runs
-shards bootstrap text_scores answers readers control_tokens template tracing conservation template_probe tokenizer_backends tokenizer turns
+shards bootstrap text_scores answers readers control_tokens template tracing conservation template_probe
+tokenizer_backends tokenizer turns
 counting_sort bins exact_completion cutting_stock best_bins packing
 skeleton sensitivity
-glm_layout encoder template_report batch document_columns piece_columns tokens overlong behind spool documents sequences parity
+glm_layout encoder template_report
+batch document_columns piece_columns tokens overlong behind spool documents sequences parity
 mapping explain cleaning conversation_files workers conversion convert tokenizing pack
 problems invariants verify_texts verify
 dataset varlen_tables collate intervals dense flex varlen_kernels varlen backends

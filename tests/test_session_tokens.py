@@ -111,14 +111,15 @@ def test_the_next_context_is_what_pack_makes(name, smollm2):
 def test_the_next_context_of_a_long_conversation_takes_as_few_renderings(smollm2):
     with_ = encoding(smollm2)
     messages = [{"role": role, "content": "x"} for _ in range(50) for role in ("user", "assistant")]
+    template = with_.renderer.template
+    renders = []
+    counted = SimpleNamespace(
+        constants=template.constants, render=lambda *a, **k: renders.append(a) or template.render(*a, **k)
+    )
     counts = []
     for length in (2, 100):
-        renders = []
-        template = with_.renderer.template
-        counted = SimpleNamespace(
-            constants=template.constants, render=lambda *a, **k: renders.append(a) or template.render(*a, **k)
-        )
-        renderer = replace(with_.renderer, template=counted)
+        renders.clear()
+        renderer = replace(with_.renderer, template=counted)  # it remembers nothing yet
         assert renderer.next_context([*messages[:length], {"role": "user", "content": "y"}])[2]
         counts.append(len(renders))
     assert counts[0] == counts[1]
