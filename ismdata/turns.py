@@ -256,8 +256,9 @@ class Renderer:
                 return length
         # Where no generation prompt is to be found all text before the answer's own opens it, but for reasoning.
         opens = _REASONING_START.search(lead_in, length)
-        rest = lead_in[: opens.start() if opens else len(lead_in)].rstrip(" ")
-        return max(length, len(rest))
+        rest = lead_in[: opens.start() if opens else len(lead_in)]
+        # A blank before a document's first answer is context: else the answer's first token would be the document's.
+        return max(length, len(rest.rstrip(" ") if opened or rest.strip() else rest))
 
     def _prompt_end(self, lead_in: str, prompt: str) -> int:
         """Where the last generation prompt in `lead_in` ends, or as much of one as has its last control token."""

@@ -450,6 +450,14 @@ def test_f14_earlier_answers_are_answers(made: Any) -> None:
         assert found == cut(with_.renderer.append(TALK))
 
 
+def test_an_answer_that_opens_a_document_is_trained_whole(made: Any) -> None:
+    """The first token of a document is never a target: here it is the blank before the answer."""
+    assert cut(made(INTO_THE_LAST_QUESTION).renderer.append([a("0."), *TALK]))[:2] == [
+        ("context", " "),
+        ("answer", "0.</s>"),
+    ]
+
+
 # ---- on every text and place ----
 
 
