@@ -28,7 +28,7 @@ def check_context(messages: Sequence[Message], between: range, rendered: Traced,
     """Raise unless the texts of the messages `between` two answers stand in [start, end), each once, in order, and
     no other message's text does.
     """
-    here = [place for place in rendered.places if start <= place.start < end]
+    here = [place for place in rendered.places if start <= place.start < end and place.part != "name"]
     foreign = next((place for place in here if place.message not in between), None)
     if foreign is not None:
         raise HistoryRewritten(
@@ -49,6 +49,7 @@ def check_document(messages: Sequence[Message], rendered: Traced, context: Seque
     """Raise unless every text before the last answer, answers aside, stands in the context once; users' and tools'
     in order.
     """
+    context = [place for place in context if place.part != "name"]
     said = {k for k, message in enumerate(messages) if message["role"] != "assistant"}
     answered = next((place for place in context if place.message not in said), None)
     if answered is not None:
@@ -77,7 +78,7 @@ def check_calls(message: Message, k: int, rendered: Traced, border: int, end: in
         around.append(rendered.text[at : place.start])
         at = place.end
     written = "\0".join([*around, rendered.text[at:end]])
-    marked = [rendered.texts[place.text].text for place in rendered.of(k) if place.part == "call"]
+    marked = [rendered.texts[place.text].text for place in rendered.of(k) if place.part == "name"]
     for name in dict.fromkeys(calls):
         if written.count(name) + marked.count(name) < calls.count(name):
             raise call_left_out(k, name)
@@ -105,6 +106,8 @@ def lost(messages: Sequence[Message], rendered: Traced, number: int) -> CannotRe
             f"message {text.message + 1} ({role}) does not come directly before the answer that follows it: the "
             "template moves it, or draws it into another turn. --history expand renders one document per answer instead"
         )
+    if text.part == "name":
+        return call_left_out(text.message, text.text)
     if text.part == "call":
         return NotRendered(
             f"message {text.message + 1} calls a tool with {text.text!r}, which the template leaves out. "

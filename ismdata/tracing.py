@@ -33,7 +33,7 @@ REASONING_END = r"(?i)</(?:think|thinking|thought|reasoning|seed:think)>|\[/THIN
 #: Messages of a conversation whose marked rendering is remembered.
 _REMEMBERED = 64
 
-Part = Literal["content", "reasoning", "call"]
+Part = Literal["content", "reasoning", "call", "name"]
 Level = Literal["whole", "words"]
 LEVELS: tuple[Level, ...] = ("whole", "words")
 
@@ -80,17 +80,23 @@ class Traced:
     level: Level = "whole"
 
     def of(self, message: int) -> list[Place]:
-        """The places of one message's texts."""
-        return [place for place in self.places if place.message == message]
+        """The places of one message's texts; of a tool's name the first, results may name it again."""
+        found = [place for place in self.places if place.message == message]
+        names = [place for place in found if place.part == "name"]
+        if not names:
+            return found
+        first = {place.text: place for place in reversed(names)}
+        return [place for place in found if place.part != "name" or first[place.text] is place]
 
     def end_before(self, message: int) -> int:
         """Where the last text of the messages before this one ends; 0 where they have none."""
-        return max((place.end for place in self.places if place.message < message), default=0)
+        return max((place.end for place in self.places if place.message < message and place.part != "name"), default=0)
 
     def behind(self, message: int, at: int) -> str:
         """What stands between `at`, where this message's text ends, and the next text."""
-        last = max((number for number, place in enumerate(self.places) if place.message == message), default=-1)
-        later = (place.start for place in self.places[last + 1 :] if place.start >= at)
+        own = self.of(message)
+        last = self.places.index(own[-1]) if own else -1
+        later = (place.start for place in self.places[last + 1 :] if place.start >= at and place.message != message)
         return self.text[at : next(later, len(self.text))]
 
 
@@ -178,7 +184,7 @@ def mark(messages: Sequence[Message], level: Level, constants: Sequence[str] = (
     def named(value: Any, message: int) -> Any:
         function = value.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-            return {**value, "function": {**function, "name": one(function["name"], message, "call")}}
+            return {**value, "function": {**function, "name": one(function["name"], message, "name")}}
         return value
 
     marked: list[Message] = []
@@ -242,7 +248,7 @@ class Tracer:
                 if all_heard:
                     break  # every message has a text: nothing else would be marked
                 marked = mark(messages, level, self._constants, silent=silent)
-                all_heard = silent and all(own.text and own.part != "call" for own in marked.texts)
+                all_heard = silent and all(own.text and own.part != "name" for own in marked.texts)
                 found = self._filled(marked, tools)
                 if found is not None and found.text == text:
                     return found

@@ -198,7 +198,11 @@ class Renderer:
         at = rendered.end_before(k)
         header = self._remembered_header(messages, k, tools, rendered)
         lead_in = rendered.text[at : own[0].start if own else len(rendered.text)]
-        length = len(header) if lead_in.startswith(header) else self._header_length(lead_in, header)
+        length = len(header)
+        if not lead_in.startswith(header):  # this answer's own header is another, or none
+            prompt = self.profile.generation_prompt
+            length = self.markers.common_prefix(lead_in, header)
+            length = max(length, self._prompt_end(lead_in, prompt) if prompt else 0)
         start = max(at + length, done)
         said_from, said_until = (own[0].start, own[-1].end) if own else (start, start)
         if own and at > said_from:
@@ -322,11 +326,21 @@ class Renderer:
         """
         if between.startswith(tail):
             return len(tail)
+        # Traced by words in one rendering and whole in another: punctuation that ends the text is outside it or not.
+        for skipped in range(self._loose(tail) + 1):
+            found = between.find(tail[skipped:]) if tail[skipped:] else -1
+            if 0 <= found <= self._loose(between):
+                return found + len(tail) - skipped
         for end in (self.profile.end_of_turn, self.profile.history_end):
             found = between.find(end) if end else -1
             if found >= 0:
                 return found + len(end)
         return None if self.profile.history_end else self.markers.common_prefix(between, tail)
+
+    def _loose(self, text: str) -> int:
+        """How many characters of `text` come before its first word or marker."""
+        word, marker = re.search(r"\w", text), self.markers.pattern.search(text)
+        return min(found.start() for found in (word, marker) if found) if word or marker else len(text)
 
     def _history_answer(self, rendered: Traced, j: int, border: int, header: str) -> tuple[int, int, int] | None:
         """(j, start, end) of an earlier answer in a document of `expand`; None where the template dropped it."""

@@ -493,3 +493,24 @@ def test_texts_that_look_like_anything(text: str, history: str, made: Any) -> No
         for question in ("q1", text.strip() or "q2", "q3"):
             at = context.find(question, at + 1)
             assert at >= 0
+
+
+def test_a_text_traced_by_words_here_and_whole_there_ends_at_one_place(made: Any) -> None:
+    """The result has the later rendering traced by words, which leaves the full stop of the call out of its text."""
+    as_json = CALLS.replace(
+        "{{ m.content or '' }}", "{{ m.content | tojson if m.role == 'tool' else m.content or '' }}"
+    )
+    talk = [u("note?"), a(None, **calls("Buy milk.")), t('{"done": "yes"}'), a("Done."), u("thanks"), a("Welcome.")]
+    found = cut(made(as_json).renderer.append(talk, CALL_TOOLS))
+    assert found[1] == ("answer", '<tool_call>tide {"port": "Buy milk."}</tool_call><|im_end|>')
+    assert found[2][1].startswith("\n<|im_start|>tool\n")
+
+
+def test_a_result_that_names_its_tool_ends_no_call(made: Any) -> None:
+    """Calls without any text are found by the tool's name, which the template writes again in the result's header."""
+    named = CALLS.replace("{{ m.role }}", "{{ m.role }}{% if m.role == 'tool' %} tide{% endif %}")
+    talk = [u("flood?"), a(None, tool_calls=[call()]), t("14:05"), a("At five past two.")]
+    assert [text for kind, text in cut(made(named).renderer.append(talk, CALL_TOOLS)) if kind == "answer"] == [
+        '<tool_call>tide {"day": 1}</tool_call><|im_end|>',
+        "At five past two.<|im_end|>",
+    ]
