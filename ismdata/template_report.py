@@ -15,7 +15,8 @@ from ismdata.skeleton import History, TooManyMessages, rendered_chunks
 from ismdata.template import CannotRender, Message
 from ismdata.turns import Renderer
 
-_TOOLS = [
+#: What is described to a template in conversations with tools.
+TOOLS = [
     {
         "type": "function",
         "function": {
@@ -96,7 +97,7 @@ def refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | 
     ends = [len(messages)]
     if history == "expand":
         ends = [k for k, message in enumerate(messages, 1) if message["role"] == "assistant"]
-    tools = _TOOLS if with_tools else None
+    tools = TOOLS if with_tools else None
     try:
         for end in ends:
             rendered_chunks(encoding.renderer, encoding.tokenizer, messages[:end], tools, history)
@@ -201,7 +202,7 @@ def _example(encoding: Encoding) -> list[dict[str, Any]]:
             break
     messages, with_tools = SHAPES[shape]
     system = [SHAPES["system prompt"][0][0]]
-    tools = _TOOLS if with_tools else None
+    tools = TOOLS if with_tools else None
     for asked in ([*system, *messages], messages, messages[:2]):
         try:
             chunks, escapes = rendered_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
