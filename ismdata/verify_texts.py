@@ -51,8 +51,10 @@ class _Message:
     texts: tuple[tuple[str, ...], ...]  # of each text the ways in which its words may be written
     trained: bool
 
-    def stands_in(self, words: str) -> bool:
-        return all(any(way in words for way in ways) for ways in self.texts)
+    def stands_in(self, words: str, *, whole: bool = True) -> bool:
+        """Whether the words of all texts are among `words`; not `whole`: of one at least, where there are some."""
+        found = [any(way in words for way in ways) for ways in self.texts]
+        return all(found) if whole else any(found) or not found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +309,7 @@ def _matched(
     """
 
     def fits(k: int, stretch: _Stretch) -> bool:
-        return messages[k].stands_in(stretch.words)
+        return messages[k].stands_in(stretch.words, whole=bool(stretch.target))  # history may be cut
 
     runs = [
         run
