@@ -160,6 +160,11 @@ def probe(
             f"The template ends answers with {found.end_of_turn!r}, which is plain text to this tokenizer "
             "and no token of its own."
         )
+    if found.end_of_turn and not found.history_end:
+        notes.append(
+            f"The template writes {found.end_of_turn!r} behind the last answer of a conversation alone: earlier answers "
+            "end with their text."
+        )
     return Encoding(
         tokenizer=loaded,
         renderer=renderer,

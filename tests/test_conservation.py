@@ -5,6 +5,7 @@ The templates are made for these tests; each has what made a public one go wrong
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ismdata import parity
 from ismdata.batch import InvalidArguments, as_template_messages, conversation_batch
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.encoder import ConversationEncoder, Encoding
@@ -109,6 +111,7 @@ def test_f1_an_end_that_only_the_last_answer_has(made: Any) -> None:
         ("answer", "2.</s>"),
     ]
     assert fed_by_chat(with_, TALK) == ["<|user|>\none?\n<|assistant|>\n", "\n<|user|>\ntwo?\n<|assistant|>\n"]
+    assert any("behind the last answer of a conversation alone" in note for note in with_.notes)
 
 
 def test_f1_the_same_in_plain_text(made: Any) -> None:
@@ -220,6 +223,21 @@ def test_f5_a_name_changes_no_border(made: Any) -> None:
     assert (
         fed_by_chat(with_, talk) == [text for kind, text in cut(with_.renderer.append(talk)) if kind == "context"][:2]
     )
+
+
+def test_f5_the_roads_are_compared_by_spans(made: Any) -> None:
+    """The same tokens with a border elsewhere are a difference."""
+    with_ = made(OPENS_REASONING)
+    rows = [{"id": "0", "source": "t:0", "messages": TALK}]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    encoder.begin(batch)
+    comparison = parity.comparison(with_, encoder, batch, whole(batch))
+    assert comparison.check() == 1
+    [(first, second, *others)] = comparison.spans
+    moved = [(first[0] + 1, first[1]), (second[0] - 1, second[1]), *others]
+    with pytest.raises(parity.ColumnsDiffer, match="other spans"):
+        dataclasses.replace(comparison, spans=[moved]).check()
 
 
 # ---- F6: a later system message moves to the front, or nowhere ----
