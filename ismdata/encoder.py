@@ -162,8 +162,8 @@ def probe(
         )
     if found.end_of_turn and not found.history_end:
         notes.append(
-            f"The template writes {found.end_of_turn!r} behind the last answer of a conversation alone: earlier answers "
-            "end with their text."
+            f"The template writes {found.end_of_turn!r} behind the last answer of a conversation alone: earlier "
+            "answers end with their text."
         )
     return Encoding(
         tokenizer=loaded,

@@ -50,7 +50,7 @@ from ismdata.shards import FORMAT, packed_schema
 from ismdata.skeleton import History
 from ismdata.spool import Spool
 from ismdata.template import DEFAULT_DATE
-from ismdata.template_report import cautions
+from ismdata.template_report import cautions, shapes_in
 from ismdata.tokenizer_backends import BACKENDS, BackendName
 from ismdata.tokenizing import Progress, Quarantine, Source, Tally, sampled_texts, tokenize
 
@@ -130,6 +130,7 @@ def pack(
     ):
         # Read while the tokenizer is loaded.
         sample = beside.submit(sampled_texts, sources if tokenizer_backend != "hf" else [])
+        shapes = beside.submit(_first_shapes, sources)
         encoding = set_up(
             tokenizer, chat_template=chat_template, history=history, arguments=template_arguments, date=template_date
         )
@@ -137,7 +138,7 @@ def pack(
             encoding = encoding.with_glm(
                 mask_token=glm_mask_token, start_token=glm_start_token, every_answer=mask != "prefix"
             )
-        for note in (*encoding.notes, *cautions(encoding)):
+        for note in (*encoding.notes, *cautions(encoding, shapes.result())):
             notify(note)
         with closing(
             Journal.open(partial, _run(sources, encoding, options, tokenizer_backend), restart=overwrite)
@@ -227,6 +228,16 @@ def _check_layout(layout: str, mask_token: str | None, start_token: str | None) 
     for option, given in (("--glm-mask-token", mask_token), ("--glm-start-token", start_token)):
         if given is not None and layout != "glm":
             raise UsageError(f"{option} goes with --layout glm, not with --layout {layout}")
+
+
+#: Sources whose first conversations are looked at for their shapes.
+_LOOKED_AT = 8
+
+
+def _first_shapes(sources: Sequence[Source]) -> list[str]:
+    """The shapes that the first conversations of the sources have."""
+    firsts = (next(source.batches(), None) for source in sources[:_LOOKED_AT])
+    return list(dict.fromkeys(shape for rows in firsts if rows is not None for shape in shapes_in(rows)))
 
 
 def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ismdata.control_tokens import AddedToken, ControlTokens, with_markers
+from ismdata.conversation import ASSISTANT, ROLES, SYSTEM, USER
 from ismdata.encoder import Encoding, probe
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
 from ismdata.skeleton import History, TooManyMessages, rendered_chunks
 from ismdata.template import CannotRender, Message
+from ismdata.tracing import REASONING_END
 from ismdata.turns import Renderer
 
 #: What is described to a template in conversations with tools.
@@ -106,22 +112,57 @@ def refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | 
     return None
 
 
-def cautions(encoding: Encoding) -> list[str]:
-    """What `pack` says at its start of shapes that most corpora have and this template cannot carry."""
-    notes = []
-    for shape, what in (("several turns", "more than one question"), ("system prompt", "a system prompt and turns")):
-        found = refusal(encoding, shape, encoding.history)
-        if found is None:
-            continue
-        other = "--history expand takes them"
-        if encoding.history == "expand" or refusal(encoding, shape, "expand") is not None:
-            other = "pass another template with --chat-template FILE if the corpus has such"
-        notes.append(
-            f"Conversations with {what} go to quarantine ({found.reason}) under --history {encoding.history}: "
-            f"{other}. `ismdata template` shows what this template can carry."
-        )
-        break
-    return notes
+def shapes_in(rows: pa.RecordBatch) -> list[str]:
+    """The shapes that conversations of converted rows have."""
+    messages = rows.column("messages")
+    first = messages.offsets.to_numpy()[:-1] - messages.offsets[0].as_py()
+    column = dict(zip((field.name for field in messages.type.value_type), messages.flatten().flatten(), strict=True))
+    roles = pc.index_in(column["role"], value_set=pa.array(ROLES)).to_numpy(zero_copy_only=False)
+    opens = np.zeros(len(roles), bool)
+    opens[first[first < len(roles)]] = True
+    opens &= roles != SYSTEM
+    before = np.concatenate([[-1], roles[:-1]])
+    again = ~opens & (roles == before)
+    again[first[first < len(roles)]] = False
+    said = np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column["content"]), ""), False))
+    called = np.asarray(column["tool_calls"].is_valid())
+    calls = np.asarray(pc.fill_null(pc.count_substring(column["tool_calls"], '"arguments"'), 0))
+    reasoned = np.asarray(pc.fill_null(pc.match_substring_regex(column["content"], REASONING_END), False))
+    answers = roles == ASSISTANT
+    later = roles == SYSTEM
+    later[1:] &= before[1:] != SYSTEM
+    later[first[first < len(roles)]] = False
+    found = {
+        "several turns": bool((answers & ~opens & (before == USER)).sum() > len(rows)),
+        "system prompt": bool((roles[first[first < len(roles)]] == SYSTEM).any()),
+        "system message later": bool(later.any()),
+        "assistant first": bool((opens & answers).any()),
+        "two answers in a row": bool((again & answers).any()),
+        "two questions in a row": bool((again & (roles == USER)).any()),
+        "names": bool((np.asarray(column["name"].is_valid()) & (answers | (roles == USER))).any()),
+        "tools, not called": rows.column("tools").null_count < len(rows),
+        "a tool call": bool(called.any()),
+        "two calls at once": bool((calls > 1).any()),
+        "text beside a call": bool((called & said).any()),
+        "reasoning field": column["reasoning_content"].null_count < len(roles),
+        "reasoning in the text": bool((answers & reasoned).any()),
+    }
+    return [shape for shape in SHAPES if found[shape]]
+
+
+def cautions(encoding: Encoding, shapes: Iterable[str]) -> list[str]:
+    """What `pack` says at its start of the shapes in a corpus that this template cannot carry."""
+    history = encoding.history
+    refused = {shape: found for shape in shapes if (found := refusal(encoding, shape, history)) is not None}
+    if not refused:
+        return []
+    names = ", ".join(f"{shape} ({found.reason})" for shape, found in refused.items())
+    mended = [shape for shape in refused if history == "append" and refusal(encoding, shape, "expand") is None]
+    other = f"--history expand takes: {', '.join(mended)}. " if mended else ""
+    return [
+        f"Conversations of these shapes go to quarantine under --history {history}: {names}. {other}"
+        "`ismdata template` shows what this template can carry."
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ismdata.cli import app
 from ismdata.convert import convert
 from ismdata.errors import UsageError
 from ismdata.pack import pack
-from ismdata.template_report import SHAPES, TOOLS, cautions, encoding_of, report
+from ismdata.template_report import SHAPES, TOOLS, cautions, encoding_of, report, shapes_in
 from ismdata.verify import verify, with_texts
 from ismdata.verify_texts import verify_texts, words_of
 from tests.conftest import TEMPLATES, encoding, template_named
@@ -85,11 +85,34 @@ def test_cautions_name_what_most_corpora_have(tmp_path: Path, smollm2: Path) -> 
         "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
     )
     (tmp_path / "moves.jinja").write_text(moves, encoding="utf-8")
-    [note] = cautions(encoding(smollm2, tmp_path / "moves.jinja", markers=True))
-    assert "a system prompt" in note
-    assert "--history expand takes them" in note
-    assert cautions(encoding(smollm2, tmp_path / "moves.jinja", "expand", markers=True)) == []
-    assert cautions(encoding(smollm2)) == []
+    [note] = cautions(encoding(smollm2, tmp_path / "moves.jinja", markers=True), ["several turns", "system prompt"])
+    assert "go to quarantine under --history append: system prompt (history_rewritten)" in note
+    assert "--history expand takes: system prompt" in note
+    assert cautions(encoding(smollm2, tmp_path / "moves.jinja", "expand", markers=True), ["system prompt"]) == []
+    assert cautions(encoding(smollm2), ["several turns", "system prompt"]) == []
+    [note] = cautions(encoding(smollm2), ["a tool call"])
+    assert "expand takes" not in note
+
+
+def test_the_shapes_of_a_corpus_are_found(tmp_path: Path) -> None:
+    for shape, (messages, with_tools) in SHAPES.items():
+        record = {"messages": messages} | ({"tools": TOOLS} if with_tools else {})
+        (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        convert([str(tmp_path / "c.jsonl")], tmp_path / "converted", overwrite=True)
+        [rows] = pa.ipc.open_stream(tmp_path / "converted" / "conversations-00000.arrow")
+        found = shapes_in(rows)
+        assert shape in found
+        expected = {shape}
+        if with_tools:
+            expected |= {"tools, not called"}
+        if any(message.get("tool_calls") for message in messages):
+            expected |= {"a tool call"}
+        answers = sum(message["role"] == "assistant" for message in messages)
+        assert set(found) - {"several turns", "two questions in a row"} == expected - {
+            "several turns",
+            "two questions in a row",
+        }
+        assert answers > 1 or "several turns" not in found
 
 
 @pytest.mark.parametrize("path", TEMPLATES[::6], ids=lambda path: path.stem)
