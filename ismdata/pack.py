@@ -230,14 +230,18 @@ def _check_layout(layout: str, mask_token: str | None, start_token: str | None) 
             raise UsageError(f"{option} goes with --layout glm, not with --layout {layout}")
 
 
-#: Sources whose first conversations are looked at for their shapes.
-_LOOKED_AT = 8
+#: Sources whose first conversations are looked at for their shapes, and how many of each.
+_LOOKED_AT, _CONVERSATIONS_EACH = 8, 256
 
 
 def _first_shapes(sources: Sequence[Source]) -> list[str]:
     """The shapes that the first conversations of the sources have."""
-    firsts = (next(source.batches(), None) for source in sources[:_LOOKED_AT])
-    return list(dict.fromkeys(shape for rows in firsts if rows is not None for shape in shapes_in(rows)))
+    firsts = (next(source.batches_of(np.zeros(1, np.int64)), None) for source in sources[:_LOOKED_AT])
+    return list(
+        dict.fromkeys(
+            shape for rows in firsts if rows is not None for shape in shapes_in(rows.slice(0, _CONVERSATIONS_EACH))
+        )
+    )
 
 
 def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:
