@@ -236,12 +236,8 @@ _LOOKED_AT, _CONVERSATIONS_EACH = 8, 256
 
 def _first_shapes(sources: Sequence[Source]) -> list[str]:
     """The shapes that the first conversations of the sources have."""
-    firsts = (next(source.batches_of(np.zeros(1, np.int64)), None) for source in sources[:_LOOKED_AT])
-    return list(
-        dict.fromkeys(
-            shape for rows in firsts if rows is not None for shape in shapes_in(rows.slice(0, _CONVERSATIONS_EACH))
-        )
-    )
+    firsts = (source.first(_CONVERSATIONS_EACH) for source in sources[:_LOOKED_AT])
+    return list(dict.fromkeys(shape for rows in firsts if rows is not None for shape in shapes_in(rows)))
 
 
 def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:

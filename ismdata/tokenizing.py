@@ -90,6 +90,14 @@ class Source:
                             yield small
             done += file.rows
 
+    def first(self, count: int) -> pa.RecordBatch | None:
+        """The first conversations, at most `count`; None where there are none. Little more than these is read."""
+        for file in self.files:
+            with self._stream(file, _mapped) as stream:
+                for batch in stream:
+                    return batch.slice(0, count)
+        return None
+
     @contextmanager
     def _stream(self, file: ShardFile, opened: Callable[[Path], Any]) -> Iterator[pa.RecordBatchReader]:
         """The record batches of a file. Raises DataError where it holds something else."""
