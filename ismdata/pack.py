@@ -231,7 +231,7 @@ def _check_layout(layout: str, mask_token: str | None, start_token: str | None) 
 
 
 #: Sources whose first conversations are looked at for their shapes, and how many of each.
-_LOOKED_AT, _CONVERSATIONS_EACH = 8, 256
+_LOOKED_AT, _CONVERSATIONS_EACH = 8, 64
 
 
 def _first_shapes(sources: Sequence[Source]) -> list[str]:
