@@ -124,7 +124,7 @@ def shapes_in(rows: pa.RecordBatch) -> list[str]:
     before = np.concatenate([[-1], roles[:-1]])
     again = ~opens & (roles == before)
     again[first[first < len(roles)]] = False
-    said = np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column["content"]), ""), False))
+    said = np.asarray(pc.fill_null(pc.greater(pc.binary_length(column["content"]), 0), False))
     called = np.asarray(column["tool_calls"].is_valid())
     calls = np.asarray(pc.fill_null(pc.count_substring(column["tool_calls"], '"arguments"'), 0))
     reasoned = np.asarray(pc.fill_null(pc.match_substring_regex(column["content"], REASONING_END), False))
