@@ -327,9 +327,11 @@ def test_f8_a_call_that_is_left_out(history: str, made: Any) -> None:
     assert cut(getattr(made(CALLS).renderer, history)(talk[:end], CALL_TOOLS))
     with pytest.raises(NotRendered, match="Kiel"):
         getattr(made(ONE_CALL).renderer, history)(talk[:end], CALL_TOOLS)
-    silent = [u("floods?"), a(None, tool_calls=[call(), call()]), t("14:05"), a("At five past two.")]
-    with pytest.raises(NotRendered, match="'tide'"):
-        getattr(made(ONE_CALL).renderer, history)(silent[:end], CALL_TOOLS)
+    for pair in ([call(), call()], [*calls("Husum")["tool_calls"], call()]):  # no text of its own tells the second
+        silent = [u("floods?"), a(None, tool_calls=pair), t("14:05"), a("At five past two.")]
+        assert cut(getattr(made(CALLS).renderer, history)(silent[:end], CALL_TOOLS))
+        with pytest.raises(NotRendered, match="'tide'"):
+            getattr(made(ONE_CALL).renderer, history)(silent[:end], CALL_TOOLS)
 
 
 def call() -> dict[str, Any]:
