@@ -173,7 +173,7 @@ def test_f3_an_answer_holds_no_other_answer_and_no_header(made: Any) -> None:
 
 TWO_WAYS_TO_THE_HEADER = (
     "<|begin|>{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}\n<|eot|>"
-    "{% endfor %}{% if add_generation_prompt %}\n<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n' }}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
 )
 
 
