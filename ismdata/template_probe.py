@@ -143,8 +143,8 @@ def _refuse_powers(template: ChatTemplate) -> None:
 def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
     """The template, told whether it wants the arguments of calls as text, and what it takes for no content."""
 
-    def takes(shaped: ChatTemplate, content: str | None) -> bool:
-        messages = [_USER, calling(content)]
+    def takes(shaped: ChatTemplate, content: str | None, *later: Message) -> bool:
+        messages = [_USER, calling(content), *later]
         text = _rendered(shaped, messages, [_TOOL])
         if text is None:
             text = _rendered(shaped, messages)
@@ -153,6 +153,9 @@ def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
     for text_arguments in (False, True):
         shaped = replace(template, text_arguments=text_arguments)
         null, empty = takes(shaped, None), takes(shaped, "")
+        if null and empty:  # in history it may be another matter
+            in_history = [takes(shaped, content, _RESULT, _REPLY) for content in (None, "")]
+            null, empty = in_history if any(in_history) else (null, empty)
         if null or empty:
             content: CallContent = "as_is" if null and empty else "null" if null else "empty"
             return replace(shaped, call_content=content)

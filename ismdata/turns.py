@@ -360,7 +360,8 @@ class Renderer:
         """Answer k as a chunk, all its text in it. Raises TextLost, NotRendered, HistoryRewritten."""
         places, border, end = rendered.of(k), answer.start, answer.end
         lead = rendered.text[border : answer.said_from]
-        for opener in {self.profile.generation_prompt.strip(), self.profile.user_header.strip()}:
+        prompt, user = self.profile.generation_prompt.strip(), self.profile.user_header.strip()
+        for opener in {prompt, "" if user in prompt else user}:  # a marker that all headers have says nothing
             if self.markers.pattern.search(opener) is not None and opener in lead:
                 raise HistoryRewritten(
                     f"message {k + 1} (assistant): another turn's header, {opener!r}, stands before its text. "

@@ -454,6 +454,30 @@ def test_f13_null_stays_null(made: Any) -> None:
         assert "None" not in "".join(chunk.text for chunk in made(CALLS.replace(" or ''", "")).renderer.append(talk))
 
 
+def test_null_that_only_history_does_not_take(made: Any) -> None:
+    """A template that takes the content of earlier answers apart."""
+    parts = CALLS.replace("m.content or ''", "m.content.split('</think>')[-1] if not loop.last else m.content or ''")
+    with_ = made(parts)
+    assert with_.renderer.template.call_content == "empty"
+    talk = [u("flood?"), a(None, **calls("Husum")), t("14:05"), a("At five past.")]
+    assert cut(with_.renderer.append(talk, CALL_TOOLS))[1][1].startswith("<tool_call>")
+
+
+def test_a_marker_that_every_header_has_is_no_other_turns(made: Any) -> None:
+    """A call is a turn of the model's own behind its text: it writes that header, which shares a marker with all."""
+    shared = (
+        "{% for m in messages %}{{ m.role }}<|role_sep|>\n{{ m.content or '' }}<|message_sep|>\n"
+        "{% for call in m.tool_calls or [] %}function call<|role_sep|>\n{{ call.function.name }}"
+        "{{ call.function.arguments | tojson }}<|message_sep|>\n{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant<|role_sep|>\n{% endif %}"
+    )
+    talk = [u("flood?"), a(None, **calls("Husum")), t("14:05"), a("At five past.")]
+    assert cut(made(shared).renderer.append(talk, CALL_TOOLS))[1] == (
+        "answer",
+        '<|message_sep|>\nfunction call<|role_sep|>\ntide{"port": "Husum"}<|message_sep|>',
+    )
+
+
 # ---- F14: history without a generation prompt ----
 
 
