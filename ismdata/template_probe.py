@@ -148,7 +148,9 @@ def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
         text = _rendered(shaped, messages, [_TOOL])
         if text is None:
             text = _rendered(shaped, messages)
-        return text is not None and text.count(_VALUE) == 1 and text.count("None") <= _nones(shaped)
+        said = [{**message, "content": message["content"] or "x"} for message in messages]
+        other = _rendered(shaped, said, [_TOOL]) or _rendered(shaped, said) or ""
+        return text is not None and text.count(_VALUE) == 1 and _nothings(text) <= _nothings(other)
 
     for text_arguments in (False, True):
         shaped = replace(template, text_arguments=text_arguments)
@@ -161,17 +163,17 @@ def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
             return replace(shaped, call_content=content)
     for text_arguments in (False, True):  # the call is left out; at least the conversation is not refused
         shaped = replace(template, text_arguments=text_arguments)
-        if _rendered(shaped, [_USER, calling(None)]) is not None:
+        as_null, as_empty = (_rendered(shaped, [_USER, calling(content)]) for content in (None, ""))
+        if as_null is not None and (as_empty is None or _nothings(as_null) <= _nothings(as_empty)):
             return shaped
-        if _rendered(shaped, [_USER, calling("")]) is not None:
+        if as_empty is not None:
             return replace(shaped, call_content="empty")
     return template
 
 
-def _nones(template: ChatTemplate) -> int:
-    """How often the template writes the word None by itself, as in an explanation of tools."""
-    text = _rendered(template, [_USER, calling("x")], [_TOOL]) or _rendered(template, [_USER, calling("x")]) or ""
-    return text.count("None")
+def _nothings(text: str) -> int:
+    """How often a text says None or null, as templates do that write a content without asking whether there is one."""
+    return text.count("None") + text.count("null")
 
 
 def _rendered(template: ChatTemplate, messages: list[Message], tools: list[Any] | None = None) -> str | None:

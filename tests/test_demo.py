@@ -47,7 +47,12 @@ def test_its_commands_exist_and_cover_the_road(walked: tuple[Path, str]) -> None
     for words in lines:
         options = {option for parameter in commands[words[1]].params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= options, words
-    assert {words[1] for words in lines} == set(commands) - {"demo", "bench", "eval"}  # measuring is no step of it
+    assert {words[1] for words in lines} == set(commands) - {
+        "demo",
+        "bench",
+        "eval",
+        "template",
+    }  # measuring and looking are no steps
 
 
 def test_refuses_a_folder_in_use(tmp_path: Path) -> None:
