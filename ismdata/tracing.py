@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ismdata.template import CannotRender, ChatTemplate, Message
 
@@ -50,8 +50,7 @@ class NotTraceable(CannotRender):
     reason = "not_traceable"
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """A text of a message, or a run of words in one, and the part of the message that it belongs to."""
 
     message: int
@@ -59,8 +58,7 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Characters `start` to `end` of a rendering hold text number `text` of the conversation."""
 
     start: int
@@ -70,7 +68,7 @@ class Place:
     text: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Traced:
     """A rendering and the places of the texts in it, in the order of the rendering."""
 
@@ -100,7 +98,7 @@ class Traced:
         return self.text[at : next(later, len(self.text))]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Marked:
     """Messages with marks in place of their texts."""
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ismdata.conservation import (
     HistoryRewritten,
@@ -60,8 +60,7 @@ class Chunk:
     unwritten: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
+class _Answer(NamedTuple):
     """Where the newest answer stands in a rendering: characters `start` to `end`, its own text between `said_from` and
     `said_until`. header: what stands between the last text before it and `start`, as an answer of plain text has it.
     """
@@ -73,8 +72,7 @@ class _Answer:
     end: int
 
 
-@dataclass(frozen=True)
-class _Fed:
+class _Fed(NamedTuple):
     """An answer that was fed: its message, its header, and what was fed behind its text."""
 
     message: int

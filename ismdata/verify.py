@@ -27,7 +27,6 @@ from ismdata.glm_layout import LAYOUTS
 from ismdata.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.masks import BLOCK_SIZE, MASKS
 from ismdata.problems import Problems
-from ismdata.verify_texts import verify_texts
 
 #: Rows are looked at together until they hold this many tokens: enough for numpy, few enough for the processor's cache.
 _TOKENS_AT_ONCE = 1 << 19
@@ -90,6 +89,8 @@ def with_texts(
 
     Raises UsageError where it is no packed folder, DataError where the conversations cannot be read.
     """
+    from ismdata.verify_texts import verify_texts
+
     if report.format != shards.FORMAT:
         raise UsageError(f"--conversations goes with a packed folder; {report.folder} is none")
     problems, counts = verify_texts(report.folder, converted, progress=progress)
