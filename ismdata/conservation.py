@@ -35,12 +35,8 @@ def check_context(messages: Sequence[Message], between: range, rendered: Traced,
             f"the template writes message {foreign.message + 1} ({messages[foreign.message]['role']}) anew when "
             f"message {between.stop + 1} is added; --history expand renders one document per answer instead"
         )
-    absent = missing_texts(rendered, here, between)
-    if absent:
-        raise lost(messages, rendered, absent[0])
+    _check_once(messages, rendered, here, between)
     numbers = [place.text for place in here]
-    if len(set(numbers)) < len(numbers):
-        raise _repeated(messages, rendered, numbers)
     if numbers != sorted(numbers):
         raise HistoryRewritten("the template changes the order of messages before an answer")
 
@@ -57,15 +53,22 @@ def check_document(messages: Sequence[Message], rendered: Traced, context: Seque
             f"message {answered.message + 1} (assistant) does not stand in a turn of its own. "
             "Pass another template with --chat-template FILE"
         )
-    absent = missing_texts(rendered, context, said)
-    if absent:
-        raise lost(messages, rendered, absent[0])
-    numbers = [place.text for place in context]
-    if len(set(numbers)) < len(numbers):
-        raise _repeated(messages, rendered, numbers)
+    _check_once(messages, rendered, context, said)
     ordered = [place.text for place in context if messages[place.message]["role"] != "system"]
     if ordered != sorted(ordered):
         raise HistoryRewritten("the template changes the order of messages. Pass another with --chat-template FILE")
+
+
+def _check_once(
+    messages: Sequence[Message], rendered: Traced, places: Sequence[Place], wanted: Collection[int]
+) -> None:
+    """Raise unless every text of the `wanted` messages has one of these places, and no text has two."""
+    absent = missing_texts(rendered, places, wanted)
+    if absent:
+        raise lost(messages, rendered, absent[0])
+    numbers = [place.text for place in places]
+    if len(set(numbers)) < len(numbers):
+        raise _repeated(messages, rendered, numbers)
 
 
 def check_calls(message: Message, k: int, rendered: Traced, border: int, end: int) -> None:

@@ -27,7 +27,8 @@ _OPEN, _CLOSE = "\U0010fffe", "\U0010ffff"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _WORDS = re.compile(r"\w+(?: \w+)*")
 
-#: What ends reasoning that stands in the content of an answer.
+#: What opens reasoning (the model writes it, so no header reaches beyond it), and what ends it in an answer's content.
+REASONING_START = re.compile(r"(?i)<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|think\|>")
 REASONING_END = r"(?i)</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>"
 
 #: Messages of a conversation whose marked rendering is remembered.

@@ -35,13 +35,10 @@ from ismdata.control_tokens import ControlTokens, common_prefix_length
 from ismdata.masks import ANSWER, PROMPT, QUERY
 from ismdata.template import ChatTemplate, Message
 from ismdata.template_probe import TemplateProfile
-from ismdata.tracing import Level, Place, Traced, Tracer, reasoning_length
+from ismdata.tracing import REASONING_START, Level, Place, Traced, Tracer, reasoning_length
 
 #: Stands for an answer that is not there yet.
 ANY_ANSWER = "zyx"
-
-#: What opens reasoning: the model writes it, so no header reaches beyond it.
-_REASONING_START = re.compile(r"<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]|<\|think\|>", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +254,7 @@ class Renderer:
             if length:
                 return length
         # Where no generation prompt is to be found all text before the answer's own opens it, but for reasoning.
-        opens = _REASONING_START.search(lead_in, length)
+        opens = REASONING_START.search(lead_in, length)
         rest = lead_in[: opens.start() if opens else len(lead_in)]
         # A blank before a document's first answer is context: else the answer's first token would be the document's.
         return max(length, len(rest.rstrip(" ") if opened or rest.strip() else rest))
@@ -308,8 +305,7 @@ class Renderer:
         if length is None:
             raise HistoryRewritten(
                 f"message {last.message + 1} (assistant) was fed with its end, and message {last.message + 2} is put "
-                "before that; "
-                "--history expand renders one document per answer instead"
+                "before that; --history expand renders one document per answer instead"
             )
         ended = ""
         if not self.profile.end_of_turn:

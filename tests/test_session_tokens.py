@@ -86,6 +86,26 @@ def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
         assert [m["content"] for m in session.messages] == [m["content"] for m in talk]
 
 
+def test_a_question_taken_back_takes_the_end_that_it_brought(smollm2):
+    """Under GLM's template the token that ends an answer is fed with the next question, once, and goes with it."""
+    with_ = encoding(smollm2, template_named("glm4moe"), markers=True)
+    pieces = with_.document(TALK)
+    written = [[id for piece in pieces if piece.message == k for id in piece.ids] for k in (2, 4)]
+    [user] = {written[0][-1]} & ConversationEncoder(with_).next_turn_end_ids
+    # The model writes that token to stop. It is fed alone before the next question; what the model says
+    # to it is dropped.
+    unheard = 0
+    model = WideModel([*written[0][:-1], user, unheard, 11, 12, EOS, unheard, *written[1][:-1], user])
+    session = Session(model, ConversationEncoder(with_), mask="ism", system=TALK[0]["content"])
+    session.reply(TALK[1]["content"])
+    before = list(session.fed)
+    session.reply("Something else")
+    session.undo()
+    assert session.fed == before
+    session.reply(TALK[3]["content"])
+    assert session.fed == through_the_last_answer(with_.document(session.messages))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_context_is_what_pack_makes(name, smollm2):
     """What ends the last answer and the context behind it, read off the conversation with the next answer packed."""
