@@ -13,12 +13,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from ismdata.cli import Side
-from ismdata.conversion import Selection
-from ismdata.convert import convert
+from ismdata.cli.main import Side
+from ismdata.convert.formats.base import Preference
+from ismdata.convert.job import Selection
+from ismdata.convert.pipeline import convert
+from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.readers.base import Preference
-from ismdata.verify import verify
 
 #: Sources below DATA and options, as the command line has them.
 FURTHER: list[tuple[list[str], dict[str, str]]] = [

@@ -12,11 +12,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ismdata.convert import convert
-from ismdata.encoder import set_up
+from ismdata.convert.pipeline import convert
+from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.pack import pack
-from ismdata.verify import verify
+from ismdata.pack.pipeline import pack
+from ismdata.rendering.encoding import set_up
 
 CORPORA: dict[str, list[str]] = {
     "dailydialog train": ["dailydialog/train.zip"],

@@ -48,19 +48,25 @@ sys.path.insert(0, str(ROOT))
 from tests.mutations import mutated_bytes, mutated_value  # noqa: E402
 from tests.raw_corpora import ANCHOR, FORMATS, PACKED, A, Talk, U, packed, written  # noqa: E402
 
-INSTRUMENTED = ["ismdata.readers", "ismdata.mapping", "ismdata.explain", "ismdata.digests"]
+INSTRUMENTED = [
+    "ismdata.convert.formats",
+    "ismdata.convert.sources",
+    "ismdata.convert.mapping_file",
+    "ismdata.convert.explain",
+    "ismdata.convert.digests",
+]
 with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv else contextlib.nullcontext():
     import numpy as np
 
     from ismdata.conversation import REASONS, ROLE_NAMES
-    from ismdata.errors import DataError, UsageError
-    from ismdata.explain import explain
-    from ismdata.mapping import parse_mapping
-    from ismdata.readers import READERS
-    from ismdata.readers.base import Choices, Refused, following
-    from ismdata.readers.blocks import ValueBlock
-    from ismdata.readers.canonical import Rules, parse_json
-    from ismdata.readers.framing import (
+    from ismdata.convert.canonical import Rules, parse_json
+    from ismdata.convert.explain import explain
+    from ismdata.convert.formats.base import Choices, Refused, following
+    from ismdata.convert.formats.registry import READERS
+    from ismdata.convert.mapping_file import parse_mapping
+    from ismdata.convert.sources.blocks import ValueBlock
+    from ismdata.convert.sources.delimited import DELIMITERS, frame_rows
+    from ismdata.convert.sources.framing import (
         ByteQueue,
         frame_document,
         frame_entries,
@@ -69,9 +75,9 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
         frame_values,
         line_block,
     )
-    from ismdata.readers.opening import Format
-    from ismdata.readers.rows import DELIMITERS, frame_rows
-    from ismdata.readers.yaml_lists import frame_yaml
+    from ismdata.convert.sources.parts import Format
+    from ismdata.convert.sources.yaml_files import frame_yaml
+    from ismdata.errors import DataError, UsageError
     from tests.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
 
 #: Limits of one input.

@@ -29,17 +29,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ismdata import masks
-from ismdata.attention import attach
-from ismdata.backends import BACKENDS
-from ismdata.bench.attention import device_facts, find_device, run_attention_bench
-from ismdata.bench.cases import YARDSTICK, Case, Heads, Inputs, case, missing, random_inputs
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.canary import check_training
+from ismdata.bench.attention.cases import YARDSTICK, Case, Heads, Inputs, case, missing, random_inputs
+from ismdata.bench.attention.run import device_facts, find_device, run_attention_bench
+from ismdata.bench.attention.training_steps import base_config, model_steps, one_billion_config
+from ismdata.bench.attention.workload import Workload, lay_out, random_documents, sharegpt_like
 from ismdata.bench.report import machine
-from ismdata.bench.steps import base_config, model_steps, one_billion_config
 from ismdata.bench.timing import attempt, peak_bytes, release
-from ismdata.bench.workload import Workload, lay_out, random_documents, sharegpt_like
-from ismdata.canary import check_training
-from ismdata.collate import Collator
-from ismdata.dataset import Sample
+from ismdata.data.collate import Collator
+from ismdata.data.dataset import Sample
 
 #: A backend's error may be so many times plain FlashAttention's own, and is nothing to speak of below the second.
 ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-5

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ismdata.convert import convert
-from ismdata.demo import texts, train_tokenizer
-from ismdata.pack import pack
-from ismdata.shards import PackedShards
-from ismdata.train import train
+from ismdata.cli.demo import texts, train_tokenizer
+from ismdata.convert.pipeline import convert
+from ismdata.data.shards import PackedShards
+from ismdata.pack.pipeline import pack
+from ismdata.train.pipeline import train
 
 
 def write_corpus(path: Path, *, turns: int, conversations: int) -> None:

@@ -33,8 +33,15 @@ from pathlib import Path
 
 import transformers
 
-from ismdata import cli, conversation_files, conversion, convert, journal, pack, tokenizing, view
-from ismdata.readers import framing
+from ismdata.cli import main as cli
+from ismdata.cli.views import folders as view
+from ismdata.convert import job as conversion
+from ismdata.convert import pipeline as convert
+from ismdata.convert.sources import framing
+from ismdata.data import conversations as conversation_files
+from ismdata.data import journal
+from ismdata.pack import pipeline as pack
+from ismdata.pack import tokenize as tokenizing
 
 #: Imported here for the runs to find them; `AutoTokenizer` is loaded late by its package.
 IMPORTED = (convert, view, transformers.AutoTokenizer)

@@ -38,7 +38,7 @@ from transformers.models.llama import modeling_llama
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ismdata.errors import Terminated
-from ismdata.train import train
+from ismdata.train.pipeline import train
 from tests.tiny import tiny_model, write_packed
 from tests.training_shards import copying_rows, word_tokenizer
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ismdata.attention import attach
-from ismdata.loss import compute_loss_at_targets
+from ismdata.attention.attachment import attach
+from ismdata.train.loss import compute_loss_at_targets
 
 VOCABULARY = 151_936
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
 
 CORPORA = {
     "sharegpt": ["sharegpt/sharegpt_first5000.json.gz"],

@@ -42,9 +42,9 @@ from typing import Any
 
 from paper_report import COMPUTE, METHODS, Run, budgets, write_report
 
-from ismdata.demo import texts, train_tokenizer
-from ismdata.presets import PRESETS
-from ismdata.shards import PackedShards
+from ismdata.attention.models.presets import PRESETS
+from ismdata.cli.demo import texts, train_tokenizer
+from ismdata.data.shards import PackedShards
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What the runs of paper.py say, together: `paper.json`, `table.md`, `paper-turns.svg`, `paper-compute.svg`.
 
 Over seeds figures are pooled: the sums of all seeds' losses over the sums of their targets, conversation by
-conversation; intervals and paired differences come from drawing conversations (ismdata.bootstrap). So an interval tells
-of other test conversations; what other seeds do is the range of the seeds beside it.
+conversation; intervals and paired differences come from drawing conversations (ismdata.eval.bootstrap). So an interval
+tells of other test conversations; what other seeds do is the range of the seeds beside it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ismdata.bootstrap import Bootstrap, FloatArray, estimate, paired_difference, ratio
-from ismdata.eval_results import Results, read_results
-from ismdata.evaluate import conversation_numbers, group_sums
-from ismdata.metrics import METRICS_NAME
-from ismdata.text_scores import bleu, bleu_counts
+from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate, paired_difference, ratio
+from ismdata.eval.likelihood import conversation_numbers, group_sums
+from ismdata.eval.results import Results, read_results
+from ismdata.eval.text_scores import bleu, bleu_counts
+from ismdata.train.metrics import METRICS_NAME
 
 CONVERSATIONS, COMPUTE = "conversations", "compute"
 #: What the others are compared with.

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.best_bins import best_bins
-from ismdata.bins import best_fit_decreasing, fewest_bins
-from ismdata.cutting_stock import relaxed_bound
-from ismdata.folders import read_index
-from ismdata.packing import lower_bound, plan
-from ismdata.shards import FORMAT
+from ismdata.data.output_folder import read_index
+from ismdata.data.shards import FORMAT
+from ismdata.pack.planning.best_fit import best_fit_decreasing, fewest_bins
+from ismdata.pack.planning.choose import best_bins
+from ismdata.pack.planning.cutting_stock import relaxed_bound
+from ismdata.pack.planning.plan import lower_bound, plan
 
 #: Lengths are made in pieces of so many, so that making them takes no more memory than planning them.
 _PIECE = 1 << 22

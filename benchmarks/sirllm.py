@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ismdata.attention import attach
-from ismdata.encoder import ConversationEncoder, set_up
-from ismdata.feeding import as_encoder
-from ismdata.held import Held
-from ismdata.session import DECAY, Session, Window
+from ismdata.attention.attachment import attach
+from ismdata.generate.feeding import as_encoder
+from ismdata.generate.kv_cache import Held
+from ismdata.generate.session import DECAY, Session, Window
+from ismdata.rendering.encoding import ConversationEncoder, set_up
 
 POLICIES = ("sirllm", "streaming", "random", "interval")
 MOVES = ("rock", "paper", "scissors")

@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 def run(job: Job) -> dict[str, Any]:
     """Pack the conversations; what was refused and why, and what the check found."""
-    from ismdata.pack import pack
+    from ismdata.pack.pipeline import pack
 
     result: dict[str, Any] = {"template": job.template, "tok": job.tokenizer, "history": job.history}
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _saved(job: Job, folder: Path) -> Path:
-    from ismdata.tokenizer import load_pretrained
+    from ismdata.rendering.tokenizer import load_pretrained
 
     name, markers = job.tokenizer.removesuffix("+markers"), job.tokenizer.endswith("+markers")
     pretrained = load_pretrained(name)
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--check")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    from ismdata.convert import convert
+    from ismdata.convert.pipeline import convert
 
     done = [json.loads(line) for line in options.out.read_text("utf-8").splitlines()] if options.out.exists() else []
     known = {(one["template"], one["tok"], one["history"]) for one in done}

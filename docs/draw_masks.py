@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ismdata.masks import ANSWER, PROMPT, QUERY, dense, intervals, targets
+from ismdata.masks.intervals import ANSWER, PROMPT, QUERY, dense, intervals, targets
 
 SPANS = [(0, 2, PROMPT, 0), (2, 5, QUERY, 0), (5, 7, ANSWER, 1), (7, 9, QUERY, 0), (9, 12, ANSWER, 1)]
 TOKENS = SPANS[-1][1]

@@ -10,18 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ismdata.attention import attach
-    from ismdata.collate import Collator
-    from ismdata.dataset import PackedDataset
-    from ismdata.session import Session
+    from ismdata.attention.attachment import attach
+    from ismdata.data.collate import Collator
+    from ismdata.data.dataset import PackedDataset
+    from ismdata.generate.session import Session
 
 __all__ = ["Collator", "PackedDataset", "Session", "__version__", "attach"]
 
 _HOME = {
-    "PackedDataset": "ismdata.dataset",
-    "Collator": "ismdata.collate",
+    "PackedDataset": "ismdata.data.dataset",
+    "Collator": "ismdata.data.collate",
     "attach": "ismdata.attention",
-    "Session": "ismdata.session",
+    "Session": "ismdata.generate.session",
 }
 
 try:

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from ismdata.encoder import Encoding, probe
-from ismdata.tokenizer import load_pretrained
+from ismdata.rendering.encoding import Encoding, probe
+from ismdata.rendering.tokenizer import load_pretrained
 
 #: The same examples on every machine, busy or not: what passes here passes there. HYPOTHESIS_PROFILE=default looks for
 #: new ones.

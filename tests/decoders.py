@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ismdata import masks
-from ismdata.attention import detach
+from ismdata.attention.attachment import detach
 from tests.tiny import SIZES
 
 WINDOW = 9

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ismdata.attention import attach
-from ismdata.dataset import PackedDataset
+from ismdata.attention.attachment import attach
+from ismdata.data.dataset import PackedDataset
 from ismdata.errors import Terminated, UsageError
-from ismdata.loss import COUNTS, TrainingCollator, compute_loss_at_targets
-from ismdata.order import OrderedDataset
+from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets
+from ismdata.train.order import OrderedDataset
 from tests.tiny import tiny_model
 from tests.training_shards import run
 

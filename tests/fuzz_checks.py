@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLES
-from ismdata.conversation_files import quarantine_line
-from ismdata.digests import digests
+from ismdata.convert.canonical import Rules, parse_json
+from ismdata.convert.digests import digests
+from ismdata.convert.formats.base import Block, Place, Reader
+from ismdata.convert.read_block import read_block, read_records
+from ismdata.convert.sources.archives import Part, parts_of
+from ismdata.convert.sources.blocks import ValueBlock
+from ismdata.convert.sources.grouping import GroupBlock
+from ismdata.convert.sources.parts import Format, opened
+from ismdata.data.conversations import quarantine_line
 from ismdata.errors import DataError
-from ismdata.readers.archives import Part, parts_of
-from ismdata.readers.base import Block, Place, Reader
-from ismdata.readers.blocks import ValueBlock
-from ismdata.readers.canonical import Rules, parse_json
-from ismdata.readers.grouping import GroupBlock
-from ismdata.readers.opening import Format, opened
-from ismdata.readers.reading import read_block, read_records
 
 PLACE = Place(prefix="x:", stem="x")
 

@@ -9,8 +9,9 @@ from functools import cache
 
 import pyarrow as pa
 
-from ismdata import conversation, shards
-from ismdata.folders import write_index
+from ismdata import conversation
+from ismdata.data import shards
+from ismdata.data.output_folder import write_index
 from tests import oracle
 
 SEQ_LEN = 256

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from ismdata.backends import BACKENDS
-from ismdata.masks import ANSWER, QUERY
-from ismdata.skeleton import Piece
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.masks.intervals import ANSWER, QUERY
+from ismdata.rendering.skeleton import Piece
 
 #: What opens a question, what closes it, and the end of turn.
 OPEN, CLOSE, END = 80, 81, 90

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ismdata.answers import find_answers
-from ismdata.convert import convert
-from ismdata.demo import train_tokenizer
-from ismdata.encoder import ConversationEncoder
-from ismdata.masks import ANSWER, QUERY
-from ismdata.pack import pack
-from ismdata.shards import PackedShards
+from ismdata.cli.demo import train_tokenizer
+from ismdata.convert.pipeline import convert
+from ismdata.data.shards import PackedShards
+from ismdata.eval.answers import find_answers
+from ismdata.masks.intervals import ANSWER, QUERY
+from ismdata.pack.pipeline import pack
+from ismdata.rendering.encoding import ConversationEncoder
 from tests.tiny import sample, write_packed
 
 

@@ -13,13 +13,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, StaticCache
 
-from ismdata import backends, canary, masks
-from ismdata.attention import attach, attached_backend, detach, load
-from ismdata.backends import BACKENDS, choose
-from ismdata.collate import IGNORE_INDEX, Collator
-from ismdata.dense import dense_attention, dense_mask
+from ismdata import masks
+from ismdata.attention import canary
+from ismdata.attention.attachment import attach, attached_backend, detach, load
+from ismdata.attention.backends import registry as backends
+from ismdata.attention.backends.base import Intervals, PerWindow
+from ismdata.attention.backends.registry import BACKENDS, choose
+from ismdata.attention.backends.sdpa import dense_attention, dense_mask
+from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.intervals import Intervals, PerWindow
 from tests.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model
 
 DOCUMENTS = [

@@ -21,14 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ismdata.tokenizing
-from ismdata.convert import convert
-from ismdata.encoder import Encoding, set_up
+import ismdata.pack.tokenize
+from ismdata.convert.pipeline import convert
+from ismdata.data.output_folder import INDEX_NAME
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import INDEX_NAME
-from ismdata.pack import PackReport, pack
-from ismdata.tokenizer import Tokenizer, load_pretrained
-from ismdata.tokenizer_backends import (
+from ismdata.pack.pipeline import PackReport, pack
+from ismdata.rendering.encoding import Encoding, set_up
+from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
+from ismdata.rendering.tokenizer_backends import (
     Backend,
     BackendRefused,
     Compared,
@@ -40,7 +41,6 @@ from ismdata.tokenizer_backends import (
     sampled,
     stratified,
 )
-from ismdata.verify import verify
 from tests.conftest import encoding, template_named
 from tests.test_pack import bytes_tokenizer
 
@@ -85,7 +85,7 @@ def test_ids_are_those_of_each_text_alone(
 ) -> None:
     reference = deepseek_encoding.tokenizer.reference
     backend: Backend = reference if name == "hf" else gigatoken_for(reference)
-    with patch("ismdata.tokenizer_backends._SLICE_BYTES", at_once):
+    with patch("ismdata.rendering.tokenizer_backends._SLICE_BYTES", at_once):
         ids, lengths = backend.encode(large(["left out"] * cut + texts).slice(cut), opening=opening)
     one_by_one = [reference.inside.encode(text, add_special_tokens=False).ids for text in texts]
     assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
@@ -116,7 +116,7 @@ def test_gigatoken_forgets_what_it_has_seen(bytes_tokenizer: Path, monkeypatch: 
 
     load, loads = gigatoken.Tokenizer.from_json, []
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: loads.append(text) or load(text))
-    monkeypatch.setattr("ismdata.tokenizer_backends._REMEMBERED_BYTES", 250)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 250)
     backend = Gigatoken(encoding(bytes_tokenizer).tokenizer.reference)
     first = len(loads)
     texts = large(["forty bytes of text that stand in a line"] * 2)
@@ -171,8 +171,8 @@ def packed(
 ) -> Callable[..., tuple[PackReport, list[str]]]:
     """Pack the corpus, in several batches; the report and the notes."""
     loaded = set_up(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack, "set_up", lambda *arguments, **options: loaded)
-    monkeypatch.setattr(ismdata.tokenizing, "_BATCH_CONVERSATIONS", 40)
+    monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.pack.tokenize, "_BATCH_CONVERSATIONS", 40)
 
     def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
         notes: list[str] = []
@@ -254,8 +254,8 @@ def test_a_difference_found_later_means_all_over_again(
     """The third of three batches has the only text that differs, and no sample sees it."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 111")
-    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
-    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     report, notes = packed()
     assert len(notes) == 1
     assert "gigatoken is left aside" in notes[0]
@@ -271,8 +271,8 @@ def test_a_difference_that_only_law_5_sees(
     """The template is not blamed for it: skeletons stay in use."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 0")
-    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
-    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 0.0)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 0.0)
     report, notes = packed()
     assert len(notes) == 1
     assert "gigatoken is left aside" in notes[0]
@@ -287,7 +287,7 @@ def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyP
     ]
     alone = Gigatoken(reference)
     expected = [alone.encode(batch, opening=False) for batch in batches]
-    monkeypatch.setattr("ismdata.tokenizer_backends._REMEMBERED_BYTES", 4 << 20)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 4 << 20)
     shared = Gigatoken(reference)
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(lambda batch: shared.encode(batch, opening=False), batches * 2))
@@ -300,7 +300,7 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
     bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where another thread is at it: a batch is spooled when its own call returns."""
-    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     reference = set_up(str(bytes_tokenizer)).tokenizer.reference
     backend = Compared(Gigatoken(reference), reference)
     backend.encode(large(["text"]), opening=False)
@@ -331,7 +331,7 @@ def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
 def test_each_way_has_a_gigatoken_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[bytes] = []
     monkeypatch.setattr(
-        "ismdata.tokenizer_backends._Forgetting", lambda serialized: read.append(serialized) or serialized
+        "ismdata.rendering.tokenizer_backends._Forgetting", lambda serialized: read.append(serialized) or serialized
     )
     opening, inside = object(), object()
     apart: Any = Gigatoken(Reference(opening, inside, b"opening", b"inside"))  # type: ignore[arg-type]
@@ -350,10 +350,10 @@ def test_the_sample_that_is_compared_is_of_the_corpus(
         compared.extend(texts.to_pylist())
         return sampled(texts, reference)
 
-    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", noted)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", noted)
     packed()
     assert compared
-    assert compared == ismdata.tokenizing.sampled_texts([ismdata.tokenizing.Source(converted)]).to_pylist()
+    assert compared == ismdata.pack.tokenize.sampled_texts([ismdata.pack.tokenize.Source(converted)]).to_pylist()
 
 
 def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +431,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Record after every batch, and die at the batch of that number (counted over all runs)."""
 
     def at(number: int) -> None:
-        make, made = ismdata.tokenizing.make_documents, []
+        make, made = ismdata.pack.tokenize.make_documents, []
 
         def dying(*arguments: Any) -> Any:
             made.append(1)
@@ -439,8 +439,8 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 raise Death
             return make(*arguments)
 
-        monkeypatch.setattr(ismdata.tokenizing, "make_documents", dying)
-        monkeypatch.setattr("ismdata.journal.Journal.due", lambda self: True)
+        monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", dying)
+        monkeypatch.setattr("ismdata.data.journal.Journal.due", lambda self: True)
 
     return at
 
@@ -451,8 +451,8 @@ def test_a_run_goes_on_with_the_backend_that_it_had(
     """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 55")
-    monkeypatch.setattr("ismdata.tokenizer_backends.sampled", lambda texts, reference: [])
-    monkeypatch.setattr("ismdata.tokenizer_backends._SHARE", 1.0)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     killed(4)
     with pytest.raises(Death):
         packed()

@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from ismdata import batched, greedy
-from ismdata.attention import attach
-from ismdata.batched import answer_many
+from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UsageError
-from ismdata.glm_layout import GlmTokens
-from ismdata.masks import ANSWER, QUERY
-from ismdata.session import Session
-from ismdata.skeleton import Piece
+from ismdata.generate import batched, greedy
+from ismdata.generate.batched import answer_many
+from ismdata.generate.session import Session
+from ismdata.masks.intervals import ANSWER, QUERY
+from ismdata.rendering.glm_tokens import GlmTokens
+from ismdata.rendering.skeleton import Piece
 from tests.test_laws_cache import MASK_ID, START_ID, TextEncoder, glm_model
 from tests.tiny import tiny_model
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.behind import BehindThread, side_by_side
-from ismdata.folders import GrowingFile, ShardFile, describe_file
-from ismdata.tokenizing import _one_ahead
+from ismdata.concurrency import BehindThread, side_by_side
+from ismdata.data.output_folder import GrowingFile, ShardFile, describe_file
+from ismdata.pack.tokenize import _one_ahead
 
 
 def test_results_come_in_order() -> None:

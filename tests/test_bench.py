@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ismdata.bench import corpus, data, stages
+from ismdata.bench.data import corpus, stages
+from ismdata.bench.data import run as data
 from ismdata.bench.report import Row, machine, number, picture, table
-from ismdata.cli import app
-from ismdata.demo import sample_files, train_tokenizer
+from ismdata.cli.demo import sample_files, train_tokenizer
+from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
-from ismdata.tokenizer_backends import BackendName
+from ismdata.rendering.tokenizer_backends import BackendName
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_jobs_run_in_turn() -> None:
 
 
 def test_yardsticks_get_every_text_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ismdata.convert import convert
+    from ismdata.convert.pipeline import convert
 
     convert([str(small)], tmp_path / "converted")
     said = [message["content"] for line in small.open() for message in json.loads(line)["messages"]]
@@ -104,8 +105,8 @@ def test_the_other_yardstick_gets_what_pack_gives_its_tokenizer(
     """Each message once, whatever the template writes around it."""
     if backend == "gigatoken":
         pytest.importorskip("gigatoken")
-    from ismdata.convert import convert
-    from ismdata.pack import pack
+    from ismdata.convert.pipeline import convert
+    from ismdata.pack.pipeline import pack
 
     convert([str(small)], tmp_path / "converted")
 

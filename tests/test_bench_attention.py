@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ismdata import masks
-from ismdata.backends import BACKENDS
-from ismdata.bench import attention, cases, steps, timing, yardstick
-from ismdata.bench.attention_report import AttentionRow, StepRow, attention_table, picture, rate
-from ismdata.bench.cases import YARDSTICK, Heads, case, random_inputs
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.models.presets import preset_config
+from ismdata.bench import timing
+from ismdata.bench.attention import cases, yardstick
+from ismdata.bench.attention import run as attention
+from ismdata.bench.attention import training_steps as steps
+from ismdata.bench.attention.cases import YARDSTICK, Heads, case, random_inputs
+from ismdata.bench.attention.report import AttentionRow, StepRow, attention_table, picture, rate
+from ismdata.bench.attention.workload import lay_out, random_documents, sharegpt_like
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, peak_bytes
-from ismdata.bench.workload import lay_out, random_documents, sharegpt_like
-from ismdata.cli import app
-from ismdata.presets import preset_config
+from ismdata.cli.main import app
 from tests.oracle import Row
 
 ROOT = Path(__file__).parents[1]
@@ -230,7 +233,7 @@ def test_a_step_changes_the_weights() -> None:
     torch.manual_seed(0)
     trainer = steps._Trainer(preset_config("tiny", vocab_size=64, seq_len=128), CPU)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    from ismdata.attention import attach
+    from ismdata.attention.attachment import attach
 
     attach(trainer.model, "sdpa")
     trainer.step(steps._batch(sharegpt_like(128, rows=1), "ism", 64, "sdpa", CPU))
@@ -456,7 +459,7 @@ def test_a_wrong_kernel_is_found(gpu: ModuleType, tmp_path: Path, monkeypatch: p
 
 def attention_attached(gpu: ModuleType, call: object) -> object:
     """A tiny model that was attached although its canary would refuse it."""
-    from ismdata import attention as attention_module
+    from ismdata.attention import attachment as attention_module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "check_attached", lambda *arguments: None)

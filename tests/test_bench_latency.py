@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config, Starc
 from typer.testing import CliRunner
 
 from ismdata import attach, masks
-from ismdata.bench import latency, latency_report, models
-from ismdata.bench.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
-from ismdata.bench.latency import MASKS, Conversation, Plan, Turn, run_latency_bench
-from ismdata.bench.latency_report import FlopsRow, TurnRow, latency_table, picture
-from ismdata.cli import app
+from ismdata.attention.models.presets import preset_model
+from ismdata.bench.latency import models
+from ismdata.bench.latency import report as latency_report
+from ismdata.bench.latency import run as latency
+from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
+from ismdata.bench.latency.report import FlopsRow, TurnRow, latency_table, picture
+from ismdata.bench.latency.run import MASKS, Conversation, Plan, Turn, run_latency_bench
+from ismdata.cli.main import app
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.held import Held
-from ismdata.presets import preset_model
-from ismdata.session import Session
+from ismdata.generate.kv_cache import Held
+from ismdata.generate.session import Session
 from tests.scripted import END, OPEN, CharacterEncoder, ScriptedModel
 from tests.tiny import ANSWER, QUERY, SIZES, VOCABULARY, spans_of, tiny_model
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from ismdata.attention import attach
-from ismdata.cache_policy import POLICIES, KeyRotation, compact, crop, kept
+from ismdata.attention.attachment import attach
 from ismdata.errors import UnsupportedModelError
-from ismdata.feeding import feed, feed_scored
+from ismdata.generate.eviction import POLICIES, KeyRotation, compact, crop, kept
+from ismdata.generate.feeding import feed, feed_scored
 from tests.talks import FEW
 from tests.tiny import SIZES, VOCABULARY, tiny_model
 

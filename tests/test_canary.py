@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from ismdata import canary
-from ismdata.attention import attach
-from ismdata.backends import BACKENDS
-from ismdata.canary import check_training
-from ismdata.dense import dense_attention, dense_mask
+from ismdata.attention import canary
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends.base import PerWindow
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.backends.sdpa import dense_attention, dense_mask
+from ismdata.attention.canary import check_training
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.intervals import PerWindow
-from ismdata.train import train
+from ismdata.train.pipeline import train
 from tests.decoders import CONFIGS, decoder
 from tests.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
 

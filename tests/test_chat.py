@@ -9,11 +9,11 @@ import signal
 
 import pytest
 
-from ismdata import attention
-from ismdata.chat import COMMANDS, open_chat, run_terminal
-from ismdata.encoder import SETTINGS_NAME
+from ismdata.attention import attachment as attention
 from ismdata.errors import DataError, UsageError
-from ismdata.session import Session, Window
+from ismdata.generate.session import Session, Window
+from ismdata.generate.terminal import COMMANDS, open_chat, run_terminal
+from ismdata.rendering.encoding import SETTINGS_NAME
 from tests.scripted import END, CharacterEncoder, ScriptedModel
 from tests.test_session import TWO_TURNS, session_of
 from tests.tiny import tiny_model
@@ -203,7 +203,7 @@ def test_a_question_longer_than_the_models_positions(folder):
 def test_the_command_line(folder):
     from typer.testing import CliRunner
 
-    from ismdata.cli import app
+    from ismdata.cli.main import app
 
     def run(*options, lines=""):
         return CliRunner().invoke(app, ["chat", str(folder), *options], input=lines)

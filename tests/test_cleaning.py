@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.cleaning import Cleaner, Cleaning, against_digests, conversations, first_match, turn_counts
 from ismdata.conversation import FORMAT, REASONS
-from ismdata.digests import digests
+from ismdata.convert.digests import digests
+from ismdata.convert.filters import Cleaner, Cleaning, against_digests, conversations, first_match, turn_counts
+from ismdata.data.output_folder import describe_file, entries, write_index
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import describe_file, entries, write_index
 from tests.talks import FEW, MANY, pieces, said, table, talk
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from ismdata.cli import app
-from ismdata.folders import write_index
+from ismdata.cli.main import app
+from ismdata.data.output_folder import write_index
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ismdata
-from ismdata import masks, varlen_tables
-from ismdata.collate import IGNORE_INDEX, Collator
-from ismdata.dataset import PackedDataset
+from ismdata import masks
+from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.dataset import PackedDataset
+from ismdata.data.output_folder import write_index
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import write_index
+from ismdata.masks import varlen_tables
 from tests.tiny import ANSWER, PROMPT, QUERY, sample, write_packed
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "masks.json"

@@ -14,15 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ismdata import parity
-from ismdata.batch import InvalidArguments, as_template_messages, conversation_batch
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.encoder import ConversationEncoder, Encoding
-from ismdata.masks import ANSWER
-from ismdata.template import CannotRender
-from ismdata.tokens import DocumentEncoder
-from ismdata.tracing import TextLost
-from ismdata.turns import Chunk, HistoryRewritten, NotRendered
+from ismdata.masks.intervals import ANSWER
+from ismdata.pack import template_check as parity
+from ismdata.pack.conversation_batch import InvalidArguments, as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.rendering.chat_template import CannotRender
+from ismdata.rendering.encoding import ConversationEncoder, Encoding
+from ismdata.rendering.renderer import Chunk, HistoryRewritten, NotRendered
+from ismdata.rendering.tracing import TextLost
 from tests.conftest import encoding
 from tests.test_tokens import whole
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata import control_tokens
-from ismdata.control_tokens import AddedToken, ControlTokens
+from ismdata.rendering import control_tokens
+from ismdata.rendering.control_tokens import AddedToken, ControlTokens
 
 #: Few characters, so that texts begin alike; some mean something in an expression.
 CHARACTERS = "ab<|.*\\\n"

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ismdata import conversation_files, conversion
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.convert import convert
+from ismdata.convert import job as conversion
+from ismdata.convert.pipeline import convert
+from ismdata.convert.sources import framing
+from ismdata.convert.worker_pool import Workers
+from ismdata.data import conversations as conversation_files
 from ismdata.errors import DataError, UsageError
-from ismdata.readers import framing
-from ismdata.workers import Workers
 
 OPTIONAL = ("train", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content")
 CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from ismdata.conversation import CONVERSATION_SCHEMA, MESSAGE_TYPE, REASONS, ROLES
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 

@@ -9,11 +9,12 @@ import shutil
 
 import pytest
 
-from ismdata import conversation, shards
-from ismdata.dataset import PackedDataset
+from ismdata import conversation
+from ismdata.data import shards
+from ismdata.data.dataset import PackedDataset
+from ismdata.data.output_folder import INDEX_NAME, leaves_folder, load_index, read_index, sealed, write_index
+from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.folders import INDEX_NAME, leaves_folder, load_index, read_index, sealed, write_index
-from ismdata.verify import verify
 from tests.handmade import ConvertedFolder, PackedFolder
 
 KINDS = {"converted": ConvertedFolder, "packed": PackedFolder}

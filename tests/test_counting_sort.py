@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata import counting_sort
-from ismdata.counting_sort import sort_by_key
+from ismdata.pack.planning import counting_sort
+from ismdata.pack.planning.counting_sort import sort_by_key
 
 
 @st.composite

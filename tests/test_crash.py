@@ -20,21 +20,21 @@ from typing import Any
 
 import pytest
 
-import ismdata.conversation_files
-import ismdata.conversion
-import ismdata.journal
-import ismdata.pack
-import ismdata.tokenizing
-from ismdata.cleaning import Cleaning
-from ismdata.conversion import Selection
-from ismdata.convert import convert
-from ismdata.encoder import set_up
+import ismdata.convert.job
+import ismdata.data.conversations
+import ismdata.data.journal
+import ismdata.pack.pipeline
+import ismdata.pack.tokenize
+from ismdata.convert.filters import Cleaning
+from ismdata.convert.job import Selection
+from ismdata.convert.pipeline import convert
+from ismdata.convert.sources import framing
+from ismdata.data.output_folder import GrowingFile
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import GrowingFile
-from ismdata.pack import PackReport, pack
-from ismdata.parity import ColumnsDiffer, Comparison
-from ismdata.readers import framing
-from ismdata.verify import verify
+from ismdata.pack.pipeline import PackReport, pack
+from ismdata.pack.template_check import ColumnsDiffer, Comparison
+from ismdata.rendering.encoding import set_up
 from tests.test_pack import bytes_tokenizer as bytes_tokenizer
 
 SEQ_LEN = 256
@@ -84,20 +84,20 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def record_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record after each batch, and no wait for the disk: what was written outlives a death inside the process."""
-    monkeypatch.setattr(ismdata.journal, "_EVERY", 0.0)
-    monkeypatch.setattr(ismdata.journal, "_SHARE", 0)
+    monkeypatch.setattr(ismdata.data.journal, "_EVERY", 0.0)
+    monkeypatch.setattr(ismdata.data.journal, "_SHARE", 0)
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     """Many batches, checkpoints and shards in little data, and the tokenizer loaded once."""
-    monkeypatch.setattr(ismdata.tokenizing, "_BATCH_CONVERSATIONS", 16)
-    monkeypatch.setattr(ismdata.pack, "_SHARD_TOKENS", 8 * SEQ_LEN)
-    monkeypatch.setattr(ismdata.pack, "_BATCH_TOKENS", 4 * SEQ_LEN)
+    monkeypatch.setattr(ismdata.pack.tokenize, "_BATCH_CONVERSATIONS", 16)
+    monkeypatch.setattr(ismdata.pack.pipeline, "_SHARD_TOKENS", 8 * SEQ_LEN)
+    monkeypatch.setattr(ismdata.pack.pipeline, "_BATCH_TOKENS", 4 * SEQ_LEN)
     record_always(monkeypatch)
     loaded = set_up(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack, "set_up", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
 
 
 def packed(converted: Path, output: Path, **options: Any) -> PackReport:
@@ -155,9 +155,10 @@ def test_death_at_every_sync(
 @contextmanager
 def death_at_line(number: int) -> Iterator[list[int]]:
     """Die at the n-th line run in the files that write; yields how many there were."""
-    names = ["pack", "tokenizing", "journal", "columns", "folders", "spool"]
-    names += ["conversion", "conversation_files", "cleaning"]
+    names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations"]
+    names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/filters"]
     files = {str(Path(ismdata.__file__).with_name(f"{name}.py")) for name in names}
+    assert all(Path(file).is_file() for file in files)
     count = [0]
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -205,7 +206,7 @@ def test_finished_work_is_not_done_again(
 ) -> None:
     output = tmp_path / "out" / "packed"
     made: list[int] = []
-    make, describe = ismdata.tokenizing.make_documents, GrowingFile.describe
+    make, describe = ismdata.pack.tokenize.make_documents, GrowingFile.describe
     described: list[str] = []
 
     def counted(*arguments: Any) -> Any:
@@ -220,18 +221,18 @@ def test_finished_work_is_not_done_again(
         described.append(file.path.name)
         return describe(file, rows)
 
-    monkeypatch.setattr(ismdata.tokenizing, "make_documents", counted)
+    monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", counted)
     with pytest.raises(Death):
         packed(converted, output)
     made.clear()
-    monkeypatch.setattr(ismdata.tokenizing, "make_documents", lambda *a: made.append(1) or make(*a))
+    monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", lambda *a: made.append(1) or make(*a))
     monkeypatch.setattr(GrowingFile, "describe", third)
     notes: list[str] = []
     with pytest.raises(Death):
         packed(converted, output, notify=notes.append)
     assert len(made) == 3  # of four: the second had been made, but not spooled
     assert any("16 of 60 conversations tokenized, shards written: 0" in note for note in notes)
-    monkeypatch.setattr(ismdata.tokenizing, "make_documents", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", lambda *a: pytest.fail("tokenized again"))
     monkeypatch.setattr(
         GrowingFile, "describe", lambda file, rows: described.append(file.path.name) or describe(file, rows)
     )
@@ -247,7 +248,7 @@ def test_the_decision_to_render_one_by_one_is_kept(
 ) -> None:
     """A template that needs it is found out once; the run goes on without skeletons after a crash."""
     output = tmp_path / "out" / "packed"
-    comparison, used = ismdata.tokenizing.parity.comparison, []
+    comparison, used = ismdata.pack.tokenize.parity.comparison, []
 
     def differs(encoding: Any, encoder: Any, batch: Any, requests: Any) -> Comparison:
         used.append(encoder.use_skeletons)
@@ -257,7 +258,7 @@ def test_the_decision_to_render_one_by_one_is_kept(
             raise Death
         return comparison(encoding, encoder, batch, requests)
 
-    monkeypatch.setattr(ismdata.tokenizing.parity, "comparison", differs)
+    monkeypatch.setattr(ismdata.pack.tokenize.parity, "comparison", differs)
     with pytest.raises(Death):
         packed(converted, output)
     packed(converted, output)
@@ -278,8 +279,8 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two sources with broken and repeated records, to be read in many blocks and written to many shards."""
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (4000,))
-    monkeypatch.setattr(ismdata.conversion, "_BATCH_BYTES", 4000)
-    monkeypatch.setattr(ismdata.conversation_files, "SHARD_BYTES", 8000)
+    monkeypatch.setattr(ismdata.convert.job, "_BATCH_BYTES", 4000)
+    monkeypatch.setattr(ismdata.data.conversations, "SHARD_BYTES", 8000)
     record_always(monkeypatch)
     write_corpus(tmp_path / "a.jsonl", 60)
     lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -354,7 +355,7 @@ def interrupted(converted: Path, output: Path, monkeypatch: pytest.MonkeyPatch, 
         raise Death
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(ismdata.pack, "describe_file", die)
+        patch.setattr(ismdata.pack.pipeline, "describe_file", die)
         packed(converted, output, **options)
     partial = output.parent / f".{output.name}.partial"
     assert partial.exists()
@@ -404,7 +405,7 @@ def test_a_source_and_a_tokenizer_that_changed(
             packed(converted, output)
         write_corpus(tmp_path / "chats.jsonl", 30)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
-        loaded = ismdata.pack.set_up("bytes")
+        loaded = ismdata.pack.pipeline.set_up("bytes")
         with monkeypatch.context() as patch:
             patch.setitem(loaded.tokenizer.__dict__, "sha256", "another")
             with pytest.raises(UsageError, match=r"the tokenizer is .*another.*interrupted had"):
@@ -418,14 +419,14 @@ def test_an_interrupted_run_that_was_tampered_with(
     harm: str, converted: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out" / "packed"
-    finish = ismdata.journal.Journal.finish
+    finish = ismdata.data.journal.Journal.finish
 
     def once(journal: Any, *arguments: Any) -> None:
         finish(journal, *arguments)
         raise Death
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(ismdata.journal.Journal, "finish", once)
+        patch.setattr(ismdata.data.journal.Journal, "finish", once)
         packed(converted, output)
     name = {"shard": "shard-00000.arrow", "spool": "scratch/spans", "quarantine": "quarantine.jsonl"}[harm]
     os.truncate(output.parent / ".packed.partial" / name, 4)
@@ -485,13 +486,13 @@ def test_a_disk_that_cannot_be_written(converted: Path, tmp_path: Path, small_pa
 #: The command, with many records and a rest after each.
 SLOW = """
 import sys, time
-import ismdata.journal, ismdata.tokenizing
+import ismdata.data.journal, ismdata.pack.tokenize
 from ismdata.cli import main
 
-ismdata.tokenizing._BATCH_CONVERSATIONS = 8
-ismdata.journal._EVERY = ismdata.journal._SHARE = 0
-record = ismdata.journal.Journal.record
-ismdata.journal.Journal.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
+ismdata.pack.tokenize._BATCH_CONVERSATIONS = 8
+ismdata.data.journal._EVERY = ismdata.data.journal._SHARE = 0
+record = ismdata.data.journal.Journal.record
+ismdata.data.journal.Journal.record = lambda *arguments: (record(*arguments), time.sleep(0.3))
 main()
 """
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ismdata import best_bins, cutting_stock, exact_completion
-from ismdata.bins import best_fit_decreasing, fewest_bins
-from ismdata.cutting_stock import column_generation, relaxed_bound
-from ismdata.packing import plan
+from ismdata.pack.planning import choose as best_bins
+from ismdata.pack.planning import cutting_stock, exact_completion
+from ismdata.pack.planning.best_fit import best_fit_decreasing, fewest_bins
+from ismdata.pack.planning.cutting_stock import column_generation, relaxed_bound
+from ismdata.pack.planning.plan import plan
 from tests.test_packing import fewest_bins as fewest_by_trying
 from tests.test_packing import histogram, rooms_of
 

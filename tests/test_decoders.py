@@ -26,12 +26,12 @@ from transformers import (
     T5Config,
 )
 
-from ismdata.architecture import check_parallelism
-from ismdata.attention import attach
-from ismdata.backends import BACKENDS
-from ismdata.collate import Collator
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.supported_models import check_parallelism
+from ismdata.data.collate import Collator
 from ismdata.errors import UnsupportedModelError
-from ismdata.feeding import feed
+from ismdata.generate.feeding import feed
 from tests.decoders import CONFIGS, WINDOW, decoder, stock_forward
 from tests.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ismdata.decoding import EndOfTurn, Sampling, can_show, chooser, message_text
+from ismdata.generate.sampling import EndOfTurn, Sampling, can_show, chooser, message_text
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

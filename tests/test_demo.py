@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from ismdata.cli import app
-from ismdata.demo import run_demo, sample_files, train_tokenizer
+from ismdata.cli.demo import run_demo, sample_files, train_tokenizer
+from ismdata.cli.main import app
+from ismdata.data.verify import verify
 from ismdata.errors import UsageError
-from ismdata.verify import verify
 
 SAMPLE_TEXTS = [file.read_text(encoding="utf-8") for file in sample_files()]
 TOKENIZER = train_tokenizer(SAMPLE_TEXTS)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLES
-from ismdata.digests import Digests, DigestSet, digests, repeated, repeats
+from ismdata.convert.digests import Digests, DigestSet, digests, repeated, repeats
 from tests.conftest import DATA, needs_data
 from tests.talks import FEW, MANY, pieces, said, table, talk
 
@@ -140,7 +140,7 @@ def test_digest_set_is_a_set(blocks: list[list[tuple[int, int]]]) -> None:
 def test_repeats_counts_all_but_the_first(rows: list[tuple[int, int]], at_once: int) -> None:
     spread = np.array(rows, np.uint64).reshape(-1, 2) << np.uint64(62)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ismdata.digests._SORTED", at_once)
+        patch.setattr("ismdata.convert.digests._SORTED", at_once)
         assert repeats(spread) == len(rows) - len(set(rows))
     assert repeated(spread).tolist() == [row in rows[:at] for at, row in enumerate(rows)]
 

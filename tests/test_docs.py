@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from ismdata.cli import app
+from ismdata.cli.main import app
 from ismdata.conversation import REASONS
 
 ROOT = Path(__file__).parents[1]

@@ -15,14 +15,14 @@ from jsonschema import Draft202012Validator
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ismdata import eval_run
-from ismdata.bootstrap import Bootstrap
-from ismdata.cli import app
-from ismdata.convert import convert
-from ismdata.demo import train_tokenizer
-from ismdata.eval_results import compare, read_results
-from ismdata.folders import load_index, write_index
-from ismdata.pack import pack
+from ismdata.cli.demo import train_tokenizer
+from ismdata.cli.main import app
+from ismdata.convert.pipeline import convert
+from ismdata.data.output_folder import load_index, write_index
+from ismdata.eval import pipeline as eval_run
+from ismdata.eval.bootstrap import Bootstrap
+from ismdata.eval.results import compare, read_results
+from ismdata.pack.pipeline import pack
 from tests.tiny import ANSWER, QUERY, sample, write_packed
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "schemas" / "eval.schema.json").read_text(encoding="utf-8"))

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from ismdata import bootstrap
-from ismdata.bootstrap import Bootstrap, estimate, paired_difference, ratio
 from ismdata.errors import UsageError
-from ismdata.text_scores import bleu, bleu_counts, common_subsequence, rouge_l, text_scores, tokenizer_for
+from ismdata.eval import bootstrap
+from ismdata.eval.bootstrap import Bootstrap, estimate, paired_difference, ratio
+from ismdata.eval.text_scores import bleu, bleu_counts, common_subsequence, rouge_l, text_scores, tokenizer_for
 
 
 def values(groups, *, seed=0, shift=0.0):

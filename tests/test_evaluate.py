@@ -10,20 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from ismdata import evaluate, greedy
-from ismdata.answers import find_answers
-from ismdata.attention import attach
-from ismdata.bootstrap import Bootstrap
-from ismdata.collate import Collator
-from ismdata.convert import convert
-from ismdata.dataset import PackedDataset
-from ismdata.decoding import EndOfTurn
+from ismdata.attention.attachment import attach
+from ismdata.attention.models.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
+from ismdata.convert.pipeline import convert
+from ismdata.data.collate import Collator
+from ismdata.data.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
-from ismdata.evaluate import answer_losses, likelihood, target_losses
-from ismdata.generate_eval import generate_answers
-from ismdata.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
-from ismdata.greedy import Prompt, greedy_answers
-from ismdata.pack import pack
+from ismdata.eval import likelihood as evaluate
+from ismdata.eval.answers import find_answers
+from ismdata.eval.bootstrap import Bootstrap
+from ismdata.eval.generation import generate_answers
+from ismdata.eval.likelihood import answer_losses, likelihood, target_losses
+from ismdata.generate import greedy
+from ismdata.generate.greedy import Prompt, greedy_answers
+from ismdata.generate.sampling import EndOfTurn
+from ismdata.pack.pipeline import pack
 from tests.oracle import Row
 from tests.test_glm_layout import save_tokenizer
 from tests.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from ismdata import flex, masks
-from ismdata.attention import attach
-from ismdata.collate import Collator
+from ismdata import masks
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends import flex
+from ismdata.attention.backends.base import Intervals
+from ismdata.attention.backends.flex import FLEX, block_lists, block_mask, block_table, interval_mask_mod
+from ismdata.data.collate import Collator
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.flex import FLEX, block_lists, block_mask, block_table, interval_mask_mod
-from ismdata.intervals import Intervals
 from tests.decoders import decoder
 from tests.tiny import ANSWER, PROMPT, QUERY, sample, tiny_model
 

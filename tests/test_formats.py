@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ismdata.conversation import REASONS, ROLE_NAMES
-from ismdata.readers import READERS, detect
-from ismdata.readers.base import Choices, Place, Refused, following
-from ismdata.readers.blocks import LineBlock
-from ismdata.readers.canonical import Rules, canonical
-from ismdata.readers.framing import line_block
-from ismdata.readers.reading import read_block, read_records
+from ismdata.convert.canonical import Rules, canonical
+from ismdata.convert.formats.base import Choices, Place, Refused, following
+from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.read_block import read_block, read_records
+from ismdata.convert.sources.blocks import LineBlock
+from ismdata.convert.sources.framing import line_block
 from tests.conftest import DATA, needs_data
 from tests.shapes import QA, SHAPES, A, Q, R, S, T, U, chat, spoken
 

@@ -14,14 +14,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from ismdata.convert.formats.base import Refused
+from ismdata.convert.sources import delimited as rows
+from ismdata.convert.sources import framing
+from ismdata.convert.sources import yaml_files as yaml_lists
+from ismdata.convert.sources.blocks import with_key
+from ismdata.convert.sources.delimited import column_names, frame_rows
+from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, framing_of, skip_mark
+from ismdata.convert.sources.framing import ByteQueue, frame_entries, frame_splits
+from ismdata.convert.sources.yaml_files import documents, frame_yaml
 from ismdata.errors import DataError
-from ismdata.readers import framing, rows, yaml_lists
-from ismdata.readers.base import Refused
-from ismdata.readers.blocks import with_key
-from ismdata.readers.framing import ByteQueue, frame_entries, frame_splits
-from ismdata.readers.layout import LINE_LAYOUTS, framing_of, skip_mark
-from ismdata.readers.rows import column_names, frame_rows
-from ismdata.readers.yaml_lists import documents, frame_yaml
 
 yaml = pytest.importorskip("yaml")
 

@@ -21,16 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
-from ismdata.convert import ConvertReport, convert
+from ismdata.convert.canonical import Rules
+from ismdata.convert.explain import explain
+from ismdata.convert.formats.base import Choices
+from ismdata.convert.formats.registry import READERS
+from ismdata.convert.mapping_file import parse_mapping
+from ismdata.convert.pipeline import ConvertReport, convert
+from ismdata.convert.sources.parts import Format as Reading
+from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.explain import explain
-from ismdata.mapping import parse_mapping
-from ismdata.pack import pack
-from ismdata.readers import READERS
-from ismdata.readers.base import Choices
-from ismdata.readers.canonical import Rules
-from ismdata.readers.opening import Format as Reading
-from ismdata.verify import verify
+from ismdata.pack.pipeline import pack
 from tests.fuzz_checks import Memory, check_file, check_row
 from tests.mutations import mutated_bytes, mutated_value
 from tests.raw_corpora import ANCHOR, ESCAPING, FORMATS, PACKED, A, Format, S, Talk, U, is_unicode, packed, written

@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ismdata import attention, masks
-from ismdata.attention import attach
-from ismdata.collate import IGNORE_INDEX, Collator
-from ismdata.convert import convert
-from ismdata.dataset import PackedDataset
+from ismdata import masks
+from ismdata.attention import attachment as attention
+from ismdata.attention.attachment import attach
+from ismdata.attention.models.glm import GlmRotaryEmbedding, IsmdataGlmConfig, IsmdataGlmForCausalLM
+from ismdata.convert.pipeline import convert
+from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
-from ismdata.glm import GlmRotaryEmbedding, IsmdataGlmConfig, IsmdataGlmForCausalLM
-from ismdata.glm_layout import block_positions, positions, token_positions
-from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.order import NOTHING, OrderedDataset
-from ismdata.pack import pack
-from ismdata.train import train
+from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.pack.pipeline import pack
+from ismdata.rendering.glm_tokens import block_positions, positions, token_positions
+from ismdata.train.order import NOTHING, OrderedDataset
+from ismdata.train.pipeline import train
 from tests.test_glm_layout import save_tokenizer
 from tests.tiny import SIZES, sample, tiny_model
 

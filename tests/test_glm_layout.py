@@ -18,21 +18,21 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ismdata import masks
-from ismdata.cli import app
-from ismdata.collate import Collator
-from ismdata.convert import convert
-from ismdata.dataset import PackedDataset
-from ismdata.encoder import ConversationEncoder, marked_pieces
+from ismdata.cli.main import app
+from ismdata.convert.pipeline import convert
+from ismdata.data.collate import Collator
+from ismdata.data.dataset import PackedDataset
+from ismdata.data.invariants import Rows, Terms, check_rows
+from ismdata.data.output_folder import write_index
+from ismdata.data.problems import Problems
+from ismdata.data.shards import PackedShards, packed_schema
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import write_index
-from ismdata.glm_layout import GlmTokens, block_positions, insert_markers, marked, positions, token_positions
-from ismdata.invariants import Rows, Terms, check_rows
-from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.pack import pack
-from ismdata.problems import Problems
-from ismdata.shards import PackedShards, packed_schema
-from ismdata.skeleton import Piece
-from ismdata.verify import verify
+from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.pack.pipeline import pack
+from ismdata.rendering.encoding import ConversationEncoder, marked_pieces
+from ismdata.rendering.glm_tokens import GlmTokens, block_positions, insert_markers, marked, positions, token_positions
+from ismdata.rendering.skeleton import Piece
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "glm_positions.json"
 SCHEMA = Path(__file__).parents[1] / "schemas" / "packed_index.schema.json"
@@ -320,7 +320,7 @@ def test_over_long_conversations_are_split_and_every_answer_is_trained_once(tmp_
 
 def test_the_same_shards_whoever_the_messages_are_rendered_by(tmp_path, converted, glm_tokenizer):
     """A template that acts on what messages say is rendered conversation by conversation, to the same documents."""
-    from ismdata.template import built_in
+    from ismdata.rendering.chat_template import built_in
 
     acting = tmp_path / "acting.jinja"
     acting.write_text(built_in("chatml") + "{% if messages[0].content == 'never' %}x{% endif %}")

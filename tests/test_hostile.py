@@ -20,19 +20,21 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ismdata import attention, skeleton
-from ismdata import template as templates
-from ismdata.base_model import pretrained
-from ismdata.batch import as_template_messages, conversation_batch
-from ismdata.control_tokens import AddedToken, ControlTokens
+import ismdata
+from ismdata.attention import attachment as attention
+from ismdata.attention.models.loading import pretrained
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.encoder import Encoding
 from ismdata.errors import DataError
-from ismdata.limits import limited
-from ismdata.template import ChatTemplate, built_in
-from ismdata.template_probe import profile
-from ismdata.tokenizer import load_pretrained
-from ismdata.tokens import DocumentEncoder
+from ismdata.pack.conversation_batch import as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.rendering import chat_template as templates
+from ismdata.rendering import skeleton
+from ismdata.rendering.chat_template import ChatTemplate, built_in
+from ismdata.rendering.control_tokens import AddedToken, ControlTokens
+from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.sandbox import limited
+from ismdata.rendering.template_probe import profile
+from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import encoding, template_named
 from tests.test_tokens import whole
 from tests.tiny import tiny_model
@@ -99,7 +101,7 @@ def test_a_long_conversation_has_more_time_and_text() -> None:
 def test_no_module_runs_templates_with_jinja_itself() -> None:
     """What the package takes from jinja2 reads a template's words or names its errors; rendering is transformers'."""
     taken, called = set(), set()
-    for path in (Path(templates.__file__).parent).rglob("*.py"):
+    for path in Path(ismdata.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("jinja2") for alias in node.names), path

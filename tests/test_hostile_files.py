@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ismdata.convert import convert
-from ismdata.verify import verify
+from ismdata.convert.pipeline import convert
+from ismdata.data.verify import verify
 
 SOUND = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata import lock
-from ismdata.columns import Column
+from ismdata.data import lock
+from ismdata.data.column_file import Column
+from ismdata.data.journal import Journal
+from ismdata.data.output_folder import JOURNAL_NAME, output_folder, put_in_place
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import JOURNAL_NAME, output_folder, put_in_place
-from ismdata.journal import Journal
 
 RUN: dict[str, Any] = {
     "command": "convert",
@@ -185,7 +185,7 @@ def test_another_run_is_refused_by_what_differs(
 
 def test_it_is_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("ismdata.journal.time.monotonic", lambda: now)
+    monkeypatch.setattr("ismdata.data.journal.time.monotonic", lambda: now)
     journal = Journal.open(tmp_path, RUN, restart=False)
     now += 5  # what is done before anything could be recorded
     assert not journal.due()
@@ -200,7 +200,7 @@ def test_it_is_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         nonlocal now
         now += 3
 
-    monkeypatch.setattr("ismdata.journal.os.fsync", slow)
+    monkeypatch.setattr("ismdata.data.journal.os.fsync", slow)
     journal.record({}, [])  # three seconds: a minute until the next
     now += 55
     assert not journal.due()
@@ -214,7 +214,7 @@ def test_it_is_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ismdata.lock import locked\n"
+        "import sys; from pathlib import Path; from ismdata.data.lock import locked\n"
         "with locked(Path(sys.argv[1])):\n  print('held', flush=True); sys.stdin.read()"
     )
     final = tmp_path / "deep" / "out"
@@ -304,8 +304,8 @@ def test_death_at_each_step_of_putting_in_place(
                     (folder / "index.json").write_text("new")
                     for name in ("replace", "unlink"):
                         patch.setattr(Path, name, counted(getattr(Path, name)))
-                    patch.setattr("ismdata.folders.shutil.rmtree", counted(_remove_tree))
-                    patch.setattr("ismdata.folders.sync_path", counted(lambda path: None))
+                    patch.setattr("ismdata.data.output_folder.shutil.rmtree", counted(_remove_tree))
+                    patch.setattr("ismdata.data.output_folder.sync_path", counted(lambda path: None))
             except Death:
                 died = True
         places = [final, base / ".out.partial", base / ".out.replaced"]

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ismdata.batch import as_template_messages, conversation_batch
-from ismdata.convert import convert
-from ismdata.document_columns import Requests
-from ismdata.encoder import Encoding
-from ismdata.masks import ANSWER
-from ismdata.tokens import DocumentEncoder
+from ismdata.convert.pipeline import convert
+from ismdata.masks.intervals import ANSWER
+from ismdata.pack.conversation_batch import as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.requests import Requests
+from ismdata.rendering.encoding import Encoding
 from tests.conftest import DATA, TEMPLATES, encoding, needs_data
 
 SAMPLE = int(os.environ.get("ISMDATA_LAW5_SAMPLE", "2"))

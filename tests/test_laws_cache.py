@@ -10,16 +10,17 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ismdata import glm_layout, masks
-from ismdata.attention import attach
-from ismdata.backends import BACKENDS
-from ismdata.collate import Collator
-from ismdata.decoding import Sampling
-from ismdata.feeding import feed
-from ismdata.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
-from ismdata.glm_layout import GlmTokens
-from ismdata.session import Session
-from ismdata.skeleton import Piece
+from ismdata import masks
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.models.glm import IsmdataGlmConfig, IsmdataGlmForCausalLM
+from ismdata.data.collate import Collator
+from ismdata.generate.feeding import feed
+from ismdata.generate.sampling import Sampling
+from ismdata.generate.session import Session
+from ismdata.rendering import glm_tokens as glm_layout
+from ismdata.rendering.glm_tokens import GlmTokens
+from ismdata.rendering.skeleton import Piece
 from tests.tiny import ANSWER, ARCHITECTURES, QUERY, SIZES, VOCABULARY, sample, spans_of, tiny_model
 
 CLOSE = {"rtol": 0, "atol": 1e-9}

@@ -9,12 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ismdata import loss as losses
-from ismdata.attention import attach
-from ismdata.collate import IGNORE_INDEX, Collator
+from ismdata.attention.attachment import attach
+from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.errors import UsageError
-from ismdata.loss import COUNTS, TrainingCollator, compute_loss_at_targets, target_loss, target_weights
-from ismdata.masks import ANSWER as ANSWER_KIND
+from ismdata.masks.intervals import ANSWER as ANSWER_KIND
+from ismdata.train import loss as losses
+from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets, target_loss, target_weights
 from tests.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
 from tests.training_shards import curve, run, word_tokenizer
 

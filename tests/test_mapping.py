@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import ROLES
+from ismdata.convert.canonical import Rules, canonical, role_table
+from ismdata.convert.explain import explain, explain_records
+from ismdata.convert.formats.base import Choices, Reader, Refused, following
+from ismdata.convert.formats.mapped import Mapped, at, without
+from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.guess_mapping import guessed, regrouped
+from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
+from ismdata.convert.read_block import read_records
+from ismdata.convert.sources.arguments import expand
+from ismdata.convert.sources.parts import Format, opened
 from ismdata.errors import DataError, UsageError
-from ismdata.explain import explain, explain_records
-from ismdata.mapping import KEYS, load_mapping, mapping_text, parse_mapping
-from ismdata.readers import READERS, detect
-from ismdata.readers.base import Choices, Reader, Refused, following
-from ismdata.readers.canonical import Rules, canonical, role_table
-from ismdata.readers.guessing import guessed, regrouped
-from ismdata.readers.mapped import Mapped, at, without
-from ismdata.readers.opening import Format, opened
-from ismdata.readers.reading import read_records
-from ismdata.readers.sources import expand
 from tests.conftest import DATA, needs_data
 
 CHOICES = Choices(roles=role_table({}))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.near import NearIndex, shingles, words
+from ismdata.convert.near_duplicates import NearIndex, shingles, words
 from tests.talks import FEW
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from ismdata.collate import IGNORE_INDEX, Collator
-from ismdata.dataset import PackedDataset
-from ismdata.order import NOTHING, Order, OrderedDataset, OrderSampler
+from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.dataset import PackedDataset
+from ismdata.train.order import NOTHING, Order, OrderedDataset, OrderSampler
 from tests.tiny import ANSWER, QUERY, sample, write_packed
 
 

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ismdata import masks
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
+from ismdata.data.shards import PackedShards, packed_schema
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack import PackReport, _say_resumed, pack
-from ismdata.parity import ColumnsDiffer
-from ismdata.sensitivity import Sensitivity
-from ismdata.shards import PackedShards, packed_schema
-from ismdata.verify import verify
+from ismdata.pack.pipeline import PackReport, _say_resumed, pack
+from ismdata.pack.template_check import ColumnsDiffer
+from ismdata.rendering.sensitivity import Sensitivity
 from tests.conftest import template_named
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
@@ -269,7 +269,7 @@ def test_a_template_that_does_more_than_its_probing_showed(
         encoding="utf-8",
     )
     blind = Sensitivity(triggers=(), blank=False, everything=False)
-    monkeypatch.setattr("ismdata.encoder.sensitivity", lambda renderer, prepends: blind)
+    monkeypatch.setattr("ismdata.rendering.encoding.sensitivity", lambda renderer, prepends: blind)
     notes: list[str] = []
     report, shards = packed(
         tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, chat_template=str(source), notify=notes.append
@@ -292,7 +292,7 @@ def test_law_5_that_holds_in_no_way_is_an_error(
         asked.append(arguments)
         raise ColumnsDiffer("c.jsonl:1")
 
-    monkeypatch.setattr("ismdata.tokenizing.parity.comparison", never_alike)
+    monkeypatch.setattr("ismdata.pack.tokenize.parity.comparison", never_alike)
     with pytest.raises(DataError, match=r"c\.jsonl:1: rendered twice, the conversation gave two texts"):
         packed(tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, tokenizer_backend="hf")
     assert len(asked) == 2

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ismdata import bins, packing
 from ismdata.errors import UsageError
-from ismdata.exact_completion import exact_completion
-from ismdata.packing import lower_bound, plan
+from ismdata.pack.planning import best_fit as bins
+from ismdata.pack.planning import plan as packing
+from ismdata.pack.planning.exact_completion import exact_completion
+from ismdata.pack.planning.plan import lower_bound, plan
 
 
 def best_fit_decreasing(lengths, seq_len):

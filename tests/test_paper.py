@@ -14,8 +14,8 @@ import pytest
 from sacrebleu.metrics import BLEU
 from typer.testing import CliRunner
 
-from ismdata.cli import app
-from ismdata.eval_results import FORMAT, write_results
+from ismdata.cli.main import app
+from ismdata.eval.results import FORMAT, write_results
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WORDS = ["rain", "sun", "wind", "hail", "snow", "fog"]

@@ -12,15 +12,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
+from ismdata.convert.canonical import Rules
+from ismdata.convert.columnar import BLANKS
+from ismdata.convert.formats.base import Place
+from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.read_block import read_block, read_records
+from ismdata.convert.sources import framing
+from ismdata.convert.sources.blocks import TableBlock
+from ismdata.convert.sources.detect_framing import framing_of
+from ismdata.convert.sources.framing import (
+    ByteQueue,
+    frame_document,
+    frame_lines,
+    frame_splits,
+    frame_values,
+    line_block,
+)
 from ismdata.errors import DataError
-from ismdata.readers import READERS, detect, framing
-from ismdata.readers.base import Place
-from ismdata.readers.blocks import TableBlock
-from ismdata.readers.canonical import Rules
-from ismdata.readers.columnar import BLANKS
-from ismdata.readers.framing import ByteQueue, frame_document, frame_lines, frame_splits, frame_values, line_block
-from ismdata.readers.layout import framing_of
-from ismdata.readers.reading import read_block, read_records
 
 PLACE = Place(prefix="corpus.jsonl:", stem="corpus")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ismdata.convert import convert
-from ismdata.readers.sources import FileSource, told_apart
+from ismdata.convert.pipeline import convert
+from ismdata.convert.sources.arguments import FileSource, told_apart
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from ismdata.convert import ConvertReport, convert
-from ismdata.demo import SAMPLE, sample_files
-from ismdata.verify import verify
+from ismdata.cli.demo import SAMPLE, sample_files
+from ismdata.convert.pipeline import ConvertReport, convert
+from ismdata.data.verify import verify
 
 README = (SAMPLE / "README.md").read_text(encoding="utf-8")
 

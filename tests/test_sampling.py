@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.digests import digests
+from ismdata.convert.digests import digests
+from ismdata.convert.sampling import parse_split, sampled, split_of
 from ismdata.errors import UsageError
-from ismdata.sampling import parse_split, sampled, split_of
 from tests.talks import FEW, MANY, said, table, talk
 
 
@@ -21,7 +21,7 @@ def test_a_sample_has_n_and_does_not_depend_on_chunks(count: int, n: int, seed: 
     chosen = sampled(count, n, seed)
     assert chosen.dtype == bool and len(chosen) == count and chosen.sum() == min(n, count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ismdata.sampling._CHUNK", at_once)
+        patch.setattr("ismdata.convert.sampling._CHUNK", at_once)
         assert np.array_equal(sampled(count, n, seed), chosen)
 
 

@@ -13,12 +13,12 @@ import jsonschema
 import pyarrow as pa
 import pytest
 
-from ismdata.cleaning import Cleaning
-from ismdata.conversion import Selection
-from ismdata.convert import ConvertReport, convert, explained_sources
+from ismdata.convert.filters import Cleaning
+from ismdata.convert.job import Selection
+from ismdata.convert.pipeline import ConvertReport, convert, explained_sources
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack import pack
-from ismdata.verify import verify
+from ismdata.pack.pipeline import pack
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from ismdata.attention import attach
-from ismdata.decoding import Sampling
+from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UsageError
-from ismdata.session import Session
-from ismdata.template import TemplateRefused
-from ismdata.turns import HistoryRewritten
+from ismdata.generate.sampling import Sampling
+from ismdata.generate.session import Session
+from ismdata.rendering.chat_template import TemplateRefused
+from ismdata.rendering.renderer import HistoryRewritten
 from tests.scripted import END, AnewEncoder, CharacterEncoder, ScriptedModel
 from tests.tiny import tiny_model
 

@@ -7,10 +7,10 @@ import json
 import pyarrow as pa
 import pytest
 
-from ismdata.batch import as_template_messages
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError, UsageError
-from ismdata.session import Session, Window
+from ismdata.generate.session import Session, Window
+from ismdata.pack.conversation_batch import as_template_messages
 from tests.scripted import END, CharacterEncoder, ScriptedModel
 from tests.test_session import TWO_TURNS, session_of
 

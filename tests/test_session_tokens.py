@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ismdata.encoder import ConversationEncoder
-from ismdata.masks import ANSWER
-from ismdata.session import Session
-from ismdata.template import CannotRender, TemplateRefused
+from ismdata.generate.session import Session
+from ismdata.masks.intervals import ANSWER
+from ismdata.rendering.chat_template import CannotRender, TemplateRefused
+from ismdata.rendering.encoding import ConversationEncoder
 from tests.conftest import conversations, encoding, template_named
 from tests.scripted import ScriptedModel
 

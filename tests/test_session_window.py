@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ismdata.attention import attach
-from ismdata.cache_policy import SINKS, kept
+from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.feeding import feed, feed_scored
-from ismdata.glm_layout import GlmTokens
-from ismdata.session import Session, Window
+from ismdata.generate.eviction import SINKS, kept
+from ismdata.generate.feeding import feed, feed_scored
+from ismdata.generate.session import Session, Window
+from ismdata.rendering.glm_tokens import GlmTokens
 from tests.scripted import END, AnewEncoder, CharacterEncoder, ScriptedModel
 from tests.test_laws_cache import MASK_ID, START_ID, TextEncoder, glm_model, one_forward
 from tests.tiny import tiny_model

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ismdata.readers import READERS, detect
+from ismdata.convert.formats.registry import READERS, detect
 from tests.shapes import BATTLE, EXPORT, QA, A, Q, R, T, U, spoken
 from tests.test_formats import conversations, read, refusal, said
 

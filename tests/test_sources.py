@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ismdata.convert.sources import archives
+from ismdata.convert.sources.archives import refuse_bomb
+from ismdata.convert.sources.arguments import StreamSource, expand
+from ismdata.convert.sources.file_names import chosen, passed_over, printable, stem_of
 from ismdata.errors import DataError
-from ismdata.readers import archives
-from ismdata.readers.archives import refuse_bomb
-from ismdata.readers.selection import chosen, passed_over, printable, stem_of
-from ismdata.readers.sources import StreamSource, expand
 
 TALK = b'["q", "a"]\n'
 

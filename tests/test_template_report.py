@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from ismdata.cli import app
-from ismdata.convert import convert
+from ismdata.cli.main import app
+from ismdata.convert.pipeline import convert
+from ismdata.data.verify import verify, with_texts
 from ismdata.errors import UsageError
-from ismdata.pack import pack
-from ismdata.template_report import SHAPES, TOOLS, cautions, encoding_of, report, shapes_in
-from ismdata.verify import verify, with_texts
-from ismdata.verify_texts import verify_texts, words_of
+from ismdata.pack.pipeline import pack
+from ismdata.pack.verify_texts import verify_texts, words_of
+from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, report, shapes_in
 from tests.conftest import TEMPLATES, encoding, template_named
 
 CHATML = (

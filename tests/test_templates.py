@@ -11,12 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ismdata.control_tokens import ControlTokens
-from ismdata.encoder import ConversationEncoder, Encoding, set_up
 from ismdata.errors import DataError, UsageError
-from ismdata.masks import ANSWER
-from ismdata.template import CannotRender, ChatTemplate, TemplateRefused, parse_arguments
-from ismdata.turns import Chunk, HistoryRewritten
+from ismdata.masks.intervals import ANSWER
+from ismdata.rendering.chat_template import CannotRender, ChatTemplate, TemplateRefused, parse_arguments
+from ismdata.rendering.control_tokens import ControlTokens
+from ismdata.rendering.encoding import ConversationEncoder, Encoding, set_up
+from ismdata.rendering.renderer import Chunk, HistoryRewritten
 from tests.conftest import TEMPLATES, conversations, encoding, template_named
 
 #: What rendering two turns shows (docs/templates.md): these rewrite history, all others are prefix-stable.
@@ -355,7 +355,7 @@ def test_text_never_becomes_a_control_token(template: Path, smollm2: Path) -> No
 
 
 def test_cut_prefers_the_longest() -> None:
-    from ismdata.control_tokens import AddedToken
+    from ismdata.rendering.control_tokens import AddedToken
 
     tokens = [AddedToken(text=text, id=k, special=True) for k, text in enumerate(["<a>", "<a><b>", "<b>"])]
     cut = ControlTokens(tokens).cut("x<a><b>y<b>")
@@ -363,7 +363,7 @@ def test_cut_prefers_the_longest() -> None:
 
 
 def test_escaping_avoids_private_characters_in_use() -> None:
-    from ismdata.control_tokens import AddedToken
+    from ismdata.rendering.control_tokens import AddedToken
 
     controls = ControlTokens([AddedToken(text="<e>", id=7, special=True)])
     text = f"a<e>{chr(0xF0000)}"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ismdata.tokenizer import Tokenizer, load_pretrained, without_tokens
+from ismdata.rendering.tokenizer import Tokenizer, load_pretrained, without_tokens
 from tests.conftest import encoding
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError
 from ismdata.memory import kept_memory
-from ismdata.tokenizer_backends import stratified
-from ismdata.tokenizing import Source, sampled_texts
+from ismdata.pack.tokenize import Source, sampled_texts
+from ismdata.rendering.tokenizer_backends import stratified
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
     """Folders of 400 and 250 conversations, 50 in a record batch, two batches in a file, 12 worked on at a time."""
     folder = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ismdata.conversion._BATCH_BYTES", 1)
-        patch.setattr("ismdata.conversation_files.SHARD_BYTES", 8_000)
-        patch.setattr("ismdata.tokenizing._BATCH_CONVERSATIONS", 12)
+        patch.setattr("ismdata.convert.job._BATCH_BYTES", 1)
+        patch.setattr("ismdata.data.conversations.SHARD_BYTES", 8_000)
+        patch.setattr("ismdata.pack.tokenize._BATCH_CONVERSATIONS", 12)
         made = []
         for name, count in (("a", 400), ("b", 250)):
             paths = [folder / f"{name}{first}.jsonl" for first in range(0, count, 50)]

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ismdata.batch import ConversationBatch, as_template_messages, conversation_batch
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.document_columns import Requests
-from ismdata.encoder import Encoding
-from ismdata.masks import ANSWER
-from ismdata.overlong import TurnRange, split, split_turns
-from ismdata.runs import as_runs, taken_runs
-from ismdata.template import CannotRender
-from ismdata.tokens import DocumentEncoder
+from ismdata.masks.intervals import ANSWER
+from ismdata.pack.conversation_batch import ConversationBatch, as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.requests import Requests
+from ismdata.pack.splitting import TurnRange, split, split_turns
+from ismdata.pack.token_runs import as_runs, taken_runs
+from ismdata.rendering.chat_template import CannotRender
+from ismdata.rendering.encoding import Encoding
 from tests.conftest import encoding, template_named
 
 #: Text that templates or tokenizers could take for something else, between ordinary words.

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
-from ismdata import attention, base_model
-from ismdata.collate import IGNORE_INDEX, Collator
-from ismdata.dataset import PackedDataset
+from ismdata.attention import attachment as attention
+from ismdata.attention.models import loading as base_model
+from ismdata.attention.models.presets import PRESETS, preset_model
+from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.dataset import PackedDataset
+from ismdata.data.output_folder import write_index
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.folders import write_index
-from ismdata.presets import PRESETS, preset_model
-from ismdata.train import METRICS, train
+from ismdata.train.pipeline import METRICS, train
 from tests.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 from tests.training_shards import copying_rows, run, weights, word_tokenizer
 

@@ -10,16 +10,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ismdata import attention, metrics, model_out
-from ismdata.base_model import open_model
-from ismdata.collate import Collator
-from ismdata.dataset import PackedDataset
+from ismdata.attention import attachment as attention
+from ismdata.attention.models.loading import open_model
+from ismdata.data.collate import Collator
+from ismdata.data.dataset import PackedDataset
+from ismdata.data.output_folder import load_index, write_index
 from ismdata.errors import DataError, UsageError
-from ismdata.folders import load_index, write_index
-from ismdata.loss import COUNTS, TrainingCollator
-from ismdata.metrics import peak_flops, read_column, training_flops
-from ismdata.train import _check_trackers
-from ismdata.train_progress import Cost
+from ismdata.train import export as model_out
+from ismdata.train import metrics
+from ismdata.train.loss import COUNTS, TrainingCollator
+from ismdata.train.metrics import peak_flops, read_column, training_flops
+from ismdata.train.pipeline import _check_trackers
+from ismdata.train.progress import Cost
 from tests.tiny import VOCABULARY, tiny_model, write_packed
 from tests.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from ismdata.attention import attach
-from ismdata.dataset import PackedDataset
+from ismdata.attention.attachment import attach
+from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
-from ismdata.loss import COUNTS, TrainingCollator
-from ismdata.train_options import TrainOptions
+from ismdata.train.loss import COUNTS, TrainingCollator
+from ismdata.train.options import TrainOptions
 from tests.distributed_worker import COMMON, RUNS
 from tests.test_loss import DOCUMENTS
 from tests.tiny import sample, tiny_model, write_packed
@@ -119,8 +119,8 @@ def test_fsdp_without_a_gpu_is_refused(two, tmp_path):
 
 def test_fsdp_reaches_the_trainer(monkeypatch, tmp_path):
     """By its configuration alone, where there is no GPU: version 2, with what the file says."""
-    from ismdata.order import Order
-    from ismdata.train import _arguments
+    from ismdata.train.order import Order
+    from ismdata.train.pipeline import _arguments
 
     options = TrainOptions(model="tiny", fsdp=True, fsdp_config={"reshard_after_forward": False})
     order = Order(sequences=8, total=8, global_batch=8, seed=0)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ismdata.convert import convert
+from ismdata.convert.pipeline import convert
+from ismdata.data.shards import PackedShards
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack import pack
-from ismdata.shards import PackedShards
-from ismdata.tokenizer import load_pretrained
-from ismdata.verify import verify
+from ismdata.pack.pipeline import pack
+from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import template_named
 
 TALK = [

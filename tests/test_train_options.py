@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from typer.main import get_command
 
-from ismdata.cli import app
+from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
-from ismdata.train_options import TrainOptions, read_options
+from ismdata.train.options import TrainOptions, read_options
 
 
 @pytest.fixture

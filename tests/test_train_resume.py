@@ -10,9 +10,9 @@ import signal
 import pytest
 import torch
 
-from ismdata import trainer as trainers
 from ismdata.errors import DataError, Terminated, UsageError
-from ismdata.resume import check_checkpoint, checkpoints
+from ismdata.train import trainer as trainers
+from ismdata.train.checkpoints import check_checkpoint, checkpoints
 from tests.tiny import tiny_model, write_packed
 from tests.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
 

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.readers import detect, trees
-from ismdata.readers.base import Choices, Place, Refused, following
-from ismdata.readers.blocks import ValueBlock
-from ismdata.readers.canonical import Rules, canonical, role_table
-from ismdata.readers.dialogue_rows import DIALOGUE_ROWS
-from ismdata.readers.reading import read_records
-from ismdata.readers.trees import NESTED_TREES, TREE_ROWS
+from ismdata.convert.canonical import Rules, canonical, role_table
+from ismdata.convert.formats import trees
+from ismdata.convert.formats.base import Choices, Place, Refused, following
+from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
+from ismdata.convert.formats.registry import detect
+from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
+from ismdata.convert.read_block import read_records
+from ismdata.convert.sources.blocks import ValueBlock
 
 ROLES = role_table({})
 PLACE = Place(prefix="trees.jsonl:", stem="trees")

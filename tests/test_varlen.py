@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ismdata import masks, varlen, varlen_tables
+from ismdata import masks
+from ismdata.attention.backends import varlen
+from ismdata.attention.backends.base import Intervals
+from ismdata.attention.backends.varlen import Index, prepare, two_pass_attention, two_pass_backward, two_pass_forward
+from ismdata.attention.backends.varlen_kernels import FlashKernel, PlainKernel
 from ismdata.errors import UsageError
-from ismdata.intervals import Intervals
-from ismdata.varlen import Index, prepare, two_pass_attention, two_pass_backward, two_pass_forward
-from ismdata.varlen_kernels import FlashKernel, PlainKernel
+from ismdata.masks import varlen_tables
 from tests.tiny import ANSWER, PROMPT, QUERY, spans_of
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,14 +8,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from ismdata import masks, varlen
-from ismdata.attention import attach
-from ismdata.backends import BACKENDS
-from ismdata.collate import Collator
-from ismdata.dataset import PackedDataset
+from ismdata import masks
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends import varlen
+from ismdata.attention.backends.base import Intervals
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.data.collate import Collator
+from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.intervals import Intervals
-from ismdata.varlen_tables import NAMES
+from ismdata.masks.varlen_tables import NAMES
 from tests import test_laws
 from tests.tiny import ANSWER, PROMPT, QUERY, SIZES, sample, tiny_model, write_packed
 

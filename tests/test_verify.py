@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ismdata import shards
+from ismdata.data import shards
+from ismdata.data.output_folder import write_index
+from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.folders import write_index
-from ismdata.masks import MASKS
-from ismdata.verify import verify
+from ismdata.masks.intervals import MASKS
 from tests.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder, write_stream
 
 
@@ -156,7 +156,7 @@ def test_many_rows_at_once_equal_each_alone(tmp_path, monkeypatch):
     packed.rows[0][11]["block_table"][2] = 77
     packed.write()
     together = verify(packed.folder)
-    monkeypatch.setattr("ismdata.verify._TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("ismdata.data.verify._TOKENS_AT_ONCE", 1)
     assert verify(packed.folder) == together
     assert ["row 7, token 9" in together.problems[0], "row 11, token 0" in together.problems[1]] == [True, True]
 

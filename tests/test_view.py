@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ismdata import row_view, view
+from ismdata.cli.views import folders as view
+from ismdata.cli.views import row as row_view
+from ismdata.data.shards import PackedShards
+from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.shards import PackedShards
-from ismdata.verify import verify
 from tests import oracle
 from tests.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder
 

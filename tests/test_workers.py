@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from ismdata import workers
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert import convert
+from ismdata.convert import worker_pool as workers
+from ismdata.convert.canonical import Rules
+from ismdata.convert.formats.base import Choices
+from ismdata.convert.pipeline import convert
+from ismdata.convert.read_block import read_block
+from ismdata.convert.sources.arguments import expand
+from ismdata.convert.sources.parts import Format, opened
+from ismdata.convert.worker_pool import Workers
 from ismdata.errors import DataError
-from ismdata.readers.base import Choices
-from ismdata.readers.canonical import Rules
-from ismdata.readers.opening import Format, opened
-from ismdata.readers.reading import read_block
-from ismdata.readers.sources import expand
-from ismdata.workers import Workers
 from tests.raw_corpora import ANCHOR, FORMATS, A, S, U, written
 
 TALKS = [ANCHOR, ((U, "What is it?"), (A, "A list.")), ((U, "One"), (A, "Two"), (U, "Three"), (A, "Four"))]

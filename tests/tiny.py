@@ -18,9 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from ismdata import masks, shards
-from ismdata.dataset import Sample
-from ismdata.folders import write_index
+from ismdata import masks
+from ismdata.data import shards
+from ismdata.data.dataset import Sample
+from ismdata.data.output_folder import write_index
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ismdata.train import train
+from ismdata.train.pipeline import train
 from tests.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
 
 

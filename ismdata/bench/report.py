@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ismdata.view import View
+from ismdata.cli.views.folders import View
 
 _PACKAGES = ("ismdata", "numpy", "pyarrow", "tokenizers", "gigatoken", "transformers", "torch", "datasets", "trl")
 

@@ -1,0 +1,160 @@
+"""Packed rows with the lengths of ShareGPT's conversations and no text at all: what attention is measured on.
+
+A document is a conversation: its number of answers, the tokens of each question and of each answer are log-normal,
+drawn with a fixed seed. The parameters were fitted (mean and standard deviation of the logarithms, DeepSeek's
+tokenizer) to the first 5,000 records of ShareGPT. There a record is a piece of a conversation of at most some 2,000
+tokens; the pieces of one conversation share an id and were joined before its answers were counted. So half of the
+documents drawn have fewer than 1,400 tokens, one in twenty more than 8,400, one in a hundred more than 16,000.
+Documents fill each row to its end; the last one is cut there.
+
+Shape legend: B rows, T = seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ismdata import masks
+from ismdata.data.shards import Sequence
+from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+
+#: Mean and standard deviation of the logarithm, and the largest seen: answers a conversation, tokens of a question and
+#: of an answer.
+_ANSWERS = (1.21, 1.10, 354)
+_QUESTION = (3.11, 1.42, 8690)
+_ANSWER = (5.38, 1.04, 1371)
+#: Tokens that a template puts before a conversation, and around each question.
+_PROMPT_TOKENS, _HEADER_TOKENS = 3, 6
+
+
+#: A document as it is laid out: spans of (kind, length).
+Document = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """B rows of T tokens. `seq_lens`: for each row the lengths of its documents; `spans`: for each row int64[S, 4]."""
+
+    seq_len: int
+    seq_lens: tuple[tuple[int, ...], ...]
+    spans: tuple[NDArray[np.int64], ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    def pieces(self) -> list[int]:
+        """The lengths of all documents, row after row; a token of padding is a piece of its own, as it sees itself."""
+        return [length for seq_lens in self.seq_lens for length in (*seq_lens, *[1] * (self.seq_len - sum(seq_lens)))]
+
+    def intervals(self, mask: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """`doc_start` and `kv_end`, int32[B, T] each."""
+        rows = [
+            masks.intervals(seq_lens, spans, seq_len=self.seq_len, mask=mask)
+            for seq_lens, spans in zip(self.seq_lens, self.spans, strict=True)
+        ]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    def visible_pairs(self, mask: str) -> int:
+        """Pairs of a row and a key that it sees, over all B rows: exact, from the intervals."""
+        doc_start, kv_end = self.intervals(mask)
+        return int((kv_end.astype(np.int64) - doc_start).sum())
+
+    def sequences(self, mask: str, *, vocab_size: int, seed: int = 0) -> list[Sequence]:
+        """The rows as a packed folder would hold them for `mask`, with random tokens."""
+        rng = np.random.Generator(np.random.PCG64(seed))
+        rows = []
+        for seq_lens, spans in zip(self.seq_lens, self.spans, strict=True):
+            doc_start, kv_end = masks.intervals(seq_lens, spans, seq_len=self.seq_len, mask=mask)
+            rows.append(
+                Sequence(
+                    input_ids=rng.integers(0, vocab_size, self.seq_len).astype(np.int32),
+                    position_ids=masks.position_ids(seq_lens, seq_len=self.seq_len),
+                    loss_mask=masks.targets(seq_lens, spans, seq_len=self.seq_len, mask=mask),
+                    seq_lens=np.array(seq_lens, np.int32),
+                    spans=spans.astype(np.int32),
+                    block_table=masks.block_table(doc_start, kv_end),
+                    conversation_ids=[str(number) for number in range(len(seq_lens))],
+                    loss_weight=None,
+                )
+            )
+        return rows
+
+
+def lay_out(rows: Several[Several[Document]], seq_len: int) -> Workload:
+    """Documents end to end, row by row; what is left of a row is padding, what goes beyond it is cut off."""
+    laid = [_row(documents, seq_len) for documents in rows]
+    return Workload(seq_len=seq_len, seq_lens=tuple(lens for lens, _ in laid), spans=tuple(spans for _, spans in laid))
+
+
+def sharegpt_like(seq_len: int, *, rows: int, seed: int = 0) -> Workload:
+    """Full rows of documents as ShareGPT's are long. The same arguments give the same rows."""
+    documents = _documents(np.random.Generator(np.random.PCG64(seed)))
+    filled: list[list[Document]] = []
+    for _ in range(rows):
+        row: list[Document] = []
+        while sum(length for document in row for _, length in document) < seq_len:
+            row.append(next(documents))
+        filled.append(row)
+    return lay_out(filled, seq_len)
+
+
+def random_documents(seq_len: int, *, rows: int, seed: int) -> Workload:
+    """Rows of documents of any shape, for checks: short and long, one token or many, without answers, with padding."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def document(length: int) -> Document:
+        lengths = _parts(rng, length, most=10)
+        return list(zip(rng.integers(PROMPT, ANSWER + 1, len(lengths)).tolist(), lengths, strict=True))
+
+    def row() -> list[Document]:
+        return [document(length) for length in _parts(rng, int(rng.integers(seq_len // 2, seq_len + 1)), most=8)]
+
+    return lay_out([row() for _ in range(rows)], seq_len)
+
+
+def _parts(rng: np.random.Generator, length: int, *, most: int) -> list[int]:
+    """Up to `most` lengths, each at least 1, that add up to `length`."""
+    inner: list[int] = rng.integers(1, length, rng.integers(0, most)).tolist() if length > 1 else []
+    parts: list[int] = np.diff(np.unique([0, *inner, length])).tolist()
+    return parts
+
+
+def _documents(rng: np.random.Generator) -> Iterator[Document]:
+    """Documents without end, each a list of (kind, length)."""
+
+    def draw(mean: float, deviation: float, most: int, size: int) -> list[int]:
+        drawn: list[int] = np.clip(np.rint(rng.lognormal(mean, deviation, size)), 1, most).astype(int).tolist()
+        return drawn
+
+    while True:
+        (answers,) = draw(*_ANSWERS, 1)
+        spans = [(PROMPT, _PROMPT_TOKENS)]
+        for question, answer in zip(draw(*_QUESTION, answers), draw(*_ANSWER, answers), strict=True):
+            spans += [(QUERY, _HEADER_TOKENS + question), (ANSWER, answer)]
+        yield spans
+
+
+def _row(documents: Several[Document], seq_len: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """seq_lens and spans of one row."""
+    seq_lens: list[int] = []
+    spans: list[tuple[int, int, int, int]] = []
+    at = 0
+    for document in documents:
+        start = at
+        for kind, length in document:
+            end = min(at + length, seq_len)
+            if end > at:
+                spans.append((at, end, kind, int(kind == ANSWER)))
+            at = end
+        seq_lens.append(at - start)
+    return tuple(seq_lens), np.array(spans, np.int64).reshape(-1, 4)

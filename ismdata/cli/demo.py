@@ -1,0 +1,193 @@
+"""The whole road on the bundled sample: convert, pack, verify, inspect, train, chat. No network, no GPU.
+
+Each step prints the command that does the same, so that the demo reads like typing it all. Only the tokenizer
+is made here: a sample of nine thousand tokens deserves one of its own, and none has to be downloaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from ismdata.cli.views import folders as view
+from ismdata.convert import pipeline as convert
+from ismdata.data import verify
+from ismdata.data.output_folder import output_folder
+from ismdata.errors import DataError, UsageError
+from ismdata.pack import pipeline as pack
+from ismdata.rendering.encoding import ConversationEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+#: The corpus that comes with the package; its README.md says what is in it.
+SAMPLE = Path(__file__).parents[1] / "sample"
+
+VOCAB_SIZE = 2000
+SEQ_LEN = 512
+STEPS = 200
+BATCH_SIZE = 4
+LEARNING_RATE = 3e-3
+MAX_ANSWER = 64
+
+#: The shop assistant of the sample, and what the model is asked at the end: two conversations, the second without it.
+SYSTEM = "You are the assistant of Harbour Lane Hardware, a small shop. Be brief and friendly."
+QUESTIONS = {
+    SYSTEM: ("Hello!", "When are you open?", "Thank you."),
+    None: ("What is two plus two ?", "And four plus four ?"),
+}
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+def sample_files() -> list[Path]:
+    """The corpus files of the bundled sample, in order. DataError when the installation lacks them."""
+    files = sorted(path for path in SAMPLE.glob("*") if path.suffix in (".json", ".jsonl", ".txt"))
+    if not files:
+        raise DataError(f"{SAMPLE}: no sample files; expected those of the package. Install ismdata again")
+    return files
+
+
+def texts(converted: Path) -> Iterator[str]:
+    """Every message's text in a converted folder."""
+    for path in sorted(converted.glob("conversations-*.arrow")):
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                contents = batch.column("messages").flatten().field("content")
+                yield from contents.drop_null().to_pylist()
+
+
+def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer for `corpus`, with the control tokens of ChatML: any text has tokens in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=[TURN_START],
+    )
+
+
+def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, console: Console | None = None) -> None:
+    """Walk the whole road into `output`: `converted`, `tokenizer`, `packed`, `model` in it, each complete or absent.
+
+    Takes under a minute on two idle cores. Raises UsageError when `output` holds something and `overwrite` is off.
+    """
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output}: is in use; expected an empty or absent folder. Name another, or pass --overwrite")
+    started = time.monotonic()
+    stage = _Stage(console or Console())
+    converted, tokenizer, packed, model = (output / name for name in ("converted", "tokenizer", "packed", "model"))
+
+    files = [str(_short(file)) for file in sample_files()]
+    stage("Read the bundled sample, dirty records and all", "convert", *files, "-o", converted)
+    stage.show(view.convert_report(convert.convert(files, converted, overwrite=overwrite)))
+
+    with output_folder(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
+        train_tokenizer(texts(converted)).save_pretrained(str(folder))
+    options = ("--tokenizer", tokenizer, "--chat-template", "chatml", "--seq-len", SEQ_LEN)
+    stage("Pack it, with a tokenizer trained on it just now", "pack", converted, "-o", packed, *options)
+    packing = pack.pack(
+        [converted], packed, tokenizer=str(tokenizer), chat_template="chatml", seq_len=SEQ_LEN, overwrite=overwrite
+    )
+    stage.show(view.pack_report(packing))
+
+    stage("Check every row", "verify", packed)
+    verification = verify.verify(packed)
+    stage.show(view.verify_report(verification))
+    if not verification.ok:
+        raise DataError(f"{packed}: does not verify right after packing; this is a bug in ismdata. Please report it")
+
+    stage("Look at the folder", "inspect", packed)
+    stage.show(view.folder_summary(packed))
+    stage("Look at one sequence", "inspect", packed, "--row", 0)
+    stage.show(view.row(packed, 0, decode=lambda: ConversationEncoder.load(packed / "tokenizer").decode))
+
+    from ismdata.generate.terminal import open_chat
+    from ismdata.train.pipeline import train
+
+    training_options = ("--steps", steps, "--batch-size", BATCH_SIZE, "--learning-rate", LEARNING_RATE)
+    title = "Train a model of a million parameters from scratch"
+    stage(title, "train", packed, "--model", "tiny", "-o", model, *training_options)
+    training = train(
+        packed,
+        model="tiny",
+        output=model,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        overwrite=overwrite,
+        say=stage.console.print,
+    )
+    stage.show(view.train_report(training))
+
+    stage("Talk with it", "chat", model, "--system", SYSTEM)
+    for system, questions in QUESTIONS.items():
+        chat = open_chat(model, system=system, max_new_tokens=MAX_ANSWER)
+        for question in questions:
+            stage.show(Text(f"> {question}", style="bold"))
+            stage.show(Text(chat.reply(question)))
+        stage.console.print()
+    stage.show(_ending(output, time.monotonic() - started))
+
+
+def _ending(output: Path, seconds: float) -> Text:
+    """Where everything lies, and what to type next."""
+    return Text(
+        f"""Done in {seconds:.0f} s. Everything lies in {output}:
+  {output / "converted"}: the conversations; quarantine.jsonl has what was refused, and why
+  {output / "tokenizer"}: the tokenizer
+  {output / "packed"}: sequences with spans, targets and block tables
+  {output / "model"}: the model, with metrics.csv
+
+Go on talking with it:
+  {command("chat", output / "model", "--system", SYSTEM)}
+Or take your own data:
+  {command("convert", "YOUR.jsonl", "-o", "converted")}"""
+    )
+
+
+def command(*words: object) -> str:
+    """A command line as one would type it."""
+    return shlex.join(["ismdata", *map(str, words)])
+
+
+def _short(path: Path) -> Path:
+    """A path as seen from here, where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+class _Stage:
+    """Announces each stage with the command that does the same, and shows what came of it."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0
+
+    def __call__(self, title: str, *words: object) -> None:
+        self.number += 1
+        self.console.print()
+        self.show(Text(f"{self.number}. {title}", style="bold"))
+        self.show(Text(f"$ {command(*words)}", style="cyan"))
+
+    def show(self, what: RenderableType) -> None:
+        self.console.print(what, soft_wrap=isinstance(what, Text))

@@ -1,0 +1,462 @@
+"""What a person looks at: a folder at a glance, and what each command has done. Rows are drawn in `row.py`.
+
+Every view is the same thing twice: facts as a JSON object, and a drawing of exactly these facts for the terminal. The
+drawing says with letters what it says with colours, so that nothing is lost in a pipe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ismdata import conversation
+from ismdata.cli.views import row as row_view
+from ismdata.data import shards
+from ismdata.data.output_folder import INDEX_NAME, ShardFile, load_index, read_index
+from ismdata.data.verify import VerifyReport
+from ismdata.errors import DataError, UsageError
+from ismdata.masks.intervals import ANSWER
+
+if TYPE_CHECKING:
+    from ismdata.convert.explain import Explanation
+    from ismdata.convert.pipeline import ConvertReport
+    from ismdata.pack.pipeline import PackReport
+    from ismdata.train.pipeline import TrainReport
+
+_BAR_WIDTH = 32
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+#: Histograms have a bar for each value up to this maximum, beyond it a bar for each doubling.
+_SINGLE_BARS = 12
+
+#: Files left aside that are named; of more there is only the number.
+_NAMED = 8
+#: Sources that are listed; of more there is only the sum.
+_LISTED = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Facts and their drawing: `as_json()` for programs, printable by rich for people."""
+
+    facts: dict[str, Any]
+    drawing: RenderableType
+
+    def as_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def __rich__(self) -> RenderableType:
+        return self.drawing
+
+
+# ---- folders ----
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a converted or packed folder holds, as a JSON object. Raises DataError when it is neither."""
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        what = f"no {INDEX_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+        raise DataError(f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
+    if load_index(folder).get("format") == conversation.FORMAT:
+        return _converted_summary(folder)
+    return _packed_summary(folder)
+
+
+def folder_summary(folder: Path) -> View:
+    """A folder at a glance. Raises DataError when it is neither a converted nor a packed one."""
+    facts = summary(folder)
+    drawing = _draw_converted(facts) if facts["format"] == conversation.FORMAT else _draw_packed(facts)
+    return View(facts=facts, drawing=drawing)
+
+
+def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]], str]]) -> View:
+    """One packed row: its text by spans, its targets, its mask. `decode` gives the function that turns ids into text.
+
+    Raises UsageError when there is no such row, DataError when the folder is not a packed one.
+    """
+    packed = shards.PackedShards(folder)
+    if not 0 <= number < len(packed):
+        raise UsageError(f"--row {number}: {folder} has {len(packed)} rows; expected 0 to {len(packed) - 1}")
+    facts = row_view.facts(packed, number, decode())
+    return View(facts=facts, drawing=row_view.RowDrawing(facts=facts, sequence=packed[number], mask=packed.mask))
+
+
+def histogram(values: NDArray[np.integer[Any]]) -> list[dict[str, int]]:
+    """Counts of positive integers, as bars of `from`, `to` (inclusive) and `count`: one a value, or one a doubling."""
+    if not len(values):
+        return []
+    low, high = int(values.min()), int(values.max())
+    if high <= _SINGLE_BARS:
+        edges = list(range(low, high + 2))
+    else:
+        edges = [1 << power for power in range(max(low, 1).bit_length() - 1, high.bit_length() + 1)]
+        edges[0] = min(edges[0], low)
+    counts, _ = np.histogram(values, bins=edges)
+    return [
+        {"from": start, "to": stop - 1, "count": count}
+        for (start, stop), count in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+    ]
+
+
+def _packed_summary(folder: Path) -> dict[str, Any]:
+    packed = shards.PackedShards(folder)
+    index, totals = packed.index, packed.index["totals"]
+    lengths, answers = [], []
+    for number in range(len(packed.files)):
+        table = packed.table(number)
+        for seq_lens, spans in zip(table["seq_lens"].chunks, table["spans"].chunks, strict=True):
+            lengths.append(seq_lens.flatten().to_numpy())
+            answers.append(_answers_per_document(seq_lens, spans, packed.seq_len, layout=packed.layout))
+    capacity = totals["sequences"] * packed.seq_len
+    return {
+        "folder": str(folder),
+        "format": index["format"],
+        "mask": packed.mask,
+        "layout": packed.layout,
+        "seq_len": packed.seq_len,
+        "tokenizer": index["tokenizer"].get("name"),
+        **totals,
+        "fill": totals["tokens"] / capacity if capacity else 0.0,
+        "target_share": totals["target_tokens"] / totals["tokens"] if totals["tokens"] else 0.0,
+        "lengths": histogram(_concatenate(lengths)),
+        "answers": histogram(_concatenate(answers)),
+        "read": index["counts"]["read"],
+        "quarantined": index["counts"]["quarantined"],
+        "first_refusals": _first_refusals(folder, index),
+    }
+
+
+def _answers_per_document(
+    seq_lens: pa.ListArray, spans: pa.ListArray, seq_len: int, *, layout: str
+) -> NDArray[np.int64]:
+    """How many answers each document of some rows has, int64[D]."""
+    documents = pc.list_value_length(seq_lens).to_numpy().astype(np.int64)
+    lengths = seq_lens.flatten().to_numpy().astype(np.int64)
+    before = np.cumsum(lengths) - lengths
+    first = np.cumsum(documents) - documents
+    row_of_document = np.repeat(np.arange(len(documents)), documents)
+    start = before - before[first[row_of_document]] + row_of_document * seq_len
+    flat = spans.flatten()
+    row_of_span = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy())
+    answer = flat.field("kind").to_numpy() == ANSWER
+    if layout == "glm":  # [START] is a span before each answer: an answer is a run of spans
+        answer[1:] &= ~answer[:-1]
+    place = (flat.field("start").to_numpy() + row_of_span * seq_len)[answer]
+    return np.bincount(np.searchsorted(start, place, side="right") - 1, minlength=len(lengths))
+
+
+def _concatenate(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+
+
+def _converted_summary(folder: Path) -> dict[str, Any]:
+    index = read_index(folder, conversation.FORMAT)
+    messages, turns = [], []
+    roles = dict.fromkeys(conversation.ROLES, 0)
+    for batch in _conversation_batches(folder, index):
+        column = batch.column("messages")
+        messages.append(pc.list_value_length(column).to_numpy())
+        role = column.flatten().field("role")
+        for entry in pc.value_counts(role).to_pylist():
+            roles[entry["values"]] = roles.get(entry["values"], 0) + entry["counts"]
+        turns.append(_turns(column, role))
+    lengths = _concatenate(messages)
+    return {
+        "folder": str(folder),
+        "format": index["format"],
+        "conversations": len(lengths),
+        "messages": int(lengths.sum()),
+        "roles": {name: count for name, count in roles.items() if count},
+        "turns": histogram(_concatenate(turns)),
+        "read": index["counts"]["read"],
+        "quarantined": index["counts"]["quarantined"],
+        "first_refusals": _first_refusals(folder, index),
+    }
+
+
+def _turns(messages: pa.ListArray, role: pa.StringArray) -> NDArray[np.int64]:
+    """Turns per conversation: runs of messages by one party, system prompts aside. Tools are the assistant's."""
+    lengths = pc.list_value_length(messages).to_numpy()
+    conversation_of = np.repeat(np.arange(len(lengths)), lengths)
+    code = pc.index_in(role, value_set=pa.array(conversation.ROLES)).to_numpy(zero_copy_only=False)
+    code = np.where(code == conversation.TOOL, conversation.ASSISTANT, code)
+    spoken = code != conversation.SYSTEM
+    code, conversation_of = code[spoken], conversation_of[spoken]
+    new = np.ones(len(code), bool)
+    new[1:] = (code[1:] != code[:-1]) | (conversation_of[1:] != conversation_of[:-1])
+    return np.bincount(conversation_of[new], minlength=len(lengths))
+
+
+def _conversation_batches(folder: Path, index: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    for entry in index["shards"]:
+        path = folder / entry["name"]
+        ShardFile(**entry).check_size(folder)
+        try:
+            with pa.memory_map(str(path)) as source:
+                yield from pa.ipc.open_stream(source)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+
+
+def _first_refusals(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """For each reason, source and detail of the first refused record."""
+    first: dict[str, dict[str, str]] = {}
+    wanted = {reason for reason, count in index["counts"]["quarantined"].items() if count}
+    path = folder / index["quarantine"]["name"]
+    if not wanted:
+        return first
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                refused = json.loads(line)
+                first.setdefault(refused["reason"], {"source": refused["source"], "detail": refused["detail"]})
+                if first.keys() >= wanted:
+                    break
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a readable quarantine ({error}). `ismdata verify {folder}` says more") from error
+    return first
+
+
+# ---- drawing folders ----
+
+
+def _draw_packed(facts: dict[str, Any]) -> RenderableType:
+    bound = facts["lower_bound_sequences"]
+    extra = f"lower bound {bound:,} · × {facts['sequences'] / bound:.4f}" if bound else ""
+    handled = [f"{facts[name]:,} {name}" for name in ("split", "truncated", "dropped") if facts[name]]
+    layout = "" if facts["layout"] == "plain" else f"layout {facts['layout']} · "
+    head = f"mask {facts['mask']} · {layout}{facts['seq_len']:,} tokens a sequence"
+    return Group(
+        _title(facts["folder"], head + (f" · tokenizer {facts['tokenizer']}" if facts["tokenizer"] else "")),
+        _numbers(
+            ("conversations", facts["conversations"], " · ".join(handled)),
+            ("documents", facts["documents"], ""),
+            ("sequences", facts["sequences"], extra),
+            ("tokens", facts["tokens"], _share(facts["fill"], "of all places filled", "cyan")),
+            ("targets", facts["target_tokens"], _share(facts["target_share"], "of the tokens trained", "green")),
+        ),
+        *_bars("tokens per document", facts["lengths"]),
+        *_bars("answers per document", facts["answers"]),
+        *_quarantine(facts),
+    )
+
+
+def _draw_converted(facts: dict[str, Any]) -> RenderableType:
+    total = max(facts["messages"], 1)
+    return Group(
+        _title(facts["folder"], "conversations"),
+        _numbers(
+            ("conversations", facts["conversations"], ""),
+            ("messages", facts["messages"], ""),
+            *((f"  {role}", count, _share(count / total, "", "cyan")) for role, count in facts["roles"].items()),
+        ),
+        *_bars("turns per conversation", facts["turns"]),
+        *_quarantine(facts),
+    )
+
+
+def _title(name: str, rest: str) -> Text:
+    return Text.assemble((name, "bold"), "  ", (rest, "dim"))
+
+
+def _heading(text: str, rest: str = "") -> Text:
+    return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))
+
+
+def _numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column()
+    for name, number, rest in lines:
+        table.add_row(name, f"{number:,}", rest)
+    return Padding(table, (1, 0, 0, 2))
+
+
+def _bar(share: float, width: int = _BAR_WIDTH) -> str:
+    """A horizontal bar, to an eighth of a character; anything above nothing shows."""
+    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def _share(share: float, what: str, style: str) -> Text:
+    return Text.assemble((f"{_bar(share, 20):<20}", style), f" {share:6.1%} {what}".rstrip())
+
+
+def _bars(title: str, bars: list[dict[str, int]]) -> list[RenderableType]:
+    if not bars:
+        return []
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim")
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    tallest = max(bar["count"] for bar in bars)
+    for bar in bars:
+        name = f"{bar['from']:,}" if bar["from"] == bar["to"] else f"{bar['from']:,}–{bar['to']:,}"
+        table.add_row(name, f"{_bar(bar['count'] / tallest):<{_BAR_WIDTH}}", f"{bar['count']:,}")
+    return [_heading(title), Padding(table, (0, 0, 0, 2))]
+
+
+def _quarantine(facts: dict[str, Any]) -> list[RenderableType]:
+    refused = sum(facts["quarantined"].values())
+    if not refused:
+        return [_heading("quarantine", f"none of {facts['read']:,} read")]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="yellow", no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column()
+    for reason, count in sorted(facts["quarantined"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{count:,}", conversation.REASONS.get(reason, ""))
+        if first := facts["first_refusals"].get(reason):
+            table.add_row("", "", Text(row_view.printable(f"{first['source']}: {first['detail']}"), "dim"))
+    return [_heading("quarantine", f"{refused:,} of {facts['read']:,} read"), Padding(table, (0, 0, 0, 2))]
+
+
+# ---- what commands have done ----
+
+
+def verify_report(report: VerifyReport) -> View:
+    """What `verify` found: the counts and that all is well, or every problem."""
+    facts = {
+        "folder": str(report.folder),
+        "format": report.format,
+        "ok": report.ok,
+        "counts": report.counts,
+        "problems": report.problems,
+    }
+    if report.ok:
+        counts = " · ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
+        return View(facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {report.folder}: {counts}"))
+    number = len(report.problems)
+    head = Text.assemble(
+        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
+    )
+    # A path is of use only whole: no wrapping inside it.
+    problems = [
+        Text(f"  {row_view.printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems
+    ]
+    return View(facts=facts, drawing=Group(head, *problems))
+
+
+def convert_report(report: ConvertReport) -> View:
+    """What `convert` has read and written."""
+    first = {reason: {"source": one.source, "detail": one.detail} for reason, one in report.first.items()}
+    facts = {
+        "output": str(report.output),
+        "read": report.read,
+        "written": report.written,
+        "quarantined": report.quarantined,
+        "duplicates": report.duplicates,
+        "parts": report.parts,
+        "first_refusals": first,
+        "sources": [
+            {
+                "name": source.name,
+                "layout": source.layout,
+                "format": source.format,
+                "records": source.records,
+                "left_aside": list(source.left_aside),
+            }
+            for source in report.sources
+        ],
+        "notes": list(report.notes),
+        "ignored_fields": report.ignored_fields,
+        "shards": report.shards,
+        "seconds": report.seconds,
+    }
+    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED]]
+    if rest := report.sources[_LISTED:]:
+        sources.append((f"… and {len(rest):,} more sources", sum(one.records for one in rest), ""))
+    parts = [
+        _title(str(report.output), f"{report.read:,} read, {report.written:,} written in {report.seconds:.1f} s"),
+        _numbers(*sources),
+        *_quarantine(facts),
+    ]
+    if report.parts:
+        parts.append(_heading("parts", ", ".join(f"{name} {rows:,}" for name, rows in report.parts.items())))
+    if report.duplicates:
+        dropped = "" if {"duplicate", "near_duplicate"} & report.quarantined.keys() else "; --dedup exact drops them"
+        parts.append(_heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
+    if left := [name for source in report.sources for name in source.left_aside]:
+        parts.append(
+            _heading(
+                "files left aside", ", ".join(left[:8]) + (f" and {len(left) - 8:,} more" if len(left) > 8 else "")
+            )
+        )
+    if report.ignored_fields:
+        names = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_fields.items())
+        parts.append(_heading("fields left aside", names))
+    parts += [_heading("note", text) for text in report.notes]
+    return View(facts=facts, drawing=Group(*parts))
+
+
+def explanation(found: Explanation) -> View:
+    """What a source would be taken for, its first record as it would be read, and a mapping to start from."""
+    return View(facts=found.as_json(), drawing=Text(found.text()))
+
+
+def pack_report(report: PackReport) -> View:
+    """What `pack` has made; `ismdata inspect` shows the rest."""
+    first = {one.reason: {"source": one.source, "detail": one.detail} for one in reversed(report.first_refusals)}
+    facts = {
+        "output": str(report.output),
+        **report.counts,
+        **report.totals,
+        "first_refusals": first,
+        "notes": list(report.notes),
+        "seconds": report.seconds,
+    }
+    bound = report.totals["lower_bound_sequences"]
+    names = ("conversations", "documents", "sequences", "tokens", "target_tokens", "padding_tokens")
+    notes = {"sequences": f"lower bound {bound:,}"}
+    drawing = Group(
+        _title(str(report.output), f"packed in {report.seconds:.1f} s"),
+        _numbers(*((name.replace("_", " "), report.totals[name], notes.get(name, "")) for name in names)),
+        *_quarantine(facts),
+    )
+    return View(facts=facts, drawing=drawing)
+
+
+def train_report(report: TrainReport) -> View:
+    """What a training run did."""
+    facts = {
+        "output": str(report.output),
+        "mask": report.mask,
+        "backend": report.backend,
+        "parameters": report.parameters,
+        "steps": report.steps,
+        "first_loss": report.first_loss,
+        "last_loss": report.last_loss,
+        "tokens": report.tokens,
+        "target_tokens": report.target_tokens,
+        "seconds": report.seconds,
+        "device": report.device,
+        "dtype": report.dtype,
+    }
+    drawing = Group(
+        _title(
+            str(report.output),
+            f"mask {report.mask} by {report.backend} · {report.device}, {report.dtype} · {report.seconds:.0f} s",
+        ),
+        _numbers(
+            ("parameters", report.parameters, ""),
+            ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
+            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} a second"),
+            ("targets", report.target_tokens, ""),
+        ),
+    )
+    return View(facts=facts, drawing=drawing)

@@ -1,0 +1,1 @@
+"""One corpus format a file, and their registry."""

@@ -1,0 +1,129 @@
+"""Alpaca: one instruction, its answer, and the exchanges before it in `history`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ismdata.convert.columnar import BLANKS, flat_list, held, mask, offsets_of, per_record
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.speakers import spoken
+
+_TEXTS = ("instruction", "input", "output", "system", "tools")
+_SCHEMA = pa.schema(
+    [("id", pa.string()), *((name, pa.string()) for name in _TEXTS), ("history", pa.list_(pa.list_(pa.string())))]
+)
+#: How a prompt ends that is a whole dialogue, and how its turns open.
+ANSWER_MARK = "Assistant:"
+_TURN = re.compile(r"\n(Human|Assistant):")
+_NAMES = pa.array(["system", "user", "assistant"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alpaca(Reader):
+    """`instruction` and `input` (joined by a line break) are the user's, `output` is the assistant's."""
+
+    expects: str = "instruction/input/output, history, system"
+    plain_text: bool = False
+
+    def fits(self, record: Any) -> bool:
+        return isinstance(record, dict) and {"instruction", "output"} <= record.keys()
+
+    def drafts(self, record: Any) -> Sequence[Draft]:
+        fields = dict(fields_of(record))
+        for name in ("instruction", "output"):
+            if name not in fields:
+                found = f"the record has no {name!r}; it has {', '.join(fields) or 'nothing'}"
+                raise Refused("missing_field", f"{found}; expected {self.expects}")
+        texts = {name: fields.pop(name, None) for name in _TEXTS if name != "tools"}
+        for name, text in texts.items():
+            if text is not None and not isinstance(text, str):
+                raise Refused("invalid_field", f"{name} is {kind_of(text)}; expected a string")
+        messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        for pair in _pairs(fields.pop("history", None)):
+            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        parts = [text for text in (texts["instruction"], texts["input"]) if text]
+        prompt = "\n".join(parts) if parts else texts["instruction"]
+        earlier = earlier_turns(prompt) if isinstance(prompt, str) else []
+        messages += spoken(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
+        messages.append({"role": "assistant", "content": texts["output"]})
+        tools = fields.pop("tools", None)
+        return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
+
+    def columns(self, block: Block) -> Columns | None:
+        table = block.table(_SCHEMA)
+        if table is None:
+            return None
+        pair_offsets, pairs = flat_list(table["history"])
+        sizes, earlier = flat_list(pa.chunked_array([pairs]))
+        bad_pair = (np.diff(sizes) != 2) | per_record(mask(earlier.is_null()), sizes)
+        instruction, given, output = (table[name].combine_chunks() for name in ("instruction", "input", "output"))
+        care = held(table["tools"]) | per_record(bad_pair, pair_offsets)
+        care |= ~held(table["instruction"]) | mask(output.is_null())
+        care |= mask(pc.fill_null(pc.ends_with(pc.utf8_rtrim(instruction, BLANKS), ANSWER_MARK), False))
+        joined = pc.binary_join_element_wise(instruction, given, "\n")
+        prompts = pc.if_else(pa.array(held(table["input"])), joined, instruction)
+
+        # Rows that need care may have ragged pairs: their history is left out here so that the others line up.
+        counts = np.where(care, 0, np.diff(pair_offsets))
+        first = sizes[pair_offsets[:-1]]
+        with_system = held(table["system"])
+        offsets = offsets_of(with_system + 2 * counts + 2)
+        n, total = len(care), int(offsets[-1])
+        # One pool of texts, and for each message the place in it of its text: system, history, prompt, output.
+        pool = pa.concat_arrays([table["system"].combine_chunks(), earlier, prompts, output])
+        at = np.empty(total, np.int64)
+        role = np.zeros(total, np.int8)
+        at[offsets[:-1][with_system]] = np.flatnonzero(with_system)
+        start = offsets[:-1] + with_system
+        inner = np.arange(2 * counts.sum()) - np.repeat(offsets_of(2 * counts)[:-1], 2 * counts)
+        place = np.repeat(start, 2 * counts) + inner
+        at[place] = n + np.repeat(first, 2 * counts) + inner
+        role[place] = 1 + (inner & 1)
+        at[offsets[1:] - 2] = n + len(earlier) + np.arange(n)
+        role[offsets[1:] - 2] = 1
+        at[offsets[1:] - 1] = n + len(earlier) + n + np.arange(n)
+        role[offsets[1:] - 1] = 2
+        return Columns(
+            ids=table["id"].combine_chunks(),
+            offsets=offsets,
+            roles=pa.DictionaryArray.from_arrays(pa.array(role), _NAMES),
+            contents=pool.take(pa.array(at)),
+            care=care,
+        )
+
+
+def earlier_turns(prompt: str) -> list[tuple[str, str]]:
+    """The turns of a prompt that is a dialogue up to the mark of the answer, as BELLE has them; else empty.
+
+    >>> earlier_turns("Human:Hi\\nAssistant:Hello!\\nHuman:Bye\\nAssistant:")
+    [('Human', 'Hi'), ('Assistant', 'Hello!'), ('Human', 'Bye')]
+    """
+    if not prompt.rstrip().endswith(ANSWER_MARK):
+        return []
+    _, *pieces = _TURN.split("\n" + prompt.strip())
+    turns = list(zip(pieces[::2], (piece.strip() for piece in pieces[1::2]), strict=True))
+    ordered = all(name == ("Human", "Assistant")[at % 2] for at, (name, _) in enumerate(turns))
+    begins = prompt.lstrip().startswith("Human:")
+    return turns[:-1] if begins and ordered and len(turns) > 1 and not turns[-1][1] else []
+
+
+def _pairs(history: Any) -> list[Any]:
+    if history is None:
+        return []
+    if not isinstance(history, list):
+        raise Refused("invalid_field", f"history is {kind_of(history)}; expected a list of [user, assistant] pairs")
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            found = f"history pair {number} is {shown(pair)}"
+            raise Refused("invalid_field", f"{found}; expected [user, assistant], two strings")
+    return history
+
+
+ALPACA = Alpaca()

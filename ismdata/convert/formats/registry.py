@@ -1,0 +1,63 @@
+"""The corpus formats. To add one: a file with an object that is a `base.Reader`, and a line in `READERS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ismdata.convert.formats.alpaca import ALPACA
+from ismdata.convert.formats.base import Reader
+from ismdata.convert.formats.chatgpt import CHATGPT_EXPORT
+from ismdata.convert.formats.convai import CONVAI
+from ismdata.convert.formats.dailydialog import DAILYDIALOG
+from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
+from ismdata.convert.formats.kto import KTO
+from ismdata.convert.formats.lists import LISTS
+from ismdata.convert.formats.messages import CLAUDE_EXPORT, GEMINI, KDCONV, OPENAI, SHAREGPT
+from ismdata.convert.formats.moss import MOSS
+from ismdata.convert.formats.pairs import PAIRS
+from ismdata.convert.formats.personachat import PERSONACHAT
+from ismdata.convert.formats.preference import PREFERENCE
+from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
+from ismdata.convert.formats.question_lists import QUESTION_LISTS
+from ismdata.convert.formats.separated import SEPARATED
+from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
+from ismdata.convert.formats.tsv_pairs import TSV_PAIRS
+from ismdata.convert.formats.utterances import UTTERANCES
+
+#: Format names, as `--format` takes them, in the order in which detection asks.
+READERS: dict[str, Reader] = {
+    "oasst": TREE_ROWS,
+    "oasst_trees": NESTED_TREES,
+    # Before `messages`: their records have such a list too, and more to say about it.
+    "preference": PREFERENCE,
+    "kto": KTO,
+    "utterances": UTTERANCES,
+    "messages": OPENAI,
+    "sharegpt": SHAREGPT,
+    "gemini": GEMINI,
+    "claude_export": CLAUDE_EXPORT,
+    "chatgpt_export": CHATGPT_EXPORT,
+    "question_lists": QUESTION_LISTS,
+    "convai": CONVAI,
+    "alpaca": ALPACA,
+    "moss": MOSS,
+    "pairs": PAIRS,
+    "dailydialog": DAILYDIALOG,
+    "kdconv": KDCONV,
+    "lists": LISTS,
+    "dialogue_rows": DIALOGUE_ROWS,
+    "separated": SEPARATED,
+    # Single texts can stand beside anything, so they are asked last.
+    "prompt_completion": PROMPT_COMPLETION,
+    "personachat": PERSONACHAT,
+    "tsv_pairs": TSV_PAIRS,
+}
+
+
+def detect(record: Any) -> str | None:
+    """The name of the first format that a record looks like, or None.
+
+    >>> detect({"conversations": [{"from": "human", "value": "Hello!"}]})
+    'sharegpt'
+    """
+    return next((name for name, reader in READERS.items() if reader.fits(record)), None)

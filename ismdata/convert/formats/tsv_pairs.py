@@ -1,0 +1,45 @@
+"""Lines of text whose utterances are set apart by tabs: a question and its reply, or more, speakers alternate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, Refused, Side, kind_of
+from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, pieces_of
+from ismdata.convert.formats.speakers import alternating, spoken
+
+
+@dataclass(frozen=True, kw_only=True)
+class TabPairs(Reader):
+    """Blanks around an utterance go."""
+
+    expects: str = "lines of text: question, tab, reply"
+    plain_text: bool = True
+    assistant: Side = "second"
+
+    def fits(self, record: Any) -> bool:
+        if not isinstance(record, str) or END_OF_UTTERANCE in record:
+            return False
+        cells = record.split("\t")
+        return len(cells) > 1 and all(any(map(str.isalpha, cell)) for cell in cells)
+
+    def drafts(self, record: Any) -> Sequence[Draft]:
+        if not isinstance(record, str):
+            raise Refused("not_an_object", f"the record is {kind_of(record)}; expected a line of text")
+        pieces = pieces_of(record, "\t")
+        if len(pieces) < 2:
+            raise Refused("not_an_object", "the line has no tab between utterances; expected question, tab, reply")
+        return [
+            Draft(messages=spoken(roles, pieces), part=part) for part, roles in alternating(len(pieces), self.assistant)
+        ]
+
+    def columns(self, block: Block) -> Columns | None:
+        lines = None if self.assistant == "both" else block.texts()
+        if lines is None:
+            return None
+        return columns_of_lines(lines, "\t", self.assistant, fewest=2)
+
+
+TSV_PAIRS = TabPairs()

@@ -1,0 +1,251 @@
+"""Blocks of complete records, as bytes, Arrow tables or Python values, under the one interface of `base.Block`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json
+from numpy.typing import NDArray
+
+from ismdata.convert.canonical import parse_json
+from ismdata.convert.formats.base import ID_FIELDS, Refused, shown
+from ismdata.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineBlock:
+    """N records, each on a line of its own: record i is `data[starts[i]:ends[i]]`, blanks around it left out.
+
+    `plain_text` says that a record is the line itself, not a JSON value. `document` names the JSON text that the lines
+    were cut from: a syntax error in one is then an error of the whole, for what a broken array holds is a guess.
+    `keyed` says that a line is an entry of an object, `"key": record`.
+    """
+
+    data: bytes
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    plain_text: bool = False
+    document: str | None = None
+    keyed: bool = False
+
+    def record(self, row: int) -> Any:
+        try:
+            text = self._bytes(row).decode("utf-8")
+        except UnicodeDecodeError as error:
+            found = f"byte {error.start + 1} of the record is 0x{error.object[error.start]:02x}"
+            raise Refused("not_utf8", f"{found}; expected UTF-8. Convert the file to UTF-8") from error
+        if self.plain_text:
+            return text
+        try:
+            return self._value(text)
+        except json.JSONDecodeError as error:
+            found = (
+                f"{error.msg} at character {error.pos + 1}, near {shown(text[max(0, error.pos - 20) : error.pos + 20])}"
+            )
+            if self.document is not None:
+                found = f"{self.document}:record {self.numbers[row]}: {found}"
+                wanted = "an entry, a key and its value" if self.keyed else "a JSON array"
+                raise DataError(f"{found}; expected {wanted}. Repair the file or get it again") from error
+            raise Refused("invalid_json", f"{found}; expected one JSON value on the line") from error
+        except ValueError as error:
+            raise Refused("invalid_json", f"{error}; expected JSON that can be held in memory as it stands") from error
+
+    def raw(self, row: int) -> Any:
+        text = self._bytes(row).decode("utf-8", errors="backslashreplace")
+        if self.plain_text:
+            return text
+        try:
+            return self._value(text)
+        except ValueError:
+            return text
+
+    def _value(self, text: str) -> Any:
+        if not self.keyed:
+            return parse_json(text)
+        ((key, value),) = parse_json(f"{{{text}}}").items()
+        return with_key(key, value)
+
+    def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
+        # Every line must be one value, for rows and lines to be the same: a value that spans two lines would have to
+        # break inside of it after a closing bracket and go on with an opening one, which no JSON does.
+        opening, closing = b"[]" if wrapped else b"{}"
+        if self.plain_text or self.keyed or not len(self.starts) or not self._is_utf8:
+            return None
+        if (self._array[self.starts] != opening).any() or (self._array[self.ends - 1] != closing).any():
+            return None
+        data = self.data
+        if wrapped:
+            key = b'{"%s":' % schema.names[0].encode()
+            data = key + (b"}\n" + key).join(self._bytes(row) for row in range(len(self.starts))) + b"}"
+        try:
+            table = pa.json.read_json(
+                pa.BufferReader(data),
+                pa.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+                # Never inferred: a text that looks like a date stays text, and hostile nesting meets a fixed schema.
+                pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+            )
+        except pa.ArrowInvalid:
+            return None
+        return table if table.num_rows == len(self.starts) else None
+
+    def texts(self) -> pa.Array | None:
+        if not self.plain_text or not self._is_utf8:
+            return None
+        whole = pa.array([self.data[start:end] for start, end in zip(self.starts, self.ends, strict=True)], pa.binary())
+        return whole.cast(pa.string())
+
+    def _bytes(self, row: int) -> bytes:
+        return self.data[self.starts[row] : self.ends[row]]
+
+    @cached_property
+    def _array(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.data, np.uint8)
+
+    @cached_property
+    def _is_utf8(self) -> bool:
+        try:
+            pa.array([self.data], pa.binary()).cast(pa.string())
+        except pa.ArrowInvalid:
+            return False
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableBlock:
+    """N rows of an Arrow table, from a Parquet file or a saved dataset."""
+
+    rows: pa.Table
+    numbers: NDArray[np.int64]
+
+    def record(self, row: int) -> Any:
+        return self.raw(row)
+
+    def raw(self, row: int) -> Any:
+        return plain_value(self.rows.slice(row, 1).to_pylist()[0])
+
+    def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
+        if wrapped or not set(self.rows.column_names) <= set(schema.names):
+            return None
+        columns = []
+        for field in schema:
+            if field.name not in self.rows.column_names:
+                columns.append(pa.chunked_array([pa.nulls(len(self.rows), field.type)]))
+                continue
+            fitted = _fit(pa.concat_arrays(self.rows[field.name].chunks or [pa.nulls(0, field.type)]), field.type)
+            if fitted is None:
+                return None
+            columns.append(pa.chunked_array([fitted]))
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def texts(self) -> pa.Array | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """A record that could not be read: why, and what stands in its place."""
+
+    refusal: Refused
+    raw: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBlock:
+    """N records that are Python values already, from a table of text or a YAML file."""
+
+    values: Sequence[Any]
+    numbers: NDArray[np.int64]
+
+    def record(self, row: int) -> Any:
+        value = self.values[row]
+        if isinstance(value, Unread):
+            raise value.refusal
+        return value
+
+    def raw(self, row: int) -> Any:
+        value = self.values[row]
+        return value.raw if isinstance(value, Unread) else value
+
+    def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
+        return None
+
+    def texts(self) -> pa.Array | None:
+        return None
+
+
+def with_key(key: str, value: Any) -> Any:
+    """A record of an object by id, with its key: as its `id` where it has none, as `key` where it has another.
+
+    A list of messages becomes an object that holds it.
+
+    >>> with_key("d1", {"log": []})
+    {'id': 'd1', 'log': []}
+    """
+    if isinstance(value, list):
+        return {"id": key, "messages": value}
+    if not isinstance(value, dict):
+        return value
+    own = [value[name] for name in ID_FIELDS if value.get(name) not in (None, "")]
+    if not own:
+        return {"id": key, **{name: held for name, held in value.items() if name != "id"}}
+    return value if key in map(str, own) or "key" in value else {**value, "key": key}
+
+
+def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
+    """`values` as `wanted` where nothing is lost on the way: missing fields become null, unknown ones decline."""
+    found = values.type
+    if found == wanted:
+        return values
+    if pa.types.is_null(found):
+        return pa.nulls(len(values), wanted)
+    if pa.types.is_null(wanted):
+        return pa.nulls(len(values), wanted) if values.null_count == len(values) else None
+    if pa.types.is_string(wanted):
+        return values.cast(wanted) if pa.types.is_large_string(found) or pa.types.is_string_view(found) else None
+    if pa.types.is_list(wanted) and (pa.types.is_list(found) or pa.types.is_large_list(found)):
+        inner = _fit(values.flatten(), wanted.value_type)
+        if inner is None:
+            return None
+        lengths = np.asarray(pa.compute.fill_null(pa.compute.list_value_length(values), 0))
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), inner, type=wanted, mask=values.is_null())
+    if pa.types.is_struct(wanted) and pa.types.is_struct(found):
+        names = {field.name for field in found}
+        if len(names) != found.num_fields or not names <= {field.name for field in wanted}:
+            return None
+        children = [
+            _fit(values.field(field.name), field.type) if field.name in names else pa.nulls(len(values), field.type)
+            for field in wanted
+        ]
+        if any(child is None for child in children):
+            return None
+        return pa.StructArray.from_arrays(children, fields=list(wanted), mask=values.is_null())
+    return None
+
+
+def plain_value(value: Any) -> Any:
+    """An Arrow value as JSON can hold it: dates as ISO text, bytes as base64, numbers that are none as null."""
+    if isinstance(value, dict):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_value(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta | Decimal):
+        return str(value)
+    return value

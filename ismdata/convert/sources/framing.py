@@ -1,0 +1,402 @@
+"""Bytes to blocks of complete records: lines, JSON arrays, objects of arrays or records, values one after the other.
+
+A JSON array is scanned for the commas between its records, block by block and without building a value, and becomes
+lines: what reads JSON Lines then reads everything. Memory stays flat, and a file that breaks off is found out, with its
+place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ismdata.convert.sources.blocks import LineBlock, ValueBlock
+from ismdata.errors import DataError
+
+#: How much is read at a time. Blocks are cut by content and this size alone, so shards do not depend on the workers.
+BLOCK_BYTES = 4 << 20
+#: How much of it is searched for structure at a time.
+_WINDOW = 4 << 20
+#: A single record beyond this is taken for a broken file: Arrow's offsets end at 2 GiB.
+MAX_RECORD_BYTES = 1 << 30
+
+BLANK = b" \t\r\n"
+_SPACE, _LINE_BREAK, _QUOTE, _BACKSLASH, _COMMA = b' \n"\\,'
+_IS_BLANK = np.isin(np.arange(256), list(BLANK))
+#: +1 for an opening bracket, -1 for a closing one.
+_DEPTH = np.zeros(256, np.int8)
+_DEPTH[list(b"[{")] = 1
+_DEPTH[list(b"]}")] = -1
+_CUT_OFF = (
+    "The download may be incomplete: get the file again. Or a closing quote or bracket is missing in that record: "
+    "repair the file"
+)
+_STRUCTURAL = np.isin(np.arange(256), list(b'[]{}",\n'))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framed:
+    """A block and, for an object of arrays, the name of the array that it was cut from."""
+
+    block: LineBlock | ValueBlock
+    split: str | None = None
+
+
+class ByteQueue:
+    """Bytes read ahead from a stream, with their place in it. `name` is what errors call the stream."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self.stream = stream
+        self.name = name
+        self.data = b""
+        self.offset = 0  # of data[0] in the stream
+        self.ended = False
+
+    def more(self, size: int = BLOCK_BYTES) -> bool:
+        """Read at least one more byte; False at the end of the stream."""
+        if self.ended:
+            return False
+        if len(self.data) > MAX_RECORD_BYTES:
+            raise DataError(
+                f"{self.name}: the record at byte {self.offset + 1} is longer than {MAX_RECORD_BYTES:,} bytes; "
+                "expected smaller records. Split it, or see whether a quote or a bracket is missing there"
+            )
+        chunk = self.stream.read(min(size, MAX_RECORD_BYTES + 1 - len(self.data)))
+        self.ended = not chunk
+        self.data = self.data + chunk if self.data else chunk
+        return not self.ended
+
+    def drop(self, count: int) -> None:
+        self.data = self.data[count:]
+        self.offset += count
+
+    def skip_blanks(self) -> None:
+        while True:
+            self.drop(len(self.data) - len(self.data.lstrip(BLANK)))
+            if self.data or not self.more():
+                return
+
+
+def frame_lines(queue: ByteQueue, *, plain_text: bool) -> Iterator[Framed]:
+    """One record a line; blank lines are passed over, the numbers are those of the lines."""
+    line = 1
+    pending: list[bytes] = []  # joined once a line break comes, so that a long line costs no more than its length
+    while queue.data or queue.more():
+        cut = queue.data.rfind(b"\n") + 1
+        pending.append(queue.data[:cut] if cut else queue.data)
+        tail = queue.data[cut:] if cut else b""
+        queue.drop(len(queue.data))
+        if cut:
+            block, lines = line_block(b"".join(pending), line, plain_text=plain_text)
+            pending = [tail]
+            line += lines
+            if len(block.starts):
+                yield Framed(block=block)
+        elif sum(map(len, pending)) > MAX_RECORD_BYTES:
+            raise DataError(f"{queue.name}:{line}: the line is longer than {MAX_RECORD_BYTES:,} bytes; split it")
+    block, _ = line_block(b"".join(pending), line, plain_text=plain_text)
+    if len(block.starts):
+        yield Framed(block=block)
+
+
+def line_block(data: bytes, first: int, *, plain_text: bool = False) -> tuple[LineBlock, int]:
+    """The lines of `data` that are not blank, numbered from `first`; and how many lines there were."""
+    if not data:
+        none = np.empty(0, np.int64)
+        return LineBlock(data=data, starts=none, ends=none, numbers=none, plain_text=plain_text), 0
+    array = np.frombuffer(data, np.uint8)
+    breaks = np.flatnonzero(array == _LINE_BREAK)
+    ends = breaks if len(breaks) and breaks[-1] == len(data) - 1 else np.append(breaks, len(data))
+    starts = np.append(0, ends[:-1] + 1)
+    starts, ends = _stripped(data, array, starts, ends.copy())
+    kept = starts < ends
+    numbers = first + np.flatnonzero(kept)
+    block = LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers, plain_text=plain_text)
+    return block, len(kept)
+
+
+def _stripped(
+    data: bytes, array: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Borders moved inwards past blanks; few blanks are the rule, and long runs of them are left to `bytes.strip`."""
+    for _ in range(4):
+        full = np.flatnonzero(starts < ends)
+        ends[full] -= _IS_BLANK[array[ends[full] - 1]]
+        full = np.flatnonzero(starts < ends)
+        starts[full] += _IS_BLANK[array[starts[full]]]
+    full = np.flatnonzero(starts < ends)
+    for row in full[_IS_BLANK[array[starts[full]]] | _IS_BLANK[array[ends[full] - 1]]].tolist():
+        text = data[starts[row] : ends[row]]
+        ends[row] -= len(text) - len(text.rstrip(BLANK))
+        starts[row] = min(starts[row] + len(text) - len(text.lstrip(BLANK)), ends[row])
+    return starts, ends
+
+
+def frame_array(queue: ByteQueue, *, split: str | None = None) -> Iterator[Framed]:
+    """The records of the array whose `[` comes next; the queue is left behind its `]`. Raises DataError."""
+    queue.skip_blanks()
+    _expect(queue, b"[", "a JSON array")
+    name = queue.name if split is None else f"{queue.name}:{split}"
+    yield from _frame_elements(queue, name=name, split=split, closing=b"]")
+
+
+def frame_entries(queue: ByteQueue) -> Iterator[Framed]:
+    """An object of records by id that is the whole file; each record has its key, see `blocks.with_key`."""
+    queue.skip_blanks()
+    _expect(queue, b"{", "an object of records")
+    yield from _frame_elements(queue, name=queue.name, split=None, closing=b"}")
+    _expect_end(queue)
+
+
+def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: bytes) -> Iterator[Framed]:
+    """The elements of an array or the entries of an object, from behind its opening bracket to behind `closing`."""
+    number = 1
+    while True:
+        if not queue.data:
+            queue.more()
+        cut, ended = 0, False
+        while not cut:
+            buffer = np.frombuffer(queue.data, np.uint8)
+            structure = _scan(buffer)
+            closed = structure.places[structure.depth < 0]
+            ended = bool(len(closed))
+            borders = structure.places[(structure.depth == 0) & (structure.bytes == _COMMA)]
+            if ended:
+                borders = np.append(borders[borders < closed[0]], closed[0])
+            if len(borders):
+                cut = int(borders[-1]) + 1
+            elif not queue.more(max(BLOCK_BYTES, len(queue.data))):
+                raise _cut_off(queue, name, number, closing)
+        found = queue.data[cut - 1 : cut]
+        if ended and found != closing:
+            place = queue.offset + cut
+            raise DataError(
+                f"{name}: found {found.decode()!r} at byte {place}; expected {closing.decode()!r} or another record. "
+                "Repair the file"
+            )
+        block = _array_block(queue, buffer[:cut], structure, borders, name, number, keyed=closing == b"}")
+        if ended and number == len(borders) == 1 and not len(block.starts):
+            queue.drop(cut)
+            return  # nothing inside
+        _check_records(queue, block, borders, name, number)
+        queue.drop(cut)
+        number += len(borders)
+        yield Framed(block=block, split=split)
+        if ended:
+            return
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Structure:
+    """What lies outside strings and at the outermost level, and all line breaks outside strings.
+
+    The places of these bytes, the bytes, and the depth after each.
+    """
+
+    places: NDArray[np.int64]
+    bytes: NDArray[np.uint8]
+    depth: NDArray[np.int64]
+    broken: int  # place of the first line break inside a string, or -1
+
+
+def _scan(buffer: NDArray[np.uint8]) -> _Structure:
+    """The structure of JSON that begins outside a string, at depth 0.
+
+    Found window by window: what lies deeper is forgotten at once, so that a record of any size costs little more than
+    its bytes.
+    """
+    found: list[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]] = []
+    broken, depth, inside, escaped = -1, 0, False, False
+    for start in range(0, max(len(buffer), 1), _WINDOW):
+        window = buffer[start : start + _WINDOW]
+        places = np.flatnonzero(_STRUCTURAL[window])
+        kinds = window[places]
+        quote = kinds == _QUOTE
+        quoted, escaped = _escaped(window, escaped)
+        if quoted is not None:
+            quote &= ~quoted[places]
+        within = (np.cumsum(quote) + inside) & 1 == 1
+        inside = bool(within[-1]) if len(within) else inside
+        if broken < 0:
+            torn = places[within & (kinds == _LINE_BREAK)]
+            broken = start + int(torn[0]) if len(torn) else -1
+        outside = ~within & (kinds != _QUOTE)
+        places, kinds = places[outside], kinds[outside]
+        levels = depth + np.cumsum(_DEPTH[kinds], dtype=np.int64)
+        depth = int(levels[-1]) if len(levels) else depth
+        kept = (levels <= 0) | (kinds == _LINE_BREAK)
+        found.append((start + places[kept], kinds[kept], levels[kept]))
+    return _Structure(
+        places=np.concatenate([places for places, _, _ in found]),
+        bytes=np.concatenate([kinds for _, kinds, _ in found]),
+        depth=np.concatenate([levels for _, _, levels in found]),
+        broken=broken,
+    )
+
+
+def _escaped(window: NDArray[np.uint8], first: bool) -> tuple[NDArray[np.bool_] | None, bool]:
+    """Which bytes stand behind an odd run of backslashes, None where none does; and whether the next window's first.
+
+    `first`: the window's first byte does.
+    """
+    escapes = np.flatnonzero(window == _BACKSLASH)
+    if not len(escapes) and not first:
+        return None, False
+    if first:
+        escapes = np.insert(escapes + 1, 0, 0)  # as if the backslash before the window were its first byte
+    last = np.flatnonzero(np.append(np.diff(escapes) != 1, True))
+    lengths = np.diff(last, prepend=-1)
+    escaped = np.zeros(len(window) + 1 + first, np.bool_)
+    escaped[escapes[last[lengths % 2 == 1]] + 1] = True
+    return escaped[first:], bool(escaped[-1])
+
+
+def _array_block(
+    queue: ByteQueue,
+    buffer: NDArray[np.uint8],
+    structure: _Structure,
+    borders: NDArray[np.int64],
+    name: str,
+    number: int,
+    *,
+    keyed: bool,
+) -> LineBlock:
+    """The records between `borders` as lines: line breaks inside them become blanks, the borders line breaks."""
+    if 0 <= structure.broken < len(buffer):
+        record = number + int(np.searchsorted(borders, structure.broken))
+        place = queue.offset + structure.broken + 1
+        raise DataError(
+            f"{name}:record {record}: found a line break inside a string at byte {place}; expected it written as \\n, "
+            "or the quote that is missing before it. Repair the file"
+        )
+    lines = buffer.copy()
+    lines[structure.places[(structure.bytes == _LINE_BREAK) & (structure.places < len(lines))]] = _SPACE
+    lines[borders] = _LINE_BREAK
+    data = lines.tobytes()
+    starts, ends = _stripped(data, lines, np.append(0, borders[:-1] + 1), borders.copy())
+    kept = starts < ends
+    numbers = number + np.arange(len(borders))
+    return LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers[kept], document=name, keyed=keyed)
+
+
+def _check_records(queue: ByteQueue, block: LineBlock, borders: NDArray[np.int64], name: str, number: int) -> None:
+    missing = np.setdiff1d(number + np.arange(len(borders)), block.numbers)
+    if len(missing):
+        place = queue.offset + int(borders[missing[0] - number]) + 1
+        raise DataError(
+            f"{name}: found no record before byte {place}, only a comma too many; expected record {missing[0]}. "
+            "Repair the file"
+        )
+
+
+def _cut_off(queue: ByteQueue, name: str, number: int, closing: bytes) -> DataError:
+    end = queue.offset + len(queue.data)
+    whole = "array" if closing == b"]" else "object"
+    inside = f"record {number}" if queue.data.strip(BLANK) else f"the {whole}"
+    return DataError(
+        f"{name}: found the end of the file at byte {end}, inside {inside}; expected {closing.decode()!r} at the "
+        f"end of the {whole} ({number - 1} records are complete). {_CUT_OFF}"
+    )
+
+
+def _expect(queue: ByteQueue, wanted: bytes, what: str) -> None:
+    found = queue.data[:1]
+    if found != wanted:
+        shown = repr(found.decode("latin-1")) if found else "the end of the file"
+        raise DataError(
+            f"{queue.name}: found {shown} at byte {queue.offset + 1}; expected {wanted.decode()!r} ({what}). "
+            "Repair the file or get it again"
+        )
+    queue.drop(1)
+
+
+def frame_document(queue: ByteQueue) -> Iterator[Framed]:
+    """One JSON array that is the whole file."""
+    yield from frame_array(queue)
+    _expect_end(queue)
+
+
+def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
+    """An object whose values are arrays of records, such as `{"train": […], "valid": […]}`."""
+    queue.skip_blanks()
+    _expect(queue, b"{", "an object of splits")
+    while True:
+        queue.skip_blanks()
+        key = re.match(rb'"(?:[^"\\\n]|\\.)*"', queue.data)
+        while key is None and queue.more():
+            key = re.match(rb'"(?:[^"\\\n]|\\.)*"', queue.data)
+        if key is None:
+            _expect(queue, b'"', "the name of a split")
+            raise DataError(f"{queue.name}: found a broken name at byte {queue.offset}; expected the name of a split")
+        split = _text(queue, key.group())
+        queue.drop(key.end())
+        queue.skip_blanks()
+        _expect(queue, b":", f"the value of {split!r}")
+        yield from frame_array(queue, split=split)
+        queue.skip_blanks()
+        if queue.data[:1] == b"}":
+            queue.drop(1)
+            _expect_end(queue)
+            return
+        _expect(queue, b",", "another split, or '}'")
+
+
+def _text(queue: ByteQueue, key: bytes) -> str:
+    """A JSON string that comes next, as text that UTF-8 can hold. Raises DataError."""
+    try:
+        return str(json.loads(key)).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    except ValueError as error:
+        raise DataError(
+            f"{queue.name}: found the broken name {key[:80]!r} at byte {queue.offset + 1} ({error}); expected a JSON "
+            "string in UTF-8. Repair the file"
+        ) from error
+
+
+def frame_values(queue: ByteQueue) -> Iterator[Framed]:
+    """Objects or lists one after the other, each over as many lines as it likes."""
+    number = 1
+    queue.skip_blanks()
+    while queue.data:
+        structure = _scan(np.frombuffer(queue.data, np.uint8))
+        ends = structure.places[(structure.depth == 0) & (_DEPTH[structure.bytes] < 0)] + 1
+        if not len(ends):
+            if not queue.more(max(BLOCK_BYTES, len(queue.data))):
+                raise DataError(
+                    f"{queue.name}: found the end of the file at byte {queue.offset + len(queue.data)}, inside record "
+                    f"{number}; expected its end. {_CUT_OFF}"
+                )
+            continue
+        if 0 <= structure.broken < ends[-1]:
+            raise DataError(
+                f"{queue.name}: found a line break inside a string at byte {queue.offset + structure.broken + 1}; "
+                "expected it written as \\n, or the quote that is missing before it. Repair the file"
+            )
+        borders = [0, *ends.tolist()]
+        texts = [queue.data[start:end].strip(BLANK).replace(b"\n", b" ") for start, end in pairwise(borders)]
+        lengths = np.array([len(text) for text in texts])
+        starts = np.append(0, np.cumsum(lengths + 1)[:-1])
+        numbers = number + np.arange(len(texts))
+        block = LineBlock(
+            data=b"\n".join(texts), starts=starts, ends=starts + lengths, numbers=numbers, document=queue.name
+        )
+        yield Framed(block=block)
+        number += len(texts)
+        queue.drop(borders[-1])
+        queue.skip_blanks()
+
+
+def _expect_end(queue: ByteQueue) -> None:
+    queue.skip_blanks()
+    if queue.data:
+        shown = repr(queue.data[:20].decode("utf-8", errors="replace"))
+        raise DataError(
+            f"{queue.name}: found {shown} at byte {queue.offset + 1}, after the end of the JSON; expected the end "
+            "of the file. Repair the file or get it again"
+        )

@@ -1,0 +1,268 @@
+"""The invariants of packed rows, held against whole runs of rows at a time.
+
+Spans tile documents; from them alone follow position_ids, loss_mask and block_table, which are made again and compared.
+Padding is padding, ids are in the vocabulary, weights are on targets, and no target is seen by the token that predicts
+it. Each problem names row and token, what was found and what was expected.
+
+Shape legend: R rows (sequences) looked at together, T = seq_len, D documents, S spans, B = block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ismdata.data import shards
+from ismdata.data.problems import Problems
+from ismdata.errors import DataError
+from ismdata.masks.intervals import BLOCK_SIZE, Tiling, block_table, tile, tiled_intervals, tiled_targets
+from ismdata.rendering.glm_tokens import opened_runs, tiled_positions
+
+#: What rows add to the totals of an index.
+ROW_TOTALS = ("documents", "sequences", "tokens", "target_tokens", "padding_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a packed folder's index lays down for every row of it."""
+
+    seq_len: int
+    mask: str
+    weighted: bool
+    vocab_size: int
+    pad_id: int
+    schema: pa.Schema
+    glm: tuple[int, int] | None = None  # ids of [MASK] and [START] in the GLM layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """R rows of a shard as flat arrays; `first` is the number of the first of them in its shard."""
+
+    first: int
+    input_ids: NDArray[np.int32]  # [R * T]
+    position_ids: NDArray[np.int32]  # [R * T]
+    loss_mask: NDArray[np.uint8]  # [R * T]
+    row_documents: NDArray[np.int64]  # [R]
+    seq_lens: NDArray[np.int32]  # [D]
+    row_spans: NDArray[np.int64]  # [R]
+    spans: NDArray[np.int32]  # [S, 4]
+    block_table: NDArray[np.int16]  # [R, T / B, 4]
+    row_ids: NDArray[np.int64]  # [R] conversation ids per row
+    loss_weight: NDArray[np.float32] | None  # [R * T]
+    position_ids_2: NDArray[np.int32] | None  # [R * T]
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch, first: int, terms: Terms) -> Rows:
+        def flat(name: str) -> NDArray[Any]:
+            values: NDArray[Any] = batch.column(name).flatten().to_numpy()
+            return values
+
+        def per_row(name: str) -> NDArray[np.int64]:
+            lengths: NDArray[np.int64] = pc.list_value_length(batch.column(name)).to_numpy().astype(np.int64)
+            return lengths
+
+        return cls(
+            first=first,
+            input_ids=flat("input_ids"),
+            position_ids=flat("position_ids"),
+            loss_mask=flat("loss_mask"),
+            row_documents=per_row("seq_lens"),
+            seq_lens=flat("seq_lens"),
+            row_spans=per_row("spans"),
+            spans=shards.span_matrix(batch.column("spans").flatten()),
+            block_table=flat("block_table").reshape(batch.num_rows, -1, 4),
+            row_ids=per_row("conversation_ids"),
+            loss_weight=flat("loss_weight") if terms.weighted else None,
+            position_ids_2=flat("position_ids_2") if terms.glm else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_documents)
+
+    def halves(self, terms: Terms) -> Iterator[Rows]:
+        """The first and the second half of the rows."""
+        middle = len(self) // 2
+        for start, stop in ((0, middle), (middle, len(self))):
+            tokens = slice(start * terms.seq_len, stop * terms.seq_len)
+            documents = slice(int(self.row_documents[:start].sum()), int(self.row_documents[:stop].sum()))
+            spans = slice(int(self.row_spans[:start].sum()), int(self.row_spans[:stop].sum()))
+            yield Rows(
+                first=self.first + start,
+                input_ids=self.input_ids[tokens],
+                position_ids=self.position_ids[tokens],
+                loss_mask=self.loss_mask[tokens],
+                row_documents=self.row_documents[start:stop],
+                seq_lens=self.seq_lens[documents],
+                row_spans=self.row_spans[start:stop],
+                spans=self.spans[spans],
+                block_table=self.block_table[start:stop],
+                row_ids=self.row_ids[start:stop],
+                loss_weight=None if self.loss_weight is None else self.loss_weight[tokens],
+                position_ids_2=None if self.position_ids_2 is None else self.position_ids_2[tokens],
+            )
+
+    def totals(self, terms: Terms) -> dict[str, int]:
+        tokens = int(self.seq_lens.sum(dtype=np.int64))
+        return {
+            "documents": len(self.seq_lens),
+            "sequences": len(self),
+            "tokens": tokens,
+            "target_tokens": int(np.count_nonzero(self.loss_mask)),
+            "padding_tokens": len(self) * terms.seq_len - tokens,
+        }
+
+
+def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None:
+    """Hold rows to the contract. Rows whose spans do not tile their documents are told apart from the others."""
+    try:
+        tiling = tile(
+            rows.row_documents, rows.seq_lens, rows.row_spans, rows.spans, seq_len=terms.seq_len, first_row=rows.first
+        )
+    except DataError as error:
+        if len(rows) == 1:
+            problems.add_rows(path, "spans", str(error), 1)
+        else:
+            for half in rows.halves(terms):
+                check_rows(path, half, terms, problems)
+        return
+
+    def report(kind: str, bad: NDArray[np.bool_], found: Callable[[int], str]) -> None:
+        """A problem for the tokens (bool[R * T]) that are bad."""
+        at = np.flatnonzero(bad)
+        if len(at):
+            row, token = divmod(int(at[0]), terms.seq_len)
+            sentence = f"row {rows.first + row}, token {token}: {found(int(at[0]))}"
+            problems.add_rows(path, kind, sentence, len(np.unique(at // terms.seq_len)))
+
+    doc_start, kv_end = tiled_intervals(tiling, mask=terms.mask)
+    _check_ids(rows, tiling, terms, report)
+    _check_targets(rows, tiling, kv_end, terms, report)
+    if terms.glm is None:
+        position = np.arange(len(doc_start), dtype=doc_start.dtype)
+        position -= doc_start
+        _check_positions("position_ids", rows.position_ids, position, report)
+    else:
+        _check_glm(rows, tiling, terms.glm, report)
+    shape = (len(rows), terms.seq_len)
+    expected = block_table(doc_start.reshape(shape), kv_end.reshape(shape))
+    # Offsets count from the first row; a table counts from its own. int16 wraps, so the difference is right anyway.
+    expected -= (np.arange(len(rows)) * (terms.seq_len // BLOCK_SIZE)).astype(np.int16)[:, None, None]
+    if not np.array_equal(rows.block_table, expected):
+        at = np.argwhere(rows.block_table != expected)
+        row, block, column = at[0].tolist()
+        name = ("visible_lo", "visible_hi", "full_lo", "full_hi")[column]
+        sentence = (
+            f"row {rows.first + row}, token {block * BLOCK_SIZE}: block_table {name} of block row {block} is "
+            f"{rows.block_table[row, block, column]}; expected {expected[row, block, column]}"
+        )
+        problems.add_rows(path, "block_table", sentence, len(np.unique(at[:, 0])))
+    odd = np.flatnonzero(rows.row_ids != rows.row_documents)
+    if len(odd):
+        row = int(odd[0])
+        sentence = f"row {rows.first + row}: {rows.row_ids[row]} conversation_ids; expected {rows.row_documents[row]}, "
+        problems.add_rows(path, "conversation_ids", sentence + "one for each document", len(odd))
+    empty = np.flatnonzero(rows.row_documents == 0)
+    if len(empty):
+        problems.add_rows(path, "empty", f"row {rows.first + empty[0]}: no document; expected at least one", len(empty))
+
+
+_Report = Callable[[str, NDArray[np.bool_], Callable[[int], str]], None]
+
+
+def _check_positions(name: str, found: NDArray[Any], expected: NDArray[Any], report: _Report) -> None:
+    if not np.array_equal(found, expected):
+        report(name, found != expected, lambda at: f"{name} is {found[at]}; expected {expected[at]}")
+
+
+def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Report) -> None:
+    """Both positions, and before each answer `[MASK]` and an untrained span that is `[START]`."""
+    first, second = tiled_positions(tiling)
+    _check_positions("position_ids", rows.position_ids, first, report)
+    assert rows.position_ids_2 is not None
+    _check_positions("position_ids_2", rows.position_ids_2, second, report)
+    mask_id, start_id = tokens
+    opened = opened_runs(tiling)
+    start = tiling.start[opened]
+    ids = rows.input_ids
+    bad = np.zeros(len(ids), bool)
+    bad[start] = (
+        (start == tiling.document_start[opened])
+        | (ids[start - 1] != mask_id)
+        | (ids[start] != start_id)
+        | (tiling.length[opened] != 1)
+        | (tiling.train[opened] != 0)
+    )
+    report(
+        "glm_tokens",
+        bad,
+        lambda at: (
+            f"an answer begins here with {ids[at]} after {ids[at - 1]}; expected [START] ({start_id}) as an untrained "
+            f"span of its own after [MASK] ({mask_id})"
+        ),
+    )
+
+
+def _check_ids(rows: Rows, tiling: Tiling, terms: Terms, report: _Report) -> None:
+    """Token ids within the vocabulary; the pad id, and no target, on padding."""
+    ids = rows.input_ids
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= terms.vocab_size):
+        report(
+            "input_ids",
+            (ids < 0) | (ids >= terms.vocab_size),
+            lambda at: f"input_ids is {ids[at]}; expected 0 to {terms.vocab_size - 1}",
+        )
+    padding = tiling.kind < 0
+    if padding.any():
+        places = _places(tiling, padding)
+        wrong = np.zeros(len(ids), bool)
+        wrong[places] = ids[places] != terms.pad_id
+        report("padding", wrong, lambda at: f"input_ids is {ids[at]} on padding; expected the pad id {terms.pad_id}")
+
+
+def _places(tiling: Tiling, pieces: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The tokens of the chosen pieces, int64[...]."""
+    start, length = tiling.start[pieces], tiling.length[pieces]
+    places: NDArray[np.int64] = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(int(length.sum()))
+    return places
+
+
+def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Terms, report: _Report) -> None:
+    """Targets are those of the mask, none is seen by the token that predicts it, weights are on targets only."""
+    loss_mask = rows.loss_mask
+    expected = tiled_targets(tiling, mask=terms.mask)
+    if not np.array_equal(loss_mask, expected):
+        report(
+            "loss_mask",
+            loss_mask != expected,
+            lambda at: f"loss_mask is {loss_mask[at]}; expected {expected[at]} under the {terms.mask} mask",
+        )
+    target = np.flatnonzero(loss_mask)
+    leaking = target[kv_end[target - 1] > target] if len(target) else target
+    if len(leaking):
+        leaks = np.zeros(len(loss_mask), bool)
+        leaks[leaking] = True
+        report(
+            "leak",
+            leaks,
+            lambda at: (
+                f"a target that token {at % terms.seq_len - 1}, which predicts it, sees: kv_end is "
+                f"{kv_end[at - 1] - at // terms.seq_len * terms.seq_len}; expected at most {at % terms.seq_len}"
+            ),
+        )
+    weight = rows.loss_weight
+    if weight is not None:
+        report(
+            "loss_weight",
+            ~np.isfinite(weight) | (weight < 0) | ((weight != 0) & (loss_mask == 0)),
+            lambda at: (
+                f"loss_weight is {weight[at]}; expected 0 off targets, and a finite number of at least 0 on them"
+            ),
+        )

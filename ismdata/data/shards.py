@@ -1,0 +1,194 @@
+"""Packed shards on disk: the Arrow schema, the index, and reading rows back without copying.
+
+A shard is an Arrow IPC stream with one row a sequence. `index.json` beside the shards says what they hold; writing is
+in `pack/pipeline.py`, through `output_folder.py`, checking is in `verify.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ismdata.data.output_folder import INDEX_NAME, ShardFile, read_index
+from ismdata.errors import DataError
+from ismdata.masks.intervals import BLOCK_SIZE
+
+#: Format identifier of a packed folder's `index.json`.
+FORMAT = "ismdata.packed/1"
+
+SPAN_TYPE = pa.struct(
+    [
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+        pa.field("kind", pa.int8(), nullable=False),
+        pa.field("train", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def packed_schema(seq_len: int, *, weighted: bool, layout: str = "plain") -> pa.Schema:
+    """The columns of a shard for sequences of `seq_len` tokens (a multiple of 128); `weighted` adds `loss_weight`, the
+    layout `glm` adds `position_ids_2`.
+    """
+
+    def fixed(value: pa.DataType, size: int) -> pa.DataType:
+        return pa.list_(pa.field("item", value, nullable=False), size)
+
+    def ragged(value: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.field("item", value, nullable=False))
+
+    columns = [
+        ("input_ids", fixed(pa.int32(), seq_len)),
+        ("position_ids", fixed(pa.int32(), seq_len)),
+        ("loss_mask", fixed(pa.uint8(), seq_len)),
+        ("seq_lens", ragged(pa.int32())),
+        ("spans", ragged(SPAN_TYPE)),
+        ("block_table", fixed(pa.int16(), 4 * seq_len // BLOCK_SIZE)),
+        ("conversation_ids", ragged(pa.string())),
+    ]
+    if layout == "glm":
+        columns.insert(2, ("position_ids_2", fixed(pa.int32(), seq_len)))
+    if weighted:
+        columns.append(("loss_weight", fixed(pa.float32(), seq_len)))
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One packed row as numpy views into the memory map. T = seq_len, D documents, S spans."""
+
+    input_ids: NDArray[np.int32]  # [T]
+    position_ids: NDArray[np.int32]  # [T]
+    loss_mask: NDArray[np.uint8]  # [T]
+    seq_lens: NDArray[np.int32]  # [D]
+    spans: NDArray[np.int32]  # [S, 4]: start, end, kind, train
+    block_table: NDArray[np.int16]  # [T / 128, 4]
+    conversation_ids: list[str]  # [D]
+    loss_weight: NDArray[np.float32] | None  # [T], where any message had a weight
+    position_ids_2: NDArray[np.int32] | None = None  # [T], in the GLM layout
+
+
+class _Batch:
+    """A record batch as numpy views, made once, so that reading a row is slicing. What is ragged is kept as values and
+    offsets.
+    """
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.rows = batch.num_rows
+        self.fixed = {
+            field.name: batch.column(field.name).flatten().to_numpy().reshape(self.rows, field.type.list_size)
+            for field in batch.schema
+            if pa.types.is_fixed_size_list(field.type)
+        }
+        lengths, spans, names = (batch.column(name) for name in ("seq_lens", "spans", "conversation_ids"))
+        self.document_starts = lengths.offsets.to_numpy()
+        self.seq_lens = lengths.values.to_numpy()
+        self.span_starts = spans.offsets.to_numpy()
+        self.spans = spans.values
+        self.name_starts = names.offsets.to_numpy()
+        self.names = names.values
+
+    def row(self, at: int) -> Sequence:
+        fixed = {name: values[at] for name, values in self.fixed.items()}
+        names = self.names[self.name_starts[at] : self.name_starts[at + 1]]
+        return Sequence(
+            input_ids=fixed["input_ids"],
+            position_ids=fixed["position_ids"],
+            loss_mask=fixed["loss_mask"],
+            seq_lens=self.seq_lens[self.document_starts[at] : self.document_starts[at + 1]],
+            spans=span_matrix(self.spans[self.span_starts[at] : self.span_starts[at + 1]]),
+            block_table=fixed["block_table"].reshape(-1, 4),
+            conversation_ids=names.to_pylist(),
+            loss_weight=fixed.get("loss_weight"),
+            position_ids_2=fixed.get("position_ids_2"),
+        )
+
+
+class PackedShards:
+    """A packed folder opened for reading: memory-mapped, random access by row, picklable (a worker reopens the maps).
+
+    Raises DataError when the folder is not a packed one, or a shard is missing or not of the size that the index says.
+    Contents are not hashed here: `ismdata verify` does that.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index: dict[str, Any] = read_index(self.folder, FORMAT)
+        self.seq_len: int = self.index["seq_len"]
+        self.mask: str = self.index["mask"]
+        self.layout: str = self.index.get("layout", "plain")
+        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
+        self.weighted = bool(self.index["weighted"])
+        for file in self.files:
+            file.check_size(self.folder)
+        self._ends: list[int] = np.cumsum([file.rows for file in self.files]).tolist()
+        self._tables: dict[int, pa.Table] = {}
+        self._batches: dict[int, tuple[list[int], list[_Batch]]] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}, "_batches": {}}
+
+    def table(self, shard: int) -> pa.Table:
+        """Shard number `shard` as a memory-mapped table. Raises DataError when it is not an Arrow stream of our
+        schema.
+        """
+        if shard not in self._tables:
+            path = self.folder / self.files[shard].name
+            try:
+                with pa.memory_map(str(path)) as source:
+                    table = pa.ipc.open_stream(source).read_all()
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: not a readable Arrow stream ({error}). Pack the corpus again") from error
+            expected = packed_schema(self.seq_len, weighted=self.weighted, layout=self.layout)
+            if not table.schema.equals(expected):
+                raise DataError(
+                    f"{path}: columns are {', '.join(map(str, table.schema))}; expected {', '.join(map(str, expected))}"
+                )
+            if len(table) != self.files[shard].rows:
+                raise DataError(
+                    f"{path}: {len(table)} rows; expected {self.files[shard].rows} ({INDEX_NAME}). "
+                    "Pack the corpus again"
+                )
+            self._tables[shard] = table
+        return self._tables[shard]
+
+    def __getitem__(self, row: int) -> Sequence:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {self.folder}; expected 0 to {len(self) - 1}")
+        row %= len(self)
+        shard = bisect_right(self._ends, row)
+        starts, batches = self._views(shard)
+        at = row - (self._ends[shard] - self.files[shard].rows)
+        number = bisect_right(starts, at) - 1
+        return batches[number].row(at - starts[number])
+
+    def _views(self, shard: int) -> tuple[list[int], list[_Batch]]:
+        """The record batches of a shard, and the first row of each."""
+        if shard not in self._batches:
+            try:
+                batches = [_Batch(batch) for batch in self.table(shard).to_batches()]
+            except ValueError as error:  # Arrow's own errors are ValueErrors too
+                path = self.folder / self.files[shard].name
+                raise DataError(f"{path}: null where a value is expected ({error}). Pack the corpus again") from error
+            ends = np.cumsum([batch.rows for batch in batches]).tolist()
+            self._batches[shard] = ([end - batch.rows for end, batch in zip(ends, batches, strict=True)], batches)
+        return self._batches[shard]
+
+
+def span_matrix(spans: pa.StructArray) -> NDArray[np.int32]:
+    """A struct array of spans as int32[S, 4]: start, end, kind, train."""
+    fields = [spans.field(name) for name in ("start", "end", "kind")]
+    matrix = np.empty((len(spans), 4), np.int32)
+    for column, field in enumerate(fields):
+        matrix[:, column] = field.to_numpy()
+    matrix[:, 3] = spans.field("train").to_numpy(zero_copy_only=False)
+    return matrix

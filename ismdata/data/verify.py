@@ -1,0 +1,454 @@
+"""Is a folder what its index says, and does every row obey the contract? For converted and for packed folders.
+
+Nothing is trusted: the index is checked against its own SHA-256 and for its layout, files for size and SHA-256, shards
+for their schema and for what Arrow itself demands, then the content, whole runs of rows at a time (`invariants.py` for
+packed rows). What has the wrong size or hash is not read further: a damaged index says nothing about its files, and
+Arrow is given no bytes but those that were written. Every problem is one sentence that names file, row and place, what
+was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ismdata import conversation
+from ismdata.data import shards
+from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
+from ismdata.data.output_folder import INDEX_NAME, QUARANTINE_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
+from ismdata.data.problems import Problems
+from ismdata.errors import DataError, UsageError
+from ismdata.masks.intervals import BLOCK_SIZE, MASKS
+from ismdata.rendering.glm_tokens import LAYOUTS
+
+#: Rows are looked at together until they hold this many tokens: enough for numpy, few enough for the processor's cache.
+_TOKENS_AT_ONCE = 1 << 19
+
+#: How the id of a conversation that was split goes on in its pieces but the first.
+_LATER_PIECE = "#([1-9][0-9]*)$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found. `counts` holds what was counted in the files themselves, not what the index claims."""
+
+    folder: Path
+    format: str  # the index's format, empty where it has none that is known
+    problems: list[str]
+    counts: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(folder: str | Path) -> VerifyReport:
+    """Check a converted or a packed folder, which of the two its index says. Whatever is wrong is in the report.
+
+    Nothing is raised for broken content: an unreadable index, a missing or damaged shard are problems too. Raises
+    DataError when there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise DataError(f"{folder}: found {found}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
+    problems = Problems()
+    index = _load_index(folder, problems)
+    format_ = index.get("format")
+    counts: dict[str, int] = {}
+    if format_ == conversation.FORMAT:
+        counts = _verify_converted(folder, index, problems)
+    elif format_ == shards.FORMAT:
+        counts = _verify_packed(folder, index, problems)
+    elif format_ == SPLIT_FORMAT:
+        counts = _verify_parts(folder, index, problems)
+    elif index:
+        problems.add(
+            f"{folder / INDEX_NAME}: format is {format_!r}; expected {conversation.FORMAT} or {shards.FORMAT}. "
+            "Was the folder written by another version of ismdata?"
+        )
+        format_ = ""
+    return VerifyReport(folder=folder, format=format_ or "", problems=problems.sentences(), counts=counts)
+
+
+def with_texts(
+    report: VerifyReport,
+    converted: Sequence[Path],
+    *,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> VerifyReport:
+    """The report on a packed folder, and whether it holds the texts of the conversations that it was made of.
+
+    Raises UsageError where it is no packed folder, DataError where the conversations cannot be read.
+    """
+    from ismdata.pack.verify_texts import verify_texts
+
+    if report.format != shards.FORMAT:
+        raise UsageError(f"--conversations goes with a packed folder; {report.folder} is none")
+    problems, counts = verify_texts(report.folder, converted, progress=progress)
+    found = {"answers found": counts["answers"]}
+    return replace(report, problems=[*report.problems, *problems], counts={**report.counts, **found})
+
+
+def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
+    """Check each part of a split, and that together they hold what its index says."""
+    totals: Counter[str] = Counter()
+    for name, rows in index["parts"].items():
+        if not (folder / name).is_dir():
+            problems.add(f"{folder / name}: missing; {INDEX_NAME} lists it. Restore it or make the folder again")
+            continue
+        report = verify(folder / name)
+        for sentence in report.problems:
+            problems.add(sentence)
+        totals.update(report.counts)
+        if report.ok and report.counts["conversations"] != rows:
+            found = report.counts["conversations"]
+            problems.add(f"{folder / INDEX_NAME}: {name} has {rows} conversations; expected {found}, which it holds")
+    return dict(totals)
+
+
+# ---- the index and the files it lists ----
+
+_FILE_LAYOUT = {"name": str, "rows": int, "bytes": int, "sha256": str}
+_CONVERTED_LAYOUT = {
+    "counts": {"read": int, "written": int, "quarantined": {}},
+    "shards": [_FILE_LAYOUT],
+    "quarantine": _FILE_LAYOUT,
+}
+_PACKED_LAYOUT = {
+    "seq_len": int,
+    "block_size": int,
+    "mask": str,
+    "weighted": bool,
+    "counts": {"read": int, "packed": int, "quarantined": {}},
+    "totals": dict.fromkeys(
+        ("conversations", *ROW_TOTALS, "lower_bound_sequences", "dropped", "split", "truncated"), int
+    ),
+    "tokenizer": {"vocab_size": int},
+    "shards": [_FILE_LAYOUT],
+    "quarantine": _FILE_LAYOUT,
+    "files": [_FILE_LAYOUT],
+}
+
+
+def _load_index(folder: Path, problems: Problems) -> dict[str, Any]:
+    """The index, empty where it is not what was written, which then is a problem."""
+    try:
+        return load_index(folder)
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+
+
+def _has_layout(value: Any, layout: Any, path: Path, place: str, problems: Problems) -> bool:
+    """Whether the index has every field that is needed, of its type; what is missing becomes a problem."""
+    if isinstance(layout, type):
+        fits = isinstance(value, layout) and (layout is bool or not isinstance(value, bool))
+        wanted = layout.__name__
+    else:
+        fits, wanted = isinstance(value, type(layout)), "object" if isinstance(layout, dict) else "list"
+    if fits and layout is int and value < 0:
+        fits, wanted = False, "an integer of at least 0"
+    if not fits:
+        problems.add(f"{path}: {place or 'the index'} is {json.dumps(value)[:80]}; expected {wanted}")
+        return False
+    if isinstance(layout, dict):
+        inner = [(value.get(name), of, f"{place}.{name}".lstrip(".")) for name, of in layout.items()]
+    elif isinstance(layout, list):
+        inner = [(item, layout[0], f"{place}[{at}]") for at, item in enumerate(value)]
+    else:
+        inner = []
+    sound = [_has_layout(item, of, path, at, problems) for item, of, at in inner]  # all are looked at, and told of
+    return all(sound)
+
+
+def _check_files(folder: Path, entries: list[dict[str, Any]], problems: Problems) -> list[ShardFile]:
+    """The listed files that are there, of the size and content that the index says. Files not listed are problems."""
+    intact = []
+    listed = {INDEX_NAME}
+    for entry in entries:
+        file = ShardFile(**{name: entry[name] for name in _FILE_LAYOUT})
+        if file.name in listed or leaves_folder(file.name):
+            problems.add(
+                f"{folder / INDEX_NAME}: lists {file.name!r}; expected each file once, by a name inside the folder"
+            )
+            continue
+        listed.add(file.name)
+        try:
+            file.check_size(folder)
+            file.check_hash(folder)
+        except DataError as error:
+            problems.add(str(error))
+        except OSError as error:
+            problems.add(f"{folder / file.name}: cannot be read ({error.strerror})")
+        else:
+            intact.append(file)
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            problems.add(
+                f"{path}: a link to another folder; expected a folder of its own. Put the files themselves here"
+            )
+        elif not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+            problems.add(
+                f"{path}: {INDEX_NAME} does not list it; expected nothing else in the folder. Move it elsewhere"
+            )
+    return intact
+
+
+def _check_quarantine(folder: Path, index: dict[str, Any], intact: list[ShardFile], problems: Problems) -> None:
+    """Lines of the quarantine by reason against the index."""
+    path = folder / QUARANTINE_NAME
+    if index["quarantine"]["name"] != QUARANTINE_NAME:
+        problems.add(
+            f"{folder / INDEX_NAME}: quarantine is {index['quarantine']['name']!r}; expected {QUARANTINE_NAME}"
+        )
+        return
+    if not any(file.name == QUARANTINE_NAME for file in intact):
+        return
+    reasons: Counter[str] = Counter()
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            reason, fault = _quarantine_reason(line)
+            if fault:
+                sentence = f"line {number}: {fault}; expected source, reason, detail and record"
+                problems.add_rows(path, "line", sentence, 1)
+            else:
+                reasons[reason] += 1
+    rows = index["quarantine"]["rows"]
+    if sum(reasons.values()) != rows:
+        problems.add(f"{path}: {sum(reasons.values())} sound lines; expected {rows} ({INDEX_NAME})")
+    claimed = index["counts"]["quarantined"]
+    for reason in sorted(reasons.keys() | claimed.keys()):
+        found, expected = reasons[reason], claimed.get(reason, 0)
+        if found != expected:
+            problems.add(f"{path}: {found} lines with reason {reason}; expected {expected} ({INDEX_NAME})")
+
+
+def _quarantine_reason(line: bytes) -> tuple[str, str]:
+    """The reason of a quarantine line, and what is wrong with the line, empty if nothing is."""
+    try:
+        refused = json.loads(line, parse_int=str)  # a refused record may hold numbers that are too long for an int
+    except (ValueError, RecursionError) as error:
+        return "", f"not valid JSON ({error})"
+    if not isinstance(refused, dict) or not {"source", "reason", "detail", "record"} <= refused.keys():
+        return "", "a field is missing"
+    if not isinstance(refused["reason"], str) or refused["reason"] not in conversation.REASONS:
+        return "", f"reason is {refused['reason']!r}, which is not known"
+    return str(refused["reason"]), ""
+
+
+def _check_conservation(folder: Path, counts: dict[str, Any], kept: str, problems: Problems) -> None:
+    quarantined = sum(n for n in counts["quarantined"].values() if isinstance(n, int))
+    if counts["read"] != counts[kept] + quarantined:
+        problems.add(
+            f"{folder / INDEX_NAME}: counts.read is {counts['read']}; "
+            f"expected {counts[kept] + quarantined} = {counts[kept]} {kept} + {quarantined} quarantined"
+        )
+
+
+def _batches(
+    path: Path, file: ShardFile, schema: pa.Schema, problems: Problems
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches of a shard that Arrow finds sound, each with the number of its first row; or problems."""
+    rows = 0
+    try:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_stream(source)
+            if not reader.schema.equals(schema):
+                problems.add(f"{path}: columns are {_fields(reader.schema)}; expected {_fields(schema)}")
+                return
+            for batch in reader:
+                batch.validate(full=True)
+                yield rows, batch
+                rows += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        problems.add(f"{path}: row {rows} on: not a sound Arrow stream ({error}). Make the folder again")
+        return
+    if rows != file.rows:
+        problems.add(f"{path}: {rows} rows; expected {file.rows} ({INDEX_NAME})")
+
+
+def _fields(schema: pa.Schema) -> str:
+    try:
+        return ", ".join(f"{field.name} {field.type}{'' if field.nullable else ' not null'}" for field in schema)
+    except UnicodeDecodeError:
+        return "not named in UTF-8"
+
+
+def _nulls(array: pa.Array, field: pa.Field) -> Iterator[str]:
+    """Names of the fields, nested ones too, that hold null where the schema says they never do."""
+    if array.null_count and not field.nullable:
+        yield field.name
+    if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+        for name in _nulls(array.flatten(), field.type.value_field):
+            yield f"{field.name}.{name}"
+    elif pa.types.is_struct(field.type):
+        for number in range(field.type.num_fields):
+            for name in _nulls(array.field(number), field.type.field(number)):
+                yield f"{field.name}.{name}"
+
+
+# ---- converted folders ----
+
+
+def _verify_converted(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
+    if not _has_layout(index, _CONVERTED_LAYOUT, folder / INDEX_NAME, "", problems):
+        return {}
+    intact = _check_files(folder, [*index["shards"], index["quarantine"], *_other_files(index)], problems)
+    counts = {"conversations": 0, "messages": 0}
+    for file in _shards(index, intact):
+        path = folder / file.name
+        for first_row, batch in _batches(path, file, conversation.CONVERSATION_SCHEMA, problems):
+            counts["conversations"] += batch.num_rows
+            counts["messages"] += _check_conversations(path, first_row, batch, problems)
+    _check_quarantine(folder, index, intact, problems)
+    _check_conservation(folder, index["counts"], "written", problems)
+    if _all_read(index, intact) and counts["conversations"] != index["counts"]["written"]:
+        problems.add(
+            f"{folder / INDEX_NAME}: counts.written is {index['counts']['written']}; "
+            f"expected {counts['conversations']}, which the shards hold"
+        )
+    return counts
+
+
+def _check_conversations(path: Path, first_row: int, batch: pa.RecordBatch, problems: Problems) -> int:
+    """Check the conversations of one batch; how many messages they hold."""
+    if _has_nulls(path, first_row, batch, problems):
+        return 0
+    messages = batch.column("messages").flatten()
+    lengths = pc.list_value_length(batch.column("messages")).to_numpy()
+    row = np.repeat(np.arange(batch.num_rows), lengths)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    role, content = messages.field("role"), messages.field("content")
+
+    def report(kind: str, bad: pa.Array, found: Callable[[int], str], expected: str) -> None:
+        at = np.flatnonzero(bad.to_numpy(zero_copy_only=False))
+        if len(at):
+            first = int(at[0])
+            sentence = f"row {first_row + row[first]}: message {place[first]} {found(first)}; expected {expected}"
+            problems.add_rows(path, kind, sentence, len(np.unique(row[at])))
+
+    known = pc.is_in(role, value_set=pa.array(conversation.ROLES))
+    roles = ", ".join(conversation.ROLES)
+    report("role", pc.invert(known), lambda at: f"has role {role[at].as_py()!r}", roles)
+    calls = messages.field("tool_calls")
+    report("content", pc.and_(content.is_null(), calls.is_null()), lambda _: "has no content", "content or tool calls")
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        problems.add_rows(path, "empty", f"row {first_row + empty[0]}: no messages; expected at least one", len(empty))
+    return len(messages)
+
+
+def _has_nulls(path: Path, first_row: int, batch: pa.RecordBatch, problems: Problems) -> bool:
+    """Whether a column that must not has nulls, which then is a problem."""
+    names = [name for column, field in zip(batch.columns, batch.schema, strict=True) for name in _nulls(column, field)]
+    for name in names:
+        rows = f"rows {first_row} to {first_row + batch.num_rows - 1}"
+        problems.add(f"{path}: {rows}: {name} holds null; expected a value everywhere")
+    return bool(names)
+
+
+def _other_files(index: dict[str, Any]) -> list[dict[str, Any]]:
+    files = index.get("files", [])
+    return [entry for entry in files if isinstance(entry, dict) and _FILE_LAYOUT.keys() <= entry.keys()]
+
+
+def _shards(index: dict[str, Any], intact: list[ShardFile]) -> list[ShardFile]:
+    names = {entry["name"] for entry in index["shards"]}
+    return [file for file in intact if file.name in names]
+
+
+def _all_read(index: dict[str, Any], intact: list[ShardFile]) -> bool:
+    return len(_shards(index, intact)) == len(index["shards"])
+
+
+# ---- packed folders ----
+
+
+def _verify_packed(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
+    if not _has_layout(index, _PACKED_LAYOUT, folder / INDEX_NAME, "", problems):
+        return {}
+    terms = _terms(folder, index, problems)
+    intact = _check_files(folder, [*index["shards"], index["quarantine"], *index["files"]], problems)
+    _check_quarantine(folder, index, intact, problems)
+    _check_conservation(folder, index["counts"], "packed", problems)
+    if terms is None:
+        return {}
+    totals: Counter[str] = Counter()
+    conversations = 0
+    sound = _all_read(index, intact)
+    for file in _shards(index, intact):
+        path = folder / file.name
+        for first_row, batch in _batches(path, file, terms.schema, problems):
+            if _has_nulls(path, first_row, batch, problems):
+                sound = False
+                continue
+            conversations += _conversations(batch.column("conversation_ids"))
+            at_once = max(1, _TOKENS_AT_ONCE // terms.seq_len)
+            for start in range(0, batch.num_rows, at_once):
+                rows = Rows.of(batch.slice(start, at_once), first_row + start, terms)
+                totals.update(rows.totals(terms))
+                check_rows(path, rows, terms, problems)
+    counts = {"conversations": conversations} | {name: totals[name] for name in ROW_TOTALS}
+    counts["lower_bound_sequences"] = -(-counts["tokens"] // terms.seq_len)
+    if sound:
+        for name, found in counts.items():
+            _expect_total(folder, f"totals.{name}", index["totals"][name], found, problems)
+        _expect_total(folder, "counts.packed", index["counts"]["packed"], counts["conversations"], problems)
+    return counts
+
+
+def _expect_total(folder: Path, name: str, claimed: int, counted: int, problems: Problems) -> None:
+    if claimed != counted:
+        problems.add(f"{folder / INDEX_NAME}: {name} is {claimed}; expected {counted}, which the shards hold")
+
+
+def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | None:
+    path, before = folder / INDEX_NAME, len(problems)
+    if index["seq_len"] % BLOCK_SIZE or not index["seq_len"]:
+        problems.add(f"{path}: seq_len is {index['seq_len']}; expected a multiple of {BLOCK_SIZE}")
+    if index["block_size"] != BLOCK_SIZE:
+        problems.add(f"{path}: block_size is {index['block_size']}; expected {BLOCK_SIZE}")
+    if index["mask"] not in MASKS:
+        problems.add(f"{path}: mask is {index['mask']!r}; expected one of {', '.join(MASKS)}")
+    tokenizer = index["tokenizer"]
+    pad_id = tokenizer.get("pad_id") if tokenizer.get("pad_id") is not None else tokenizer.get("eos_id")
+    if not isinstance(pad_id, int) or not 0 <= pad_id < tokenizer["vocab_size"]:
+        problems.add(f"{path}: tokenizer pads with {pad_id}; expected pad_id or eos_id within the vocabulary")
+    layout, glm = index.get("layout", "plain"), index.get("glm_tokens")
+    if layout not in LAYOUTS:
+        problems.add(f"{path}: layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    elif layout == "glm" and not _are_tokens(glm, tokenizer["vocab_size"]):
+        problems.add(f"{path}: glm_tokens is {json.dumps(glm)[:80]}; expected mask and start within the vocabulary")
+    if len(problems) > before:
+        return None
+    return Terms(
+        seq_len=index["seq_len"],
+        mask=index["mask"],
+        weighted=index["weighted"],
+        vocab_size=tokenizer["vocab_size"],
+        pad_id=int(pad_id),
+        schema=shards.packed_schema(index["seq_len"], weighted=index["weighted"], layout=layout),
+        glm=(glm["mask"], glm["start"]) if glm and layout == "glm" else None,
+    )
+
+
+def _are_tokens(glm: Any, vocab_size: int) -> bool:
+    return isinstance(glm, dict) and all(
+        type(glm.get(name)) is int and 0 <= glm[name] < vocab_size for name in ("mask", "start")
+    )
+
+
+def _conversations(ids: pa.ListArray) -> int:
+    """Conversations behind the documents: whole ones, and the first pieces of split ones. Ids need not be distinct."""
+    later_piece = pc.match_substring_regex(ids.flatten(), _LATER_PIECE)
+    return len(later_piece) - int(pc.sum(later_piece).as_py() or 0)

@@ -1,0 +1,97 @@
+"""Answers to many conversations at once, greedily: each the one that a session would give alone (`greedy.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ismdata.errors import DataError, UsageError
+from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
+from ismdata.generate.greedy import Prompt, greedy_answers
+from ismdata.generate.sampling import message_text
+from ismdata.generate.session import checked_mask, end_of_turn, glm_tokens, positions_of
+from ismdata.generate.transcript import Transcript
+from ismdata.rendering import glm_tokens as glm_layout
+from ismdata.rendering.chat_template import Message
+from ismdata.rendering.glm_tokens import GlmTokens
+
+
+def answer_many(
+    model: PreTrainedModel,
+    encoder: Encoder | PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    tools: Sequence[list[Any] | None] | None = None,
+    max_new_tokens: int = 512,
+    mask: str | None = None,
+    batch_size: int = 16,
+) -> list[str]:
+    """The model's answer to each conversation, in order: what `Session.answer` gives at temperature 0.
+
+    model: attached and in evaluation mode. conversations: messages as templates take them, the last one not the
+    model's own. tools: those of each conversation. mask: by default the one in the model's config. The batch size
+    changes no answer but for rounding. Raises UsageError, and DataError naming the conversation (counted from 1).
+    """
+    for option, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if count < 1:
+            raise UsageError(f"{option} is {count}; expected 1 or more")
+    if tools is not None and len(tools) != len(conversations):
+        raise UsageError(f"tools are {len(tools)}; expected one entry for each of {len(conversations)} conversations")
+    encoder = as_encoder(encoder)
+    mask = checked_mask(model, mask)
+    glm = glm_tokens(model, encoder, mask)
+    end = end_of_turn(model, encoder)
+    most = positions_of(model)
+    prompts, leads = [], []
+    for number, messages in enumerate(conversations):
+        place = f"conversation {number + 1}"
+        if not messages or messages[-1]["role"] == "assistant":
+            raise UsageError(f"{place}: nothing to answer; expected a last message that is not the model's own")
+        of_it = None if tools is None else tools[number]
+        try:
+            blocks = Transcript(messages=list(messages), tools=of_it).blocks(encoder)
+            leads.append(answer_lead(encoder, messages, of_it))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        prompt = _prompt(blocks, glm, mask, max_new_tokens)
+        if most is not None and len(prompt) >= most:
+            raise DataError(f"{place}: it has {len(prompt)} tokens; the model has {most} positions, with the answer")
+        if most is not None:  # the end of turn is to fit too, as in a session
+            room = max(1, most - len(prompt) - len(end.ids))
+            prompt = replace(prompt, limit=min(max_new_tokens, room))
+        prompts.append(prompt)
+    answers = greedy_answers(model, prompts, end, batch_size=batch_size)
+    return [message_text(encoder.decode(ids), lead) for ids, lead in zip(answers, leads, strict=True)]
+
+
+def _prompt(blocks: Sequence[Block], glm: GlmTokens | None, mask: str, limit: int) -> Prompt:
+    """All that is fed before the answer to a conversation of these blocks, which ends with a context."""
+    if glm is not None:
+        blocks = with_markers(blocks, glm)
+    if mask == "prefix":
+        blocks = [Block([id for block in blocks for id in block.ids])]
+    ids: list[int] = []
+    kv_end: list[int] = []
+    for block in blocks:
+        past = len(ids)
+        ids += block.ids
+        causal = block.is_answer or mask == "causal"
+        kv_end += range(past + 1, len(ids) + 1) if causal else [len(ids)] * len(block.ids)
+    if glm is None:
+        first, second = list(range(len(ids))), [0] * len(ids)
+    else:
+        first, second = glm_layout.block_positions([(block.is_answer, block.ids) for block in blocks])
+        first, second = [*first, len(ids)], [*second, 1]
+        ids.append(glm.start_id)
+        kv_end = [len(ids)] * len(ids) if mask == "prefix" else [*kv_end, len(ids)]
+    return Prompt(
+        input_ids=np.array(ids, np.int32),
+        kv_end=np.array(kv_end, np.int32),
+        position_ids=np.array(first, np.int32),
+        position_ids_2=np.array(second, np.int32),
+        limit=limit,
+    )

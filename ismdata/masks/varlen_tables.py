@@ -1,0 +1,124 @@
+"""Intervals to the index tables of attention in two passes (`attention/backends/varlen.py`). numpy only.
+
+Pass 1 is causal attention inside each document. Pass 2 is what `ism` and `prefix` add to it: the rows of a context
+block `[s, e)` see on to `e`. Rows s … e-2 against the keys s+1 … e-1, both in reverse order, are an ordinary causal
+problem: reversed row i is row e-2-i and sees the keys e-1-i … e-1, the first i+1 of the reversed keys.
+
+>>> table = tables([[0, 0, 0, 0, 0, 5, 5, 7]], [[3, 3, 3, 4, 5, 7, 7, 8]])  # context of 3, answer of 2 | context of 2
+>>> table.documents.tolist(), table.alone.tolist()
+([0, 5, 7, 8], [7])
+>>> table.rows.tolist(), table.blocks.tolist(), (table.longest_document, table.longest_block)
+([1, 0, 5], [0, 2, 3], (5, 2))
+
+Shape legend: B samples, T = seq_len, N pieces of pass 1, S rows alone, M context blocks, R rows of pass 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ismdata.errors import UsageError
+
+#: Rows that see only themselves (padding, mostly) go through pass 1 in pieces of this many, which costs next to
+#: nothing; a piece each would cost a block of memory and of work each, and one piece in all their number squared.
+PIECE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Both passes over the B * T rows of a micro-batch, its samples laid end to end."""
+
+    #: int32[N + 1]: where the pieces of pass 1 begin, and B * T.
+    documents: NDArray[np.int32]
+    #: int32[S]: rows that see only themselves: padding, and documents of one token.
+    alone: NDArray[np.int32]
+    #: int32[R]: the rows of pass 2, block by block, each block in reverse order. Row r meets the key r + 1.
+    rows: NDArray[np.int32]
+    #: int32[M + 1]: where the blocks begin in `rows`, and R.
+    blocks: NDArray[np.int32]
+    #: The most rows in a piece of pass 1 and in a block of pass 2 (0 where there is none).
+    longest_document: int
+    longest_block: int
+
+    def as_batch(self) -> dict[str, NDArray[np.generic]]:
+        """The tables as arrays, by the names that they have in a batch.
+
+        `varlen_longest` has no elements: its shape [0, B * T, longest_document, longest_block] says what the host needs
+        to know, and reading a shape, unlike reading a tensor on a GPU, waits for nothing.
+        """
+        shape = (0, int(self.documents[-1]), self.longest_document, self.longest_block)
+        return {
+            "varlen_documents": self.documents,
+            "varlen_alone": self.alone,
+            "varlen_rows": self.rows,
+            "varlen_blocks": self.blocks,
+            "varlen_longest": np.empty(shape, np.uint8),
+        }
+
+
+#: The names of the tables in a batch.
+NAMES = ("varlen_documents", "varlen_alone", "varlen_rows", "varlen_blocks", "varlen_longest")
+
+
+def tables(doc_start: ArrayLike, kv_end: ArrayLike) -> Tables:
+    """The tables of intervals int[B, T], in a few vector operations.
+
+    Raises UsageError, naming the row, for intervals that are none of the three masks': documents must be causal but for
+    context blocks, in which all rows see on to the same end.
+    """
+    start = np.asarray(doc_start, np.int64)
+    end = np.asarray(kv_end, np.int64)
+    batch, seq_len = start.shape
+    row = np.arange(seq_len)
+    opens = start == row
+    ahead = end > row + 1
+    _check(start, end, opens, ahead)
+
+    closes = np.ones_like(opens)  # the last row of a document
+    closes[:, :-1] = opens[:, 1:]
+    is_alone = opens & closes
+    goes_on = np.zeros_like(is_alone)  # a row alone after another
+    goes_on[:, 1:] = is_alone[:, 1:] & is_alone[:, :-1]
+    place = row - np.maximum.accumulate(np.where(goes_on, 0, row), axis=1)
+    begins = np.where(is_alone, place % PIECE == 0, opens)
+    documents = np.append(np.flatnonzero(begins), batch * seq_len)
+
+    rows = np.flatnonzero(ahead)
+    ends = (end + (np.arange(batch) * seq_len)[:, None]).ravel()[rows]
+    begin_block = np.flatnonzero(np.diff(ends, prepend=-1))
+    blocks = np.append(begin_block, len(rows))
+    lengths = np.diff(blocks)
+    mirrored = np.repeat(blocks[:-1] + blocks[1:] - 1, lengths) - np.arange(len(rows))
+    return Tables(
+        documents=documents.astype(np.int32),
+        alone=np.flatnonzero(is_alone).astype(np.int32),
+        rows=rows[mirrored].astype(np.int32),
+        blocks=blocks.astype(np.int32),
+        longest_document=int(np.diff(documents).max(initial=0)),
+        longest_block=int(lengths.max(initial=0)),
+    )
+
+
+def _check(
+    start: NDArray[np.int64], end: NDArray[np.int64], opens: NDArray[np.bool_], ahead: NDArray[np.bool_]
+) -> None:
+    """Raise UsageError unless documents are laid end to end and a row that sees ahead is followed by one with its end.
+
+    By induction from a block's last row backwards, all rows of a block then see on to the same end.
+    """
+    row = np.arange(start.shape[1])
+    wrong = end <= row
+    wrong[:, 0] |= ~opens[:, 0]
+    wrong[:, 1:] |= ~opens[:, 1:] & (start[:, 1:] != start[:, :-1])
+    wrong[:, -1] |= ahead[:, -1]
+    wrong[:, :-1] |= ahead[:, :-1] & ((end[:, 1:] != end[:, :-1]) | opens[:, 1:])
+    if wrong.any():
+        sample, at = (int(index) for index in np.argwhere(wrong)[0])
+        raise UsageError(
+            f"row {at} of sample {sample} sees the keys {start[sample, at]} to {end[sample, at]}; varlen expected the "
+            "intervals of ism, causal or prefix: documents end to end, and context blocks in which every row sees on "
+            "to the block's end. Use the backend sdpa or flex for other intervals"
+        )

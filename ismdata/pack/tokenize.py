@@ -1,0 +1,438 @@
+"""The first stage of `pack`: converted folders to spooled documents, batch by batch, recorded on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ismdata import conversation
+from ismdata.conversation import Quarantined, Refusal
+from ismdata.data.journal import Journal
+from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
+from ismdata.errors import DataError
+from ismdata.memory import give_back
+from ismdata.pack import template_check as parity
+from ismdata.pack.conversation_batch import ConversationBatch, IntArray, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.documents import Made, Options, make_documents, wanted
+from ismdata.pack.pieces import Ahead
+from ismdata.pack.planning.plan import lower_bound
+from ismdata.pack.requests import Requests
+from ismdata.pack.spool import Spool
+from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.tokenizer_backends import (
+    Backend,
+    BackendDiffers,
+    BackendName,
+    BackendRefused,
+    choose,
+    disagreement,
+    stratified,
+)
+
+#: Conversations and bytes of text that are tokenised at a time.
+_BATCH_CONVERSATIONS = 4096
+_BATCH_BYTES = 8 << 20
+
+Item = TypeVar("Item")
+
+#: Tells how far a stage has come: its name, done, total (0 where it is not known).
+Progress = Callable[[str, int, int], None]
+
+
+class Source:
+    """A converted folder, opened and checked by size. Raises DataError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder, conversation.FORMAT)
+        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
+        for file in self.files:
+            file.check_size(self.folder)
+        self.rows = sum(file.rows for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of the hashes of its shards, in order."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The conversations in batches that are small enough to work on."""
+        for file in self.files:
+            # Not mapped: pages that have been read would be kept, up to all of the file.
+            with self._stream(file, lambda path: pa.OSFile(str(path))) as stream:
+                for batch in stream:
+                    yield from _small(batch)
+
+    def batches_of(self, rows: IntArray) -> Iterator[pa.RecordBatch]:
+        """Those of the same batches that hold some of these rows. Of the others little more than a heading is read."""
+        done = 0
+        for file in self.files:
+            if np.any((rows >= done) & (rows < done + file.rows)):
+                with self._stream(file, _mapped) as stream:
+                    for first, batch in _holding(rows, stream, done):
+                        for _, small in _holding(rows, _small(batch), first):
+                            yield small
+            done += file.rows
+
+    def first(self, count: int) -> pa.RecordBatch | None:
+        """The first conversations, at most `count`; None where there are none. Little more than these is read."""
+        for file in self.files:
+            with self._stream(file, _mapped) as stream:
+                for batch in stream:
+                    return batch.slice(0, count)
+        return None
+
+    @contextmanager
+    def _stream(self, file: ShardFile, opened: Callable[[Path], Any]) -> Iterator[pa.RecordBatchReader]:
+        """The record batches of a file. Raises DataError where it holds something else."""
+        path = self.folder / file.name
+        try:
+            with opened(path) as source, pa.ipc.open_stream(source) as stream:
+                if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
+                    raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
+                yield stream
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+
+
+def _mapped(path: Path) -> pa.BufferReader:
+    """A file of which no more is read than is looked at."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return pa.BufferReader(pa.py_buffer(mapped))
+
+
+def _holding(rows: IntArray, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The batches that hold some of the rows, and the number of each one's first row; `first` is that of them all."""
+    for batch in batches:
+        if np.any((rows >= first) & (rows < first + len(batch))):
+            yield first, batch
+        first += len(batch)
+
+
+def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A record batch in slices of bounded text. Where they are cut depends on the data alone."""
+    messages = batch.column("messages")
+    first = messages.offsets.to_numpy()
+    contents = messages.values.field("content").cast(pa.large_string())
+    ends = contents.offsets.to_numpy() if hasattr(contents, "offsets") else _string_offsets(contents)
+    text_before = ends[first] - ends[first[0]]
+    at = 0
+    while at < len(batch):
+        limit = int(np.searchsorted(text_before, text_before[at] + _BATCH_BYTES, side="right")) - 1
+        end = min(max(limit, at + 1), at + _BATCH_CONVERSATIONS, len(batch))
+        yield batch.slice(at, end - at)
+        at = end
+
+
+def _string_offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+class Quarantine:
+    """Refused conversations, written as they come and counted by reason.
+
+    state: what `state` gave when an interrupted run recorded it; what was written later is cut off.
+    """
+
+    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {"bytes": 0, "reasons": {}, "first": {}}
+        self.path = path
+        self.reasons: Counter[str] = Counter(state["reasons"])
+        self._first: dict[str, int] = dict(state["first"])  # where the first line of each reason starts
+        self.file = path.open("r+b" if path.exists() else "w+b")
+        if self.file.seek(0, os.SEEK_END) < state["bytes"]:
+            raise DataError(
+                f"{path}: shorter than the interrupted run had written it. "
+                "It was changed since; what is left is removed: run the same command again"
+            )
+        self.file.truncate(state["bytes"])
+        self.file.seek(state["bytes"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What there is so far, as JSON."""
+        return {"bytes": self.file.tell(), "reasons": dict(self.reasons), "first": self._first}
+
+    def add(self, batch: ConversationBatch, refused: Mapping[int, Refusal]) -> None:
+        for c, refusal in sorted(refused.items()):
+            record = batch.conversation(c)
+            line = Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
+            self._first.setdefault(refusal.reason, self.file.tell())
+            self.file.write(json.dumps(line.as_json(), ensure_ascii=False).encode() + b"\n")
+            self.reasons[refusal.reason] += 1
+
+    def first(self) -> tuple[Quarantined, ...]:
+        """The first refusal of each reason. Ends writing."""
+        self.file.close()
+        with self.path.open("rb") as file:
+            lines = []
+            for start in self._first.values():
+                file.seek(start)
+                lines.append(json.loads(file.readline()))
+        return tuple(Quarantined(**line) for line in lines)
+
+
+@dataclass
+class Tally:
+    """Totals gathered on the way."""
+
+    conversations: int = 0
+    target_tokens: int = 0
+    split: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    dropped: int = 0
+    unwritten_reasoning: int = 0
+    weighted: bool = False
+
+    def add(self, made: Made, *, conversations: int) -> None:
+        self.conversations += conversations
+        names = ("target_tokens", "split", "truncated", "truncated_tokens", "dropped", "unwritten_reasoning")
+        for name in names:
+            setattr(self, name, getattr(self, name) + getattr(made, name))
+
+    def totals(self, lengths: NDArray[np.int32], seq_len: int, *, sequences: int) -> dict[str, int]:
+        """What the index says: of documents of these lengths in so many sequences."""
+        tokens = int(lengths.sum(dtype=np.int64))
+        return {
+            "conversations": self.conversations,
+            "documents": len(lengths),
+            "sequences": sequences,
+            "tokens": tokens,
+            "target_tokens": self.target_tokens,
+            "padding_tokens": sequences * seq_len - tokens,
+            "lower_bound_sequences": lower_bound(lengths, seq_len),
+            "dropped": self.dropped,
+            "split": self.split,
+            "truncated": self.truncated,
+            "truncated_tokens": self.truncated_tokens,
+            "unwritten_reasoning": self.unwritten_reasoning,
+        }
+
+
+def tokenize(
+    sources: Sequence[Source],
+    encoding: Encoding,
+    options: Options,
+    wanted: BackendName,
+    folder: Path,
+    journal: Journal,
+    *,
+    sample: Callable[[], pa.LargeStringArray],
+    meanwhile: Callable[[], None],
+    notify: Callable[[str], None],
+    progress: Progress,
+) -> tuple[Spool, Quarantine, Tally, str]:
+    """Read, render, tokenise and spool everything, or what the journal does not have yet; and the name of the backend
+    that did it last, which itself is let go of: it may remember a lot.
+
+    sample: gives the texts that backends are compared on, `sampled_texts`. meanwhile: called once, in this thread, when
+    it would have to wait for the first texts. Raises DataError, UsageError.
+    """
+    meanwhile = cache(meanwhile)
+    reference = encoding.tokenizer.reference
+    recorded = (journal.state or {}).get("backend")
+    chosen = choose(wanted, reference, sample, recorded=recorded)
+    for note in chosen.notes:
+        notify(note)
+    backend = chosen.backend
+    if recorded not in (None, backend.identity):
+        notify(f"What was tokenized so far was by {recorded}, not by {backend.identity}: it is done again.")
+        journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
+    while True:
+        try:
+            return *_go_on(sources, encoding, options, backend, folder, journal, meanwhile, progress), backend.name
+        except (BackendDiffers, BackendRefused) as found:
+            if not chosen.may_leave:
+                raise disagreement(found) from found
+            notify(f"gigatoken is left aside ({found}): tokenizers does it all again, which is slower.")
+            backend = reference
+            skeletons = (journal.state or {}).get("skeletons", True)
+        except parity.ColumnsDiffer as found:
+            if not (journal.state or {}).get("skeletons", True):
+                raise DataError(
+                    f"{found}: rendered twice, the conversation gave two texts; expected the same each time. "
+                    "The template draws at random or tells the time: take that out of a copy, --chat-template FILE"
+                ) from found
+            notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
+            skeletons = False
+        # Recorded first: what was spooled counts for nothing before the files are cut.
+        journal.record({"skeletons": skeletons, "backend": backend.identity}, [])
+
+
+#: Batches of the sources whose texts are sampled for the comparison of backends.
+_SAMPLED_BATCHES = 4
+
+
+def sampled_texts(sources: Sequence[Source]) -> pa.LargeStringArray:
+    """A stratified sample of the texts of some batches, spread evenly over all rows. Raises DataError."""
+    total = sum(source.rows for source in sources)
+    places = np.unique(np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64))
+    taken = [pa.array([], pa.large_string())]
+    done = 0
+    for source in sources:
+        for rows in source.batches_of(places[(places >= done) & (places < done + source.rows)] - done):
+            texts = pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
+            taken.append(texts.take(pa.array(stratified(texts))))
+        done += source.rows
+    return pa.concat_arrays(taken)
+
+
+def _go_on(
+    sources: Sequence[Source],
+    encoding: Encoding,
+    options: Options,
+    backend: Backend,
+    folder: Path,
+    journal: Journal,
+    meanwhile: Callable[[], None],
+    progress: Progress,
+) -> tuple[Spool, Quarantine, Tally]:
+    """From where the journal is to the end.
+
+    Raises parity.ColumnsDiffer where skeletons are of no use, BackendDiffers and BackendRefused where the backend is.
+    """
+    state = journal.state or {}
+    spool = Spool(folder / SCRATCH_NAME, keep=state.get("rows"))
+    quarantine = Quarantine(folder / QUARANTINE_NAME, state.get("quarantine"))
+    tally = Tally(**state.get("tally", {}))
+    skeletons, done = state.get("skeletons", True), state.get("done", 0)
+    total = sum(source.rows for source in sources)
+
+    def record() -> None:
+        state = {"skeletons": skeletons, "backend": backend.identity, "done": done, "rows": spool.rows}
+        state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
+        journal.record(state, [*spool.columns, quarantine.file])
+        give_back()  # else what lies about in pieces grows with the corpus
+
+    encoder = DocumentEncoder(
+        encoding.renderer,
+        encoding.tokenizer,
+        options.history,
+        use_skeletons=skeletons,
+        backend=backend,
+        glm=encoding.glm,
+        without_reasoning=options.train_on == "content",
+    )
+    rows = _from((rows for source in sources for rows in source.batches()), done)
+    samples = chain([parity.LATER_SAMPLE if done else parity.SAMPLE], repeat(parity.LATER_SAMPLE))
+    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as ahead_thread:
+
+        def begun(rows: pa.RecordBatch) -> Ahead:
+            batch = conversation_batch(rows, encoding.sensitivity, options.train_on)
+            return encoder.ahead(batch, wanted(batch, options), ahead_thread)
+
+        def made(ahead: Ahead) -> _Unchecked:
+            meanwhile()
+            encoder.begin(ahead)
+            requests = _sampled_requests(ahead.batch, options, next(samples))
+            with _finding_out_why(encoding, encoder, ahead.batch, requests):
+                law_5 = threads.submit(parity.comparison(encoding, encoder, ahead.batch, requests).check)
+                documents = make_documents(encoder, ahead.batch, options)
+            checks = law_5, threads.submit(backend.compare)
+            return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
+
+        # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
+        for unchecked in _one_ahead(map(made, _one_ahead(map(begun, rows)))):
+            batch, documents = unchecked.batch, unchecked.made
+            with _finding_out_why(encoding, encoder, batch, unchecked.requests):
+                for check in unchecked.checks:
+                    check.result()
+            tally.weighted |= batch.weight is not None
+            spool.append(documents.documents, documents.names)
+            quarantine.add(batch, documents.refused)
+            tally.add(documents, conversations=len(batch) - len(documents.refused))
+            done += len(batch)
+            if journal.due():
+                record()
+            progress("tokenize", done, total)
+    meanwhile()  # where there was nothing to do
+    if done > state.get("done", 0) and journal.due():
+        record()
+    spool.close()
+    return spool, quarantine, tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unchecked:
+    """The documents of a batch, and comparisons with the reference that may not be over: law 5, and the backend's."""
+
+    batch: ConversationBatch
+    requests: Requests
+    made: Made
+    checks: Sequence[Future[Any]]
+
+
+def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each handed on when the next one is there: what was begun for one goes on beside the next.
+
+    Raises what making an item raises, after the ones before it.
+    """
+    waiting: list[Item] = []
+    try:
+        for item in items:
+            yield from waiting
+            waiting = [item]
+    except Exception:
+        yield from waiting
+        raise
+    yield from waiting
+
+
+def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:
+    """The batches from row `start` on."""
+    for batch in batches:
+        if start < len(batch):
+            yield batch.slice(start)
+        start = max(0, start - len(batch))
+
+
+def _sampled_requests(batch: ConversationBatch, options: Options, count: int) -> Requests:
+    """The documents of some conversations of the batch, for law 5."""
+    requests = wanted(batch, options)
+    chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
+    return requests.take(chosen)
+
+
+@contextmanager
+def _finding_out_why(
+    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests
+) -> Iterator[None]:
+    """Where law 5 does not hold, tell the backend's fault (BackendDiffers) from the template's (ColumnsDiffer)."""
+    try:
+        yield
+    except parity.ColumnsDiffer as found:
+        if encoder.backend is None or encoder.backend.name == "hf":
+            raise
+        by_reference = DocumentEncoder(
+            encoding.renderer,
+            encoding.tokenizer,
+            encoder.history,
+            use_skeletons=encoder.use_skeletons,
+            glm=encoding.glm,
+            without_reasoning=encoder.without_reasoning,
+        )
+        by_reference.begin(batch)
+        parity.comparison(encoding, by_reference, batch, requests).check()
+        raise BackendDiffers(str(found)) from found

@@ -1,0 +1,98 @@
+"""Which contents a template treats otherwise than by writing them out: found by trying, not by reading its source.
+
+A skeleton holds only for contents that the template leaves alone, blanks at the ends aside. Every string constant of
+the template, a battery of odd contents, and none at all are put into a short conversation; where the rendering is not
+the skeleton filled in, contents of that kind are rendered one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ismdata.rendering.chat_template import TemplateRefused, parsed
+from ismdata.rendering.renderer import Renderer
+from ismdata.rendering.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
+
+#: Contents that templates have been seen to treat specially without naming them: case, escapes, lengths, blanks, JSON,
+#: lists.
+BATTERY = (
+    "a", "Yes", "lower UPPER Title", "tab\tin", "two  blanks", " ends with blanks ", "\tx\t", "\nx\n", "x\r\n",
+    "\u3000x", "line\nbreak", "many\n\n\nbreaks", "<b>&amp; \"quoted\" 'single'</b>", '{"json": [1, 2]}', "[1, 2]",
+    "- item\n- item", "123", "0", "true", "None", "http://a.b/c?d=e&f", "# Heading", "```code```", "\\n \\u0041",
+    "{{ x }}", "{% x %}", "é ü 你好", "word " * 400,
+)  # fmt: skip
+
+#: Contents without text.
+_BLANK = ("", " ", "\n", "\n\n \t")
+
+#: Constants that are tried one by one, each in a few renderings. The longest real templates have some hundred.
+_MOST_CONSTANTS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """triggers: texts that a content must not hold to be filled into a skeleton. blank: it must hold some text.
+    everything: no content may be filled in.
+    """
+
+    triggers: tuple[str, ...]
+    blank: bool
+    everything: bool
+
+
+def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
+    """Try a template. What it refuses altogether is no matter here: it refuses the conversation itself later.
+
+    prepends: whether the tokenizer puts a blank before some texts.
+    """
+    shapes = [["user", "assistant", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
+    usable = [(roles, parts) for roles in shapes if (parts := _parts(renderer, roles)) is not None]
+    if not usable:
+        return Sensitivity(triggers=(), blank=True, everything=True)
+
+    def departs(roles: Sequence[str], parts: Sequence[str | Slot], contents: Sequence[str]) -> bool:
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            return renderer.template.render(messages) != fill_text(parts, contents)
+        except TemplateRefused:
+            return True
+
+    def differs(content: str) -> bool:
+        return any(departs(roles, parts, [content] * len(roles)) for roles, parts in usable)
+
+    def differs_alone(content: str) -> bool:
+        return any(
+            departs(roles, parts, ["x"] * k + [content] + ["x"] * (len(roles) - k - 1))
+            for roles, parts in usable
+            for k in range(len(roles))
+        )
+
+    constants = [text for text in renderer.template.constants if EM_SPACE not in text]
+    if (
+        parsed(renderer.template.source) is None
+        or len(constants) > _MOST_CONSTANTS
+        or any(differs(content) for content in BATTERY)
+    ):
+        return Sensitivity(triggers=(), blank=True, everything=True)
+    # What such tokens strip, and what is a text's beginning, depends on whether there is any text.
+    stripping = any(token.lstrip or token.rstrip for token in renderer.controls.tokens.values())
+    blank = prepends or stripping or any(differs(content) or differs_alone(content) for content in _BLANK)
+    # A constant that holds a control token never reaches the template from a message: it is escaped before.
+    candidates = [text for text in constants if renderer.controls.pattern.search(text) is None]
+    triggers = {text for text in candidates if any(map(differs, (text, f"{text}x", f"x{text}", f"x{text}x")))}
+    for text in candidates:  # some look for an opening and a closing tag together
+        closing = f"</{text[1:]}"
+        if text.startswith("<") and closing in candidates and differs(f"{text}x{closing}"):
+            triggers.add(text)
+    shortest = {text for text in triggers if not any(other in text for other in triggers - {text})}
+    return Sensitivity(triggers=tuple(sorted(shortest)), blank=blank, everything=False)
+
+
+def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] | None:
+    try:
+        return marked_parts(renderer.template, roles)
+    except TemplateRefused:
+        return None
+    except NotDecomposable:
+        return ("\0",)  # equal to no rendering
