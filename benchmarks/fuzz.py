@@ -4,8 +4,9 @@
     python benchmarks/fuzz.py --reader all --seconds 600
 
 Targets are the formats by name, and `framing`, `layout`, `archives`, `mapping`, `guessing`; `all` runs each in turn,
-`framing,layout` these two. Seeds are valid files of every format and layout, made by `tests/raw_corpora.py`; mutations
-are those of `tests/mutations.py` (trees of JSON values, bytes) and libFuzzer's own. What is checked of each input:
+`framing,layout` these two. Seeds are valid files of every format and layout, made by
+`tests/support/raw_corpora.py`; mutations are those of `tests/support/mutations.py` (trees of JSON values, bytes) and
+libFuzzer's own. What is checked of each input:
 
 - a format: the bytes as a file of that format, from its compression to canonical rows. The fast road and the general
   one give the same rows and refusals; each record is written or refused; every row obeys the schema; every line of the
@@ -45,8 +46,8 @@ except ImportError:
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.mutations import mutated_bytes, mutated_value  # noqa: E402
-from tests.raw_corpora import ANCHOR, FORMATS, PACKED, A, Talk, U, packed, written  # noqa: E402
+from tests.support.mutations import mutated_bytes, mutated_value  # noqa: E402
+from tests.support.raw_corpora import ANCHOR, FORMATS, PACKED, A, Talk, U, packed, written  # noqa: E402
 
 INSTRUMENTED = [
     "ismdata.convert.formats",
@@ -78,7 +79,7 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
     from ismdata.convert.sources.parts import Format
     from ismdata.convert.sources.yaml_files import frame_yaml
     from ismdata.errors import DataError, UsageError
-    from tests.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
+    from tests.support.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
 
 #: Limits of one input.
 SECONDS, MEGABYTES, LENGTH = 10, 2048, 12288

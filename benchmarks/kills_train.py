@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ismdata.errors import Terminated
 from ismdata.train.pipeline import train
-from tests.tiny import tiny_model, write_packed
-from tests.training_shards import copying_rows, word_tokenizer
+from tests.support.tiny import tiny_model, write_packed
+from tests.support.training_shards import copying_rows, word_tokenizer
 
 BATCH = 4
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from ismdata.rendering.encoding import Encoding, probe
 from ismdata.rendering.tokenizer import load_pretrained
+from tests.support.paths import SHARED
 
 #: The same examples on every machine, busy or not: what passes here passes there. HYPOTHESIS_PROFILE=default looks for
 #: new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-SHARED = Path(__file__).parents[2] / "shared"
 DATA = SHARED / "data"
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real corpora are not here: {DATA}")

@@ -1,0 +1,201 @@
+"""The canary at the start of a training: what it lets pass, what it dies of, what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from ismdata.attention import canary
+from ismdata.attention.attachment import attach
+from ismdata.attention.backends.base import PerWindow
+from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention.backends.sdpa import dense_attention, dense_mask
+from ismdata.attention.canary import check_training
+from ismdata.errors import UnsupportedModelError, UsageError
+from ismdata.train.pipeline import train
+from tests.support.decoders import CONFIGS, decoder
+from tests.support.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
+
+TRAINING_BACKENDS = [name for name, each in BACKENDS.items() if each.missing_for_training(torch.device("cpu")) is None]
+
+
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_decoder_passes(name, backend):
+    check_training(attach(decoder(name, dtype=torch.float32), backend=backend))
+
+
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+def test_in_half_precision_too(backend):
+    check_training(attach(decoder("gemma3", dtype=torch.bfloat16), backend=backend))
+    check_training(attach(decoder("qwen3", dtype=torch.float32), backend=backend), autocast=torch.bfloat16)
+
+
+def test_flex_cannot_train_on_a_cpu():
+    with pytest.raises(UsageError, match=r"the backend flex cannot train on cpu.*no backward pass.*the backend sdpa"):
+        check_training(attach(tiny_model(), backend="flex"))
+
+
+def test_a_model_that_was_not_attached():
+    with pytest.raises(UsageError, match=r"no attached model inside; call ismdata\.attach"):
+        check_training(tiny_model())
+
+
+def test_a_wrapped_model_is_looked_into():
+    check_training(torch.nn.Sequential(attach(tiny_model())))
+
+
+def one_key_more(intervals):
+    """The last row of each sample sees one key too many: the one before its document, or after its own."""
+    mask = dense_mask(intervals)
+    mask[:, :, -1, 0] = True
+    return mask
+
+
+def without(name):
+    """Dense attention through which no gradient of the queries, keys or values flows."""
+
+    def attention(module, query, key, value, *args, **kwargs):
+        tensors = {"query": query, "key": key, "value": value}
+        tensors[name] = tensors[name].detach()
+        return dense_attention(module, *tensors.values(), *args, **kwargs)
+
+    return attention
+
+
+def scaled_gradient(module, query, key, value, *args, **kwargs):
+    """Right values, and gradients of the keys that are an eighth too large."""
+    return dense_attention(module, query, key + (key - key.detach()) / 8, value, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prepare": lambda intervals: PerWindow(intervals, one_key_more)}, "its output differs"),
+        ({"attention": without("query")}, "its gradient of the queries differs"),
+        ({"attention": without("key")}, "its gradient of the keys differs"),
+        ({"attention": without("value")}, "its gradient of the values differs"),
+        ({"attention": scaled_gradient}, "its gradient of the keys differs"),
+    ],
+    ids=["one-key-more", "no-queries", "no-keys", "no-values", "scaled"],
+)
+def test_it_dies_of_a_wrong_backend(change, reason, monkeypatch):
+    """The backend goes wrong after the model was attached with it, so the canary of `attach` saw nothing."""
+    model = attach(tiny_model(dtype=torch.float32))
+    wrong = dataclasses.replace(BACKENDS["sdpa"], **change)
+    monkeypatch.setitem(BACKENDS, "sdpa", wrong)
+    if "prepare" in change:
+        (hook,) = model._forward_pre_hooks.values()
+        model._forward_pre_hooks.clear()
+        model.register_forward_pre_hook(type(hook)(hook.func, wrong), with_kwargs=True)
+    with pytest.raises(UnsupportedModelError, match=f"LlamaAttention .layer 0.: under the backend sdpa {reason}"):
+        check_training(model)
+
+
+def test_it_dies_of_a_layer_that_calls_twice_or_never():
+    class Twice(type(tiny_model())):
+        again = False
+
+        def forward(self, *args, **kwargs):
+            if self.again:
+                super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
+
+    model = attach(Twice(tiny_model(dtype=torch.float32).config))
+    check_training(model)
+    model.again = True
+    with pytest.raises(
+        UnsupportedModelError, match="has 2 layers, and 2 called the attention function, 4 times in all"
+    ):
+        check_training(model)
+    model.again = False
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UnsupportedModelError, match="has 3 layers, and 2 called"):
+        check_training(model)
+
+
+def test_it_dies_of_a_layer_that_hides_its_window(monkeypatch):
+    model = attach(decoder("gemma3", dtype=torch.float32))
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    with pytest.raises(UnsupportedModelError, match="has 1 sliding layers, of which 0 tell"):
+        check_training(model)
+
+
+def test_it_dies_of_a_model_that_mixes_tokens():
+    class Leaking(type(tiny_model())):
+        leaks = False
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if self.leaks:
+                output.logits = output.logits + 0.1 * output.logits.roll(-1, dims=1)
+            return output
+
+    model = attach(Leaking(tiny_model(dtype=torch.float32).config))
+    model.leaks = True
+    with pytest.raises(UnsupportedModelError, match="does not keep to the mask under the backend sdpa"):
+        check_training(model)
+
+
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+def test_it_leaves_nothing_behind(backend):
+    model = attach(tiny_model(dtype=torch.float32), backend=backend).train()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    check_training(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert AttentionInterface()[BACKENDS[backend].name] is BACKENDS[backend].attention
+
+
+def test_a_key_too_many_is_more_than_half_precision_allows():
+    """The bound: an average over 100 values of noise, and the same with one more, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(101, 64, generator=generator)
+    error = canary._row_error(values.mean(0, keepdim=True), values[:100].mean(0, keepdim=True))
+    assert error > canary._EPS * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Four rows and a tokenizer of one word a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    documents = [[(QUERY, 20), (ANSWER, 30)], [(QUERY, 9), (ANSWER, 40)]]
+    folder = write_packed(
+        tmp_path_factory.mktemp("data") / "packed", [sample(documents, seed=seed) for seed in range(4)]
+    )
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(
+        folder / "tokenizer"
+    )
+    (folder / "tokenizer" / "ismdata_template.json").write_text("{}")
+    return folder
+
+
+def test_training_is_the_same_under_each_backend(packed, tmp_path):
+    reports = [
+        train(packed, model="tiny", output=tmp_path / name, backend=name, steps=3, warmup=0, say=lambda line: None)
+        for name in ("auto", *TRAINING_BACKENDS)
+    ]
+    assert [report.backend for report in reports] == ["sdpa", *TRAINING_BACKENDS]
+    for report in reports[1:]:
+        assert report.last_loss == pytest.approx(reports[0].last_loss, abs=1e-5)
+
+
+def test_a_training_that_the_canary_stops_leaves_nothing(packed, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="the backend flex cannot train on cpu"):
+        train(packed, model="tiny", output=tmp_path / "model", backend="flex", steps=1)
+    monkeypatch.setattr(canary, "_EPS", 0)
+    monkeypatch.setattr(canary, "_LEAST", 0)
+    with pytest.raises(UnsupportedModelError, match="differs from attention written out by"):
+        train(packed, model="tiny", output=tmp_path / "model", steps=1)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,481 @@
+"""The mapping file: what it says, what it refuses, that it reads as the built-in formats do; and what is guessed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ismdata.conversation import ROLES
+from ismdata.convert.canonical import Rules, canonical, role_table
+from ismdata.convert.explain import explain, explain_records
+from ismdata.convert.formats.base import Choices, Reader, Refused, following
+from ismdata.convert.formats.mapped import Mapped, at, without
+from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.guess_mapping import guessed, regrouped
+from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
+from ismdata.convert.read_block import read_records
+from ismdata.convert.sources.arguments import expand
+from ismdata.convert.sources.parts import Format, opened
+from ismdata.errors import DataError, UsageError
+from tests.conftest import DATA, needs_data
+from tests.support.paths import ROOT
+
+CHOICES = Choices(roles=role_table({}))
+DOCS = ROOT / "docs" / "mapping.md"
+
+
+def with_choices(mapped: Mapped, **roles: str) -> Mapped:
+    """As `convert` does it: the file's roles, then those of the command line."""
+    return following(mapped, Choices(roles=role_table({**mapped.roles, **roles}), assistant=mapped.assistant))
+
+
+def conversations(reader: Reader, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
+    """The messages of each conversation as role and content; the reason where a record is refused."""
+    found: list[Any] = []
+    for record in regrouped(reader, records) if isinstance(reader, Mapped) else records:
+        try:
+            drafts = reader.drafts(record)
+            rows = [canonical(draft, Rules(roles=roles)) for draft in drafts]
+        except Refused as refusal:
+            found.append(refusal.reason)
+            continue
+        found += [[(one["role"], one["content"]) for one in row["messages"]] for row in rows]
+    return found
+
+
+def read(text: str, *records: Any, **roles: str) -> list[Any]:
+    mapped = with_choices(parse_mapping(text, "my.toml"), **roles)
+    return conversations(mapped, records, mapped.roles)
+
+
+# ---- what the file can say ----
+
+QA = [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("text", "record", "expected"),
+    [
+        ('messages = "."', ["q", "a"], QA),
+        ('messages = "d.t"', {"d": {"t": ["q", "a"]}}, QA),
+        ('messages = "d.t"', {"d.t": ["q", "a"]}, QA),
+        ('messages = "t.1"', {"t": [[], ["q", "a"]]}, QA),
+        ('messages = "t"\ncontent = "x"', {"t": {"n10": {"x": "a"}, "n9": {"x": "q"}}}, QA),
+        ('messages = "t"\ncontent = "x"', {"t": {"x": ["q", "a"]}}, QA),
+        ('messages = "t"\ncontent = "x"', {"t": {"x": ["q", "a"], "y": [1]}}, "invalid_field"),
+        ('messages = "t"\ncontent = "x"\nassistant = "first"', {"t": [{"x": "a"}, {"x": "q"}]}, [QA[1], QA[0]]),
+        ('messages = "t"\nrole = "m.by"\ncontent = "m.x"', {"t": [{"m": {"by": "GPT", "x": "a"}}]}, [QA[1]]),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": [{"by": 0, "x": "q"}, {"by": 1, "x": "a"}]}, QA),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": [{"by": None, "x": "q"}]}, "missing_role"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": [{"by": [], "x": "q"}]}, "invalid_field"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": [{"by": n, "x": "q"} for n in "abc"]}, "many_speakers"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": [{"by": "gpt"}]}, "missing_content"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"u": []}, "missing_field"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": "q"}, "invalid_field"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"', {"t": None}, "no_messages"),
+        ('messages = "t"', {"t": [1]}, "invalid_content"),
+        ('messages = "."\nexchange = ["ask", "say"]', {"ask": "q", "say": "a", "more": 1}, QA),
+        ('messages = "t"\nexchange = ["0", "1"]', {"t": [["q", "a"], ["q"]]}, [*QA, QA[0]]),
+        ('messages = "t"\nexchange = ["ask", "say"]', {"t": [{"ask": "q", "say": None}]}, [QA[0]]),
+        ('messages = "t"\nexchange = ["ask", "say"]', {"t": [{}]}, "missing_field"),
+        ('messages = "t"\nexchange = ["assistant", "user"]', {"t": [{"assistant": "a", "user": "q"}]}, [QA[1], QA[0]]),
+        ('text = "."\nseparator = "|"\nstrip = true', " q | a |", QA),
+        ('text = "t"\nseparator = "|"', {"t": "|q|a"}, QA),
+        ('text = "t"\nseparator = "|"', {"t": 1}, "invalid_content"),
+        ('text = "t"\nseparator = "|"\nspeaker_separator = ":"', {"t": "A:q|B:a"}, QA),
+        ('text = "t"\nseparator = "|"\nspeaker_separator = ":"', {"t": "A:q|a"}, "missing_role"),
+        ('text = "t"\nseparator = "|"\nspeaker_separator = ":"\n[roles]\nA = "assistant"\n"*" = "user"',
+         {"t": "B:q|A:a|C:q"}, [*QA, QA[0]]),
+        ('messages = "t"\nsystem = "s.p"', {"t": ["q"], "s": {"p": "Hi"}}, [("system", "Hi"), QA[0]]),
+        ('messages = "t"\nsystem = "s"', {"t": ["q"], "s": 1}, "invalid_field"),
+        ('messages = "t"\nrole = "by"\ncontent = "x"',
+         {"t": [{"by": "A", "x": "q"}, {"by": "function_call", "x": '{"name": "f"}'}, {"by": "B", "x": "a"}]},
+         [QA[0], ("assistant", None), QA[1]]),
+    ],
+)  # fmt: skip
+def test_what_is_read(text: str, record: Any, expected: Any) -> None:
+    assert read(text, record) == [expected]
+
+
+def test_rows_are_grouped_and_ordered() -> None:
+    rows = [{"d": "1", "n": "10", "x": "a"}, {"d": "2", "n": "1", "x": "q"}, {"d": "1", "n": "9", "x": "q"}]
+    assert read('group = "d"\norder = "n"\ncontent = "x"', *rows) == [QA, [QA[0]]]
+
+
+def test_both_sides() -> None:
+    drafts = parse_mapping('messages = "."\nassistant = "both"', "my.toml").drafts(["q", "a"])
+    assert [(draft.part, [one["role"] for one in draft.messages]) for draft in drafts] == [
+        ("second", ["user", "assistant"]),
+        ("first", ["assistant", "user"]),
+    ]
+
+
+def test_the_command_line_comes_before_the_file() -> None:
+    text = 'messages = "."\nrole = "by"\ncontent = "x"\n[roles]\nBo = "user"\nGPT = "user"'
+    record = [{"by": "Bo", "x": "q"}, {"by": "GPT", "x": "a"}]
+    assert read(text, record) == [[("user", "q"), ("user", "a")]]
+    assert read(text, record, gpt="assistant") == [QA]
+
+
+def test_the_rest_of_a_record() -> None:
+    text = 'messages = "d.t"\nrole = "by"\ncontent = "x"\nsystem = "d.s"\ntools = "d.f"\nid = "nr"'
+    record = {
+        "d": {"t": [{"by": "user", "x": "q", "weight": 2, "mood": "glad"}], "s": "Hi", "f": [{"name": "f"}], "k": 1},
+        "nr": 7,
+        "topic": "x",
+    }
+    before = json.dumps(record)
+    (draft,) = parse_mapping(text, "my.toml").drafts(record)
+    assert (draft.id, draft.tools, draft.extra) == ("7", [{"name": "f"}], {"d": {"k": 1}, "topic": "x"})
+    assert draft.ignored == ["d.t[].mood"]
+    assert draft.messages[1] == {"role": "user", "content": "q", "weight": 2}
+    assert json.dumps(record) == before
+
+
+def test_paths() -> None:
+    record = {"a": {"b": [{"c": 1}]}, "a.b": 2}
+    assert (at(record, "a.b"), at(record, "a.b.0.c"), at(record, ".")) == (2, 1, record)
+    assert without(record, "a.b") == {"a": {"b": [{"c": 1}]}}
+    assert without({"a": {"b": 1, "c": 2}}, "a.b") == {"a": {"c": 2}}
+    assert without({"a": [1], "d": 3}, "a.0") == {"d": 3}
+    assert without(record, "x.y") == record
+
+
+# ---- what the file cannot say ----
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('mesages = "t"', "mesages is no key of a mapping; expected one of messages, role"),
+        ("messages = 3", "messages is 3; expected a path"),
+        ('messages = ""', "messages is ''; expected a path"),
+        ('messages = "t"\nstrip = "yes"', "strip is 'yes'; expected true or false"),
+        ('messages = "t"\nassistant = "third"', "assistant is 'third'; expected 'second', 'first', 'both'"),
+        ('messages = "t"\nexchange = ["a"]', "exchange is ['a']; expected the fields of an exchange"),
+        ('messages = "t"\nexchange = ["a", "a"]', "expected the fields of an exchange"),
+        ('messages = "t"\nexchange = ["a", "b"]\ncontent = "c"', "exchange stands beside role or content"),
+        ('messages = "t"\nroles = "user"', "roles is 'user'; expected a table"),
+        ('messages = "t"\n[roles]\nA = "boss"', "roles.A is 'boss'; expected one of system, user"),
+        ('messages = "t"\n[roles]\nA = ["user"]', "roles.A is ['user']; expected one of system, user"),
+        ('messages = "t"\n[roles]\nA = "user"\na = "assistant"', "roles has 'a' twice"),
+        ('messages = "t"\ntext = "t"', "found messages and text; expected exactly one of"),
+        ('role = "r"', "found none of them; expected exactly one of"),
+        ('messages = "t"\nrole = "r"', "content is missing"),
+        ('messages = "t"\nseparator = "|"', "separator stands beside messages; expected it beside text only"),
+        ('text = "t"', "separator is missing"),
+        ('group = "t"', "content is missing"),
+        ("messages = ", "expected TOML"),
+    ],
+)
+def test_what_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_mapping(path)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_mapping(tmp_path / "absent.toml")
+    (tmp_path / "latin.toml").write_bytes(b'messages = "\xe9"')
+    with pytest.raises(UsageError, match="not UTF-8"):
+        load_mapping(tmp_path / "latin.toml")
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
+names = st.dictionaries(words.map(lambda word: word.strip().lower()), st.sampled_from(ROLES), max_size=3)
+common = {
+    "system": st.none() | words, "tools": st.none() | words, "id": st.none() | words, "strip": st.booleans(),
+    "join": st.booleans(), "assistant": st.sampled_from(["second", "first", "both"]), "roles": names,
+}  # fmt: skip
+mappings = st.one_of(
+    st.builds(Mapped, messages=words, content=words, role=st.none() | words, **common),
+    st.builds(Mapped, messages=words, exchange=st.tuples(words, words).filter(lambda two: two[0] != two[1]), **common),
+    st.builds(Mapped, text=words, separator=words, speaker_separator=st.none() | words, **common),
+    st.builds(Mapped, group=words, content=words, role=st.none() | words, order=st.none() | words, **common),
+)
+
+
+@given(mappings)
+def test_a_mapping_is_what_its_text_says(mapped: Mapped) -> None:
+    assert parse_mapping(mapping_text(mapped, {}), "my.toml") == mapped
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("atx1.") | st.text(max_size=2), inner),
+    max_leaves=12,
+)
+small = st.sampled_from(["a", "t", "x", ".", "1", "a.x", "t.1", "t.0.x"])
+probing = st.one_of(
+    st.builds(Mapped, messages=small, content=small, role=st.none() | small, system=st.none() | small, id=small),
+    st.builds(Mapped, messages=small, exchange=st.just(("a", "x")), tools=small),
+    st.builds(Mapped, messages=small),
+    st.builds(Mapped, text=small, separator=st.just("|"), speaker_separator=st.sampled_from([None, ":"])),
+    st.builds(Mapped, group=small, content=small, role=st.none() | small, order=small),
+)
+
+
+@given(probing, values)
+def test_hostile_records_are_read_or_refused(mapped: Mapped, value: Any) -> None:
+    assert isinstance(mapped.fits(value), bool)
+    assert all(isinstance(talk, str | list) for talk in conversations(mapped, [value, value]))
+
+
+# ---- the documentation ----
+
+
+def documented() -> list[tuple[Any, str]]:
+    """The mappings of docs/mapping.md, each with the records that stand before it."""
+    found, records = [], None
+    for kind, body in re.findall(r"```(json|toml|text)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
+        if kind == "toml":
+            found.append((records, body))
+        elif kind == "json":
+            records = [json.loads(body)]
+        else:
+            header, *lines = (line.split(",") for line in body.splitlines())
+            records = [dict(zip(header, line, strict=True)) for line in lines]
+    return found
+
+
+def test_documented_mappings_read_what_stands_beside_them() -> None:
+    """The first five stand below the records that they are for."""
+    found = documented()
+    assert len(found) == 7
+    for records, text in found[:5]:
+        (talk,) = read(text, *records)
+        assert {role for role, _ in talk} == {"user", "assistant"}
+        assert all(content for _, content in talk)
+    for _, text in found[5:]:
+        parse_mapping(text, "docs/mapping.md")
+
+
+def test_every_key_is_documented() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    assert [key for key in KEYS if f"`{key}`" not in text and f"`[{key}]`" not in text] == []
+
+
+# ---- mappings that do what built-in formats do, and what is guessed ----
+
+TALKS = [
+    ["Is it open?", "Until six.", "Good, thank you!"],
+    ["Hello there.", "What can I do for you?", "Nothing at all, I am only looking.", "As you like."],
+    ["One question: is it far?", "Ten minutes on foot: down the road."],
+]
+SIDES = ("user", "assistant")
+
+
+def listed(talk: list[str], role: str, content: str, names: Sequence[str] = SIDES) -> list[dict[str, Any]]:
+    return [{role: names[number % 2], content: text} for number, text in enumerate(talk)]
+
+
+def as_rows(**columns: str) -> list[dict[str, Any]]:
+    """Rows of a table whose columns are called otherwise."""
+    return [
+        {
+            columns["dialogue"]: str(number),
+            columns["order"]: str(at),
+            columns["who"]: "AB"[at % 2],
+            columns["what"]: text,
+        }
+        for number, talk in enumerate(TALKS)
+        for at, text in enumerate(talk)
+    ]
+
+
+EVEN = [talk[: len(talk) // 2 * 2] for talk in TALKS]
+
+SAMPLES: dict[str, tuple[list[Any], str]] = {
+    "messages": ([{"messages": listed(talk, "role", "content")} for talk in TALKS],
+                 'messages = "messages"\nrole = "role"\ncontent = "content"'),
+    "sharegpt": ([{"conversations": listed(talk, "from", "value", ("human", "gpt")), "system": "Be kind."}
+                  for talk in TALKS],
+                 'messages = "conversations"\nrole = "from"\ncontent = "value"\nsystem = "system"'),
+    "kdconv": ([{"messages": [{"message": text} for text in talk]} for talk in TALKS],
+               'messages = "messages"\ncontent = "message"'),
+    "lists": (TALKS, 'messages = "."'),
+    "alpaca": ([{"instruction": talk[0], "output": talk[1]} for talk in TALKS],
+               'messages = "."\nexchange = ["instruction", "output"]'),
+    "dailydialog": ([" __eou__ ".join([*talk, ""]).strip() for talk in TALKS],
+                    'text = "."\nseparator = "__eou__"\nstrip = true'),
+    "utterances": ([{"utterances": listed(talk, "speaker", "text", ("Ann", "Bo"))} for talk in TALKS],
+                   'messages = "utterances"\nrole = "speaker"\ncontent = "text"'),
+    "pairs": ([{"conversation": [{"human": talk[at], "assistant": talk[at + 1]} for at in range(0, len(talk), 2)]}
+               for talk in EVEN],
+              'messages = "conversation"\nexchange = ["human", "assistant"]'),
+    "separated": ([{"conversation": "|EOM|".join(f"{'AB'[at % 2]}: {text}" for at, text in enumerate(talk))}
+                   for talk in TALKS],
+                  'text = "conversation"\nseparator = "|EOM|"\nspeaker_separator = ": "\nstrip = true'),
+    "dialogue_rows": (as_rows(dialogue="Dialogue_ID", order="Utterance_ID", who="Speaker", what="Utterance"),
+                      'group = "Dialogue_ID"\norder = "Utterance_ID"\nrole = "Speaker"\ncontent = "Utterance"'),
+}  # fmt: skip
+
+
+def taken(reader: Reader, records: list[Any]) -> list[Any]:
+    """Records as the reader takes them: rows that belong together as one."""
+    if type(reader).regrouped is Reader.regrouped:
+        return records
+    talks: dict[str, list[Any]] = {}
+    for row in records:
+        talks.setdefault(row["Dialogue_ID"], []).append(row)
+    return list(talks.values())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_mapping_reads_as_the_format_does(name: str) -> None:
+    records, text = SAMPLES[name]
+    reader = following(READERS[name], CHOICES)
+    assert detect(records[0]) == name
+    expected = conversations(reader, taken(reader, records))
+    assert len(expected) == 3
+    assert all(len(talk) > 1 for talk in expected)
+    assert read(text, *records) == expected
+    assert parse_mapping(text, "my.toml").fits(records[0])
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_formats_are_explained_with_an_equivalent_mapping(name: str) -> None:
+    records, _ = SAMPLES[name]
+    reader = following(READERS[name], CHOICES)
+    placed = [(f"a.json:{number}", record) for number, record in enumerate(taken(reader, records), 1)]
+    found = explain_records(placed, name="a.json", layout="JSON", format=name, reader=reader, choices=CHOICES)
+    assert found.equivalent
+    assert found.mapping is not None
+    assert read(found.mapping, *records) == conversations(reader, taken(reader, records))
+    assert found.text().startswith(f"a.json: JSON, format {name}\n\na.json:1 is read as:\n  ")
+    assert json.loads(json.dumps(found.as_json()))["format"] == name
+
+
+#: Corpora of no known format, and that they hold the talks.
+UNKNOWN: dict[str, list[Any]] = {
+    "renamed": [{"nr": number, "talk": {"turns": listed(talk, "who", "said", ("caller", "clerk"))}}
+                for number, talk in enumerate(TALKS)],
+    "renamed, known roles": [{"chatlog": [{**one, "ts": 17} for one in listed(talk, "by", "msg")]} for talk in TALKS],
+    "numbered object": [{"chat": {f"turn_{at}": {"said": text, "by": "AB"[at % 2]} for at, text in enumerate(talk)}}
+                        for talk in TALKS],
+    "nested content": [{"log": [{"head": {"by": "AB"[at % 2]}, "body": {"said": text}} for at, text in enumerate(talk)]}
+                       for talk in TALKS],
+    "no roles": [{"parts": [{"said": text, "at": 7} for text in talk]} for talk in TALKS],
+    "texts": [{"sentences": talk, "tags": ["a", "b"]} for talk in TALKS],
+    "rows": [{"chat": str(number), "who": "AB"[at % 2], "line": text, "seq": at}
+             for number, talk in enumerate(TALKS) for at, text in enumerate(talk)],
+    "one string": [{"story": "|EOM|".join(talk)} for talk in TALKS],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_shapes_are_guessed(name: str) -> None:
+    records = UNKNOWN[name]
+    mapped = guessed(records)
+    assert mapped is not None
+    expected = [[(SIDES[at % 2], text) for at, text in enumerate(talk)] for talk in TALKS]
+    assert read(mapping_text(mapped, {}), *records) == expected
+
+
+@given(st.lists(values, max_size=4))
+def test_guessing_stands_anything(records: list[Any]) -> None:
+    mapped = guessed(records)
+    if mapped is not None:
+        assert mapped == parse_mapping(mapping_text(mapped, {}), "my.toml")
+
+
+# ---- explaining files ----
+
+
+def explained(path: Path, mapping: Mapped | None = None) -> Any:
+    (source,) = expand(str(path))
+    if mapping is None:
+        return explain(source, Format(choices=CHOICES))
+    choices = replace(CHOICES, roles=role_table(mapping.roles))
+    return explain(source, Format(name="my.toml", reader=mapping, choices=choices))
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_a_file_of_a_known_format_is_explained(tmp_path: Path) -> None:
+    found = explained(write(tmp_path / "a.jsonl", SAMPLES["messages"][0]))
+    assert (found.format, found.layout, found.looked_at, found.refused) == ("messages", "JSON Lines", 3, None)
+    assert "  user       Is it open?\n  assistant  Until six.\n" in found.text()
+    assert "A mapping that reads the first 3 records alike" in found.text()
+
+
+def test_a_file_of_no_known_format_is_explained(tmp_path: Path) -> None:
+    found = explained(write(tmp_path / "a.jsonl", UNKNOWN["renamed"]))
+    assert found.format is None
+    assert found.mapping is not None
+    assert found.text().splitlines()[3:5] == ["  user       Is it open?", "  assistant  Until six."]
+    (tmp_path / "my.toml").write_text(found.mapping, encoding="utf-8")
+    again = explained(tmp_path / "a.jsonl", load_mapping(tmp_path / "my.toml"))
+    assert again.conversations == found.conversations
+    assert again.mapping == found.mapping
+
+
+def test_rows_of_no_known_format_are_explained(tmp_path: Path) -> None:
+    found = explained(write(tmp_path / "a.jsonl", UNKNOWN["rows"]))
+    assert [one["content"] for one in found.conversations[0]["messages"]] == TALKS[0]
+
+
+def test_what_holds_no_messages_is_said_to(tmp_path: Path) -> None:
+    found = explained(write(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}]))
+    assert (found.format, found.mapping, found.conversations) == (None, None, ())
+    assert "No messages can be made out" in found.text()
+
+
+def test_broken_and_empty_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"a": 1}, ', encoding="utf-8")
+    with pytest.raises(DataError, match="expected"):
+        explained(tmp_path / "a.json")
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="empty"):
+        explained(tmp_path / "b.jsonl")
+
+
+# ---- real corpora ----
+
+CORPORA = {
+    "esconv/FailedESConv.json": 'messages = "dialog"\nrole = "speaker"\ncontent = "content"\nstrip = true',
+    "firefly/dummy_data.jsonl": 'messages = "conversation"\nexchange = ["human", "assistant"]',
+    "mathdial/test.jsonl": 'text = "conversation"\nseparator = "|EOM|"\nspeaker_separator = ": "\nstrip = true',
+    "meld/test_sent_emo.csv": (
+        'group = "Dialogue_ID"\norder = "Utterance_ID"\nrole = "Speaker"\ncontent = "Utterance"'
+    ),
+    "multiwoz/val.json.zip": 'messages = "log"\ncontent = "text"\nstrip = true',
+}
+
+
+def all_of(path: Path, format: Format) -> tuple[list[Any], list[str]]:
+    """Messages of all conversations, and the reasons of all refusals."""
+    rules = Rules(roles=format.choices.roles)
+    readings = [
+        read_records(block, part.reader, place, rules)
+        for source in expand(str(path))
+        for part in opened(source, format)
+        for block, place in part.blocks
+        if part.reader is not None
+    ]
+    rows = [row for reading in readings for row in reading.rows["messages"].to_pylist()]
+    return rows, [refused.reason for reading in readings for refused in reading.quarantined]
+
+
+@needs_data
+@pytest.mark.parametrize("name", CORPORA)
+def test_real_corpora_are_read_as_their_formats_read_them(name: str) -> None:
+    expected = all_of(DATA / name, Format(choices=CHOICES))
+    mapped = parse_mapping(CORPORA[name], "my.toml")
+    assert len(expected[0]) > 30
+    assert all_of(DATA / name, Format(name="my.toml", reader=mapped, choices=CHOICES)) == expected

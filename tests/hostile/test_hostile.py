@@ -1,0 +1,474 @@
+"""Text, templates and files that someone made to do harm: no text steers a model, no template hangs, no code runs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import ismdata
+from ismdata.attention import attachment as attention
+from ismdata.attention.models.loading import pretrained
+from ismdata.conversation import CONVERSATION_SCHEMA
+from ismdata.errors import DataError
+from ismdata.pack.conversation_batch import as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.rendering import chat_template as templates
+from ismdata.rendering import skeleton
+from ismdata.rendering.chat_template import ChatTemplate, built_in
+from ismdata.rendering.control_tokens import AddedToken, ControlTokens
+from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.sandbox import limited
+from ismdata.rendering.template_probe import profile
+from ismdata.rendering.tokenizer import load_pretrained
+from tests.conftest import encoding, template_named
+from tests.pack.test_document_encoder import whole
+from tests.support.tiny import tiny_model
+
+# ---- templates ----
+
+#: Each of these would run for hours, fill the memory, or print what is none of its business.
+BOMBS = {
+    "a loop in a loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a writing loop": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    "multiplied": "{{ 'x' * 10000000000 }}",
+    "multiplied later": "{% set n = 10000000000 %}{{ 'x' * n }}",
+    "a list multiplied": "{{ ([1] * 10000000000)|length }}",
+    "squared again": "{% set n = namespace(n=7) %}{% for i in range(99) %}{% set n.n = n.n*n.n %}{% endfor %}",
+    "doubled again": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s~n.s %}{% endfor %}",
+    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a power of names": "{% set n = 9 %}{% if (n)**n %}{% endif %}",
+    "percent": "{{ '%10000000000d' % 1 }}",
+    "percent too wide to count": "{{ '%99999999999999999999d' % 1 }}",
+    "format": "{{ '{:10000000000}'.format(1) }}",
+    "center": "{{ 'x'|center(10000000000) }}",
+    "a long text": "{{ 'x' * 5000000 }}",
+    "a macro in itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "brackets": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "a range": "{{ range(10000000000)|list }}",
+    "a long refusal": "{{ raise_exception('x' * 1000000) }}",
+    "a class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a class by filter": "{{ (''|attr('__class__')).__mro__ }}",
+    "a class by format": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "globals": "{{ raise_exception.__globals__['json'] }}",
+    "itself": "{{ self.__init__.__globals__ }}",
+    "a changed conversation": "{{ messages.append(1) }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "a module": "{% import 'os' as os %}",
+    "no template": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
+def test_a_hostile_template_is_a_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
+    template = ChatTemplate(name="bad.jinja", source=source, special_tokens={}, arguments={})
+    with pytest.raises(DataError, match=r"^chat template bad\.jinja: .*--chat-template FILE") as refusal:
+        profile(template, ControlTokens([]))
+    assert len(str(refusal.value)) < 1000
+    assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_with_keyword_arguments_takes_no_power() -> None:
+    source = "{% macro m(b, a) %}{% endmacro %}{{ m(**{'a': 1}) }}{{ m(1, ** {'a': 1}) }}" + built_in("chatml")
+    template = ChatTemplate(name="t", source=source, special_tokens={}, arguments={})
+    assert profile(template, ControlTokens([]))[1].prefix_stable
+
+
+def test_a_long_conversation_has_more_time_and_text() -> None:
+    template = ChatTemplate(name="t", source=built_in("chatml"), special_tokens={}, arguments={})
+    talk = [{"role": ("user", "assistant")[k % 2], "content": ""} for k in range(50_000)]
+    assert len(template.render(talk)) > templates._CHARACTERS
+    assert len(template.render([{"role": "user", "content": "x" * (2 * templates._CHARACTERS)}])) > 2 << 20
+
+
+def test_no_module_runs_templates_with_jinja_itself() -> None:
+    """What the package takes from jinja2 reads a template's words or names its errors; rendering is transformers'."""
+    taken, called = set(), set()
+    for path in Path(ismdata.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("jinja2") for alias in node.names), path
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jinja2"):
+                taken |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and "ImmutableSandboxedEnvironment(" in ast.unparse(node.value):
+                called.add(node.attr)
+    assert taken == {"TemplateSyntaxError", "TemplateError", "nodes", "ImmutableSandboxedEnvironment"}
+    assert called == {"lex", "parse"}
+
+
+# ---- limits ----
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def test_limits_let_through_what_stays_within() -> None:
+    assert limited(lambda: 5, seconds=10, memory=1 << 30) == 5
+    with pytest.raises(KeyError):
+        limited(lambda: {}["x"], seconds=10, memory=1 << 30)
+
+
+def test_out_of_time_in_any_thread() -> None:
+    found: list[object] = []
+
+    def run() -> None:
+        try:
+            limited(spin, seconds=0.05, memory=1 << 30)
+        except TimeoutError as error:
+            found.append(str(error))
+        found.append(sum(range(100_000)))  # nothing arrives late
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == ["took more than 0.05 s", sum(range(100_000))] * 2
+
+
+def test_code_that_catches_every_error_is_stopped_too() -> None:
+    def stubborn() -> None:
+        while True:
+            with contextlib.suppress(Exception):  # what a template engine does around attribute lookups
+                spin()
+
+    with pytest.raises(TimeoutError):
+        limited(stubborn, seconds=0.05, memory=1 << 30)
+
+
+def test_an_alarm_of_the_caller_still_rings() -> None:
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(TimeoutError):
+            limited(spin, seconds=0.1, memory=1 << 30)
+        for _ in range(500):
+            if rung:
+                break
+            time.sleep(0.01)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits an address space")
+def test_out_of_memory() -> None:
+    with pytest.raises(MemoryError):
+        limited(lambda: bytearray(1 << 31), seconds=10, memory=1 << 30)
+    assert limited(lambda: len(bytearray(1 << 20)), seconds=10, memory=1 << 30) == 1 << 20
+
+
+# ---- models and tokenizers bring no code ----
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    tiny_model(dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+LOADERS = {"train": lambda folder: pretrained(str(folder)), "chat": lambda folder: attention.load(folder, mask="ism")}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model-00001-of-00002.bin"])
+def test_a_model_that_is_a_pickle_is_not_opened(model_folder: Path, tmp_path: Path, load: Any, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(model_folder / "config.json", folder)
+    (folder / name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")  # a pickle that would run a command
+    with pytest.raises(DataError, match=rf"the weights are a pickle \({name}\).*expected model\.safetensors"):
+        load(folder)
+
+
+BROKEN = {
+    "model.safetensors": b"\xff" * 100,
+    "config.json": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("name", [*BROKEN, "auto_map", "a model of its own"])
+def test_a_broken_or_foreign_model_is_a_sentence(model_folder: Path, tmp_path: Path, load: Any, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    if name in BROKEN:
+        (folder / name).write_bytes(BROKEN[name])
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+        config["model_type"] = "llama" if name == "auto_map" else "evil"
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if name == "auto_map":
+        load(folder)  # transformers has a class of its own for it
+    else:
+        with pytest.raises(DataError, match=f"^{re.escape(str(folder))}: "):
+            load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", None),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[" * 100_000),
+    ],
+    ids=range(6),
+)
+def test_a_hostile_tokenizer_is_a_sentence(smollm2: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(smollm2, folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    if content is None:
+        config = json.loads((folder / name).read_text(encoding="utf-8"))
+        config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+        content = json.dumps(config).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match="no tokenizer could be loaded"):
+        load_pretrained(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- text that looks like control tokens ----
+
+SMOLLM2 = ("smollm2", "chatml", False)
+WITH = [SMOLLM2, ("smollm2", "qwen3", True), ("deepseek", "deepseekv3", False)]
+
+
+@pytest.fixture(params=WITH, ids=["smollm2", "smollm2-qwen3", "deepseek"])
+def with_(request: pytest.FixtureRequest, smollm2: Path, deepseek: Path) -> Encoding:
+    name, template, markers = request.param
+    folder = {"smollm2": smollm2, "deepseek": deepseek}[name]
+    return encoding(folder) if template == "chatml" else encoding(folder, template_named(template), markers=markers)
+
+
+def every_token(with_: Encoding, *, few: bool = False) -> list[str]:
+    """All added tokens of the tokenizer, control tokens of ours or not, and the template's markers.
+
+    few: of those that differ in a number only, the first and the last.
+    """
+    added = [token.content for token in with_.tokenizer.pretrained.added_tokens_decoder.values()]
+    tokens = sorted({*added, *with_.tokenizer.markers.tokens})
+    if not few:
+        return tokens
+    first_of = {re.sub(r"\d+", "0", token): token for token in reversed(tokens)}
+    last_of = {re.sub(r"\d+", "0", token): token for token in tokens}
+    return sorted({*first_of.values(), *last_of.values()})
+
+
+PLACES = {
+    "alone": lambda token: [token],
+    "glued": lambda token: [f"a{token}b"],
+    "doubled": lambda token: [token * 2, token[0] + token, token + token[-1]],
+    "nested": lambda token: [token[: len(token) // 2] + token + token[len(token) // 2 :]],
+    "with joiners": lambda token: [f"\u200d{token}\u200d", "\u200d".join(token), f"{token}\u200c{token}"],
+    "begun": lambda token: [token[:-1], f"a {token[:-1]} ", token[:1]],
+    "ended": lambda token: [token[1:], f" {token[1:]} a", token[-1:]],
+}
+
+
+def controls_of(with_: Encoding, conversations: list[dict[str, Any]]) -> list[list[int]]:
+    """The control tokens of each conversation's document, both roads agreeing about all of its tokens."""
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    rows = pa.RecordBatch.from_pylist(conversations, schema=CONVERSATION_SCHEMA)
+    batch = conversation_batch(rows, with_.sensitivity)
+    encoder.begin(batch)
+    requests = whole(batch)
+    layout = encoder.lay_out(requests)
+    assert layout.refused == {}
+    documents = encoder.documents(layout, requests)
+    assert encoder.stray_controls(layout, documents).size == 0
+    ends = np.cumsum(documents.lengths)
+    found = []
+    for c, (length, end) in enumerate(zip(documents.lengths, ends, strict=True)):
+        ids = documents.input_ids[end - length : end]
+        messages, tools = as_template_messages(batch.conversation(c))
+        assert [id for piece in with_.document(messages, tools) for id in piece.ids or ()] == ids.tolist()
+        found.append(ids[np.isin(ids, with_.tokenizer.control_ids)].tolist())
+    return found
+
+
+def talk(at: str | None, text: str, **fields: Any) -> dict[str, Any]:
+    """Two exchanges; what the role `at` says first is `text`."""
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    messages: list[dict[str, Any]] = [{"role": role, "content": f"word {k}"} for k, role in enumerate(roles)]
+    if at is not None:
+        messages[roles.index(at)] |= {"content": text}
+    messages[1] |= fields
+    return {"id": "c", "source": "t:1", "messages": messages}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_message_holds_a_control_token(with_: Encoding, place: str) -> None:
+    """Every token in every role and place, in one text with the others and, for a few, in a text of its own."""
+    tokens = every_token(with_, few=place != "alone")
+    few = [*tokens[:3], *tokens[-3:], *with_.tokenizer.markers.tokens][:8]
+    texts = [" ".join(text for token in tokens for text in PLACES[place](token))]
+    texts += ["".join(text for token in tokens for text in PLACES[place](token))]
+    texts += [text for token in few for text in PLACES[place](token) if text.strip()]
+    [expected] = controls_of(with_, [talk(None, "")])
+    for fields in ({}, {"name": "Bo"}):  # from columns, and rendered by itself
+        conversations = [talk(role, text, **fields) for role in ("system", "user", "assistant") for text in texts]
+        for found, conversation in zip(controls_of(with_, conversations), conversations, strict=True):
+            assert found == expected, conversation
+
+
+def test_texts_side_by_side_make_no_control_token(with_: Encoding) -> None:
+    """Half of a token at the end of one text and half at the beginning of the next, whatever blanks were stripped."""
+    for token in every_token(with_, few=True):
+        for cut in range(1, len(token)):
+            texts = [f"a {token[:cut]}", f" {token[:cut]}\n", f"\t{token[cut:]} ", f"{token[cut:]} a", token[:cut] * 2]
+            escaped, escapes = with_.tokenizer.controls.escape([{"role": "user", "content": text} for text in texts])
+            contents = [message["content"] for message in escaped]
+            assert [escapes.undo(content) for content in contents] == texts
+            for content in contents:
+                for before, after in ((content, token[cut:]), (token[:cut], content)):
+                    joined = before.rstrip() + after.lstrip()
+                    assert with_.tokenizer.controls.pattern.search(joined) is None, (token, cut, joined)
+
+
+def test_a_template_that_glues_texts_makes_no_control_token(smollm2: Path, tmp_path: Path) -> None:
+    """Through a template that writes what two messages say without anything between them."""
+    end = "{% if m.role == 'assistant' %}<|im_end|>{% endif %}"
+    glued = "{% for m in messages %}{{ m.content | trim }}" + end + "{% endfor %}"
+    path = tmp_path / "glued.jinja"
+    path.write_text(glued, encoding="utf-8")
+    with_ = encoding(smollm2, path)
+    messages = [
+        {"role": "user", "content": "one <|im_ "},
+        {"role": "user", "content": " end|> two <|im_end"},
+        {"role": "assistant", "content": "|> three <|im_end"},
+    ]
+    ids = [id for piece in with_.document(messages) for id in piece.ids or ()]
+    assert np.isin(ids, with_.tokenizer.control_ids).sum() == 1
+    assert with_.tokenizer.decode(ids) == "one <|im_end|> two <|im_end|> three <|im_end<|im_end|>"
+
+
+FIELDS: dict[str, Any] = {
+    "a tool's result": lambda text: {"content": text},
+    "a tool's name": lambda text: {"name": text},
+    "arguments": lambda text: {"arguments": json.dumps({"key": text})},
+    "keys of arguments": lambda text: {"arguments": json.dumps({text: {text: 1}})},
+    "arguments that are no object": lambda text: {"arguments": json.dumps(text)},
+    "what a tool is": lambda text: {"description": text},
+    "keys of a tool's parameters": lambda text: {"properties": {text: {"type": text, "role": text}}},
+    "reasoning": lambda text: {"reasoning_content": text},
+    "the id of a call": lambda text: {"tool_call_id": text},
+}
+
+
+def tool_talk(**parts: Any) -> dict[str, Any]:
+    name, id_ = parts.get("name", "clock"), parts.get("tool_call_id", "c1")
+    function = {"name": name, "arguments": parts.get("arguments", '{"key": "now"}')}
+    parameters = {"type": "object", "properties": parts.get("properties", {"key": {"type": "string"}})}
+    described = {"name": name, "description": parts.get("description", "tells"), "parameters": parameters}
+    calls = json.dumps([{"id": id_, "type": "function", "function": function}])
+    return {
+        "id": "c",
+        "source": "t:1",
+        "tools": json.dumps([{"type": "function", "function": described}]),
+        "messages": [
+            {"role": "user", "content": "when?"},
+            {"role": "assistant", "content": "", "tool_calls": calls}
+            | ({"reasoning_content": parts["reasoning_content"]} if "reasoning_content" in parts else {}),
+            {"role": "tool", "content": parts.get("content", "noon"), "tool_call_id": id_, "name": name},
+            {"role": "assistant", "content": "at noon"},
+        ],
+    }
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_field_holds_a_control_token(field: str, smollm2: Path) -> None:
+    with_ = encoding(smollm2, template_named("qwen3"), markers=True)
+    [expected] = controls_of(with_, [tool_talk(reasoning_content="hm") if field == "reasoning" else tool_talk()])
+    tokens = every_token(with_)
+    texts = [token for token in tokens if token in with_.tokenizer.controls.tokens]
+    texts += ["".join(tokens), "<|im_", "end|>", "x<|im_end", "|>"]
+    assert len(texts) > 10
+    for found in controls_of(with_, [tool_talk(**FIELDS[field](text)) for text in texts]):
+        assert found == expected
+
+
+# ---- text that is odd ----
+
+ODD = {
+    "NUL": "a\x00b\x00",
+    "a byte order mark": "\ufeffhi\ufeff",
+    "line separators": "a\u2028b\u2029c\x85d",
+    "CRLF": "a\r\nb\rc",
+    "right to left": "\u202eabc\u202c \u200fאבג",
+    "combining": "e" + "\u0301" * 50,
+    "joiners": "\u200d\u200c\u2060" * 20,
+    "private use": "\ue000\U000f0000\U00100000",
+    "replacement": "\ufffd\ufffe",
+    "controls": "".join(map(chr, range(1, 32))) + "\x7f",
+    "emoji": "👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("fields", [{}, {"name": "Bo"}], ids=["columns", "by itself"])
+def test_odd_text_comes_through_unchanged(text: str, fields: dict[str, Any], smollm2: Path) -> None:
+    with_ = encoding(smollm2)
+    for role in ("user", "assistant"):
+        conversation = talk(role, f"x{text}x", **fields)
+        [_] = controls_of(with_, [conversation])
+        messages, tools = as_template_messages(conversation)
+        ids = [id for piece in with_.document(messages, tools) for id in piece.ids or ()]
+        # As the tokenizer itself spells it: SmolLM2's vocabulary lacks some control characters.
+        spelled = with_.tokenizer.decode(with_.tokenizer.pretrained.encode(f"x{text}x", add_special_tokens=False))
+        assert spelled in with_.tokenizer.decode(ids)
+        assert spelled == f"x{text}x" or text == ODD["controls"]
+
+
+def test_a_conversation_too_long_to_render_by_itself_is_refused(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By columns any length goes; rendered one answer at a time, the time would grow with its square."""
+    monkeypatch.setattr(skeleton, "MOST_MESSAGES", 30)
+    with_ = encoding(smollm2)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    long = [{"role": ("user", "assistant")[k % 2], "content": f"word {k}"} for k in range(40)]
+    named = [{**long[0], "name": "Bo"}, *long[1:]]
+    rows = [{"id": str(k), "source": "t", "messages": messages} for k, messages in enumerate((long, named, named[:30]))]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder.begin(batch)
+    refused = encoder.lay_out(whole(batch)).refused
+    assert {r: refusal.reason for r, refusal in refused.items()} == {1: "too_many_messages"}
+    assert refused[1].detail.startswith("40 messages, which the template can only render one answer at a time")
+
+
+def test_escaping_leaves_the_keys_and_roles_that_templates_read() -> None:
+    """Even where a tokenizer has a token that is a part of them."""
+    controls = ControlTokens(
+        [AddedToken(text=text, id=k, special=True) for k, text in enumerate(["role", "user", "name"])]
+    )
+    [message], escapes = controls.escape([{"role": "user", "content": "user name", "name": "name", "rolename": 1}])
+    assert message["role"] == "user"
+    assert escapes.undo(message["content"]) == "user name"
+    assert set(message) - {"role", "content", "name"} != {"rolename"}
+    assert controls.pattern.search("".join([message["content"], message["name"]])) is None

@@ -1,0 +1,560 @@
+"""Law 7: no text is lost, none stands in the wrong kind of span. One small template for each way it was broken.
+
+The templates are made for these tests; each has what made a public one go wrong, and little else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from ismdata.conversation import CONVERSATION_SCHEMA
+from ismdata.masks.intervals import ANSWER
+from ismdata.pack import template_check as parity
+from ismdata.pack.conversation_batch import InvalidArguments, as_template_messages, conversation_batch
+from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.rendering.chat_template import CannotRender
+from ismdata.rendering.encoding import ConversationEncoder, Encoding
+from ismdata.rendering.renderer import Chunk, HistoryRewritten, NotRendered
+from ismdata.rendering.tracing import TextLost
+from tests.conftest import encoding
+from tests.pack.test_document_encoder import whole
+
+CALL_TOOLS = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def s(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def u(content: str, **fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **fields}
+
+
+def a(content: str | None, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def t(content: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content}
+
+
+def calls(*ports: str, name: str = "tide") -> dict[str, Any]:
+    return {"tool_calls": [{"type": "function", "function": {"name": name, "arguments": {"port": p}}} for p in ports]}
+
+
+TALK = [u("one?"), a("1."), u("two?"), a("2.")]
+
+#: Turns as `<|im_start|>role … <|im_end|>`, what a role says given by the caller.
+CHATML = (
+    "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% endfor %%}"
+    "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+)
+
+
+@pytest.fixture
+def made(tmp_path: Path, smollm2: Path) -> Any:
+    """The encoding under a template given as text."""
+
+    def make(source: str, history: str = "append") -> Encoding:
+        path = tmp_path / f"{abs(hash(source))}.jinja"
+        path.write_text(source, encoding="utf-8")
+        return encoding(smollm2, path, history, markers=True)
+
+    return make
+
+
+def cut(chunks: Sequence[Chunk]) -> list[tuple[str, str]]:
+    """Contexts joined, each answer by itself."""
+    joined: list[tuple[str, str]] = []
+    for chunk in chunks:
+        kind = "answer" if chunk.kind == ANSWER else "context"
+        if kind == "context" and joined and joined[-1][0] == kind:
+            joined[-1] = kind, joined[-1][1] + chunk.text
+        else:
+            joined.append((kind, chunk.text))
+    return joined
+
+
+def fed_by_chat(with_: Encoding, messages: list[dict[str, Any]]) -> list[str]:
+    """The context that chat feeds before each answer."""
+    places = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    return [with_.renderer.next_context(messages[:k])[2] for k in places]
+
+
+# ---- F1: what ends the conversation ends no answer in history ----
+
+ONLY_AT_THE_END = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% if loop.last and m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n' }}<|assistant|>\n{% endif %}{# <|user|> <|assistant|> #}"
+)
+PLAIN_AT_THE_END = (
+    "{% for m in messages %}{{ m.role.upper() }}: {{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% if loop.last and m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n' }}ASSISTANT: {% endif %}"
+)
+
+
+def test_f1_an_end_that_only_the_last_answer_has(made: Any) -> None:
+    with_ = made(ONLY_AT_THE_END)
+    assert cut(with_.renderer.append(TALK)) == [
+        ("context", "<|user|>\none?\n<|assistant|>\n"),
+        ("answer", "1.</s>"),
+        ("context", "\n<|user|>\ntwo?\n<|assistant|>\n"),
+        ("answer", "2.</s>"),
+    ]
+    assert fed_by_chat(with_, TALK) == ["<|user|>\none?\n<|assistant|>\n", "\n<|user|>\ntwo?\n<|assistant|>\n"]
+    assert any("behind the last answer of a conversation alone" in note for note in with_.notes)
+
+
+def test_f1_the_same_in_plain_text(made: Any) -> None:
+    with_ = made(PLAIN_AT_THE_END)
+    assert cut(with_.renderer.append(TALK))[1:3] == [("answer", "1.</s>"), ("context", "\nUSER: two?\nASSISTANT: ")]
+    assert with_.renderer.expand(TALK)[-1].text == "2.</s>"
+    history = [chunk.text for chunk in with_.renderer.expand(TALK) if chunk.kind == ANSWER]
+    assert history == ["1.", "2.</s>"]  # history has no end of turn
+
+
+# ---- F2: the system prompt goes into the last question ----
+
+INTO_THE_LAST_QUESTION = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if m == users[-1] and system %}{{ system }}\n\n{% endif %}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_f2_a_system_prompt_that_moves_cannot_be_appended(made: Any) -> None:
+    with_ = made(INTO_THE_LAST_QUESTION)
+    with pytest.raises(HistoryRewritten, match="--history expand"):
+        with_.renderer.append([s("be brief"), *TALK])
+    assert cut(with_.renderer.append([s("be brief"), *TALK[:2]])) == [
+        ("context", "[INST] be brief\n\none? [/INST]"),
+        ("answer", " 1.</s>"),
+    ]
+    assert cut(with_.renderer.expand([s("be brief"), *TALK])) == [
+        ("context", "[INST] one? [/INST]"),
+        ("answer", " 1.</s>"),
+        ("context", "[INST] be brief\n\ntwo? [/INST]"),
+        ("answer", " 2.</s>"),
+    ]
+
+
+# ---- F3: history is cut, and answers follow each other ----
+
+CUTS_REASONING = CHATML % (
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% elif m.role == 'assistant' and '</think>' not in m.content %}<think></think>{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}"
+)
+
+
+def test_f3_an_answer_holds_no_other_answer_and_no_header(made: Any) -> None:
+    with_ = made(CUTS_REASONING)
+    talk = [u("one?"), a("<think>hm</think>1."), a("1, really."), u("two?"), a("2.")]
+    answers = ["<think>hm</think>1.<|im_end|>", "<think></think>1, really.<|im_end|>", "<think></think>2.<|im_end|>"]
+    assert [text for kind, text in cut(with_.renderer.append(talk)) if kind == "answer"] == answers
+    for k, expected in zip((2, 3, 5), answers, strict=True):
+        chunks = with_.renderer.expand(talk[:k])
+        assert chunks[-2].text == expected
+        assert chunks[-3].text.endswith("<|im_start|>assistant\n")
+
+
+# ---- F4: the two renderings part before the header ----
+
+TWO_WAYS_TO_THE_HEADER = (
+    "<|begin|>{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}\n<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n' }}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
+)
+
+
+def test_f4_no_header_is_trained(made: Any) -> None:
+    with_ = made(TWO_WAYS_TO_THE_HEADER)
+    contexts = [
+        "<|begin|><|header_start|>user<|header_end|>\n\none?\n<|eot|><|header_start|>assistant<|header_end|>\n\n",
+        "<|header_start|>user<|header_end|>\n\ntwo?\n<|eot|><|header_start|>assistant<|header_end|>\n\n",
+    ]
+    assert cut(with_.renderer.append(TALK)) == [
+        ("context", contexts[0]),
+        ("answer", "1.\n<|eot|>"),
+        ("context", contexts[1]),
+        ("answer", "2.\n<|eot|>"),
+    ]
+    assert fed_by_chat(with_, TALK) == contexts
+    first = with_.renderer.append([a("0."), *TALK])
+    assert cut(first)[:2] == [
+        ("context", "<|begin|><|header_start|>assistant<|header_end|>\n\n"),
+        ("answer", "0.\n<|eot|>"),
+    ]
+
+
+# ---- F5: the same talk, cut the same way on both roads ----
+
+OPENS_REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_f5_a_name_changes_no_border(made: Any) -> None:
+    """The name has the conversation rendered by itself; the template does not write it."""
+    with_ = made(OPENS_REASONING)
+    talk = [u("one?"), a("<think>\nhm\n</think>\n\n1."), u("two?"), a("2.")]
+    named = [{**talk[0], "name": "ann"}, *talk[1:]]
+    rows = [{"id": str(k), "source": f"t:{k}", "messages": messages} for k, messages in enumerate((talk, named))]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    assert batch.by_itself.tolist() == [False, True]
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    encoder.begin(batch)
+    documents = encoder.documents(encoder.lay_out(whole(batch)), whole(batch))
+    first = int(documents.lengths[0])
+    assert documents.input_ids[:first].tolist() == documents.input_ids[first:].tolist()
+    count = int(documents.span_counts[0])
+    assert documents.spans[:count].tolist() == documents.spans[count:].tolist()
+    assert (
+        fed_by_chat(with_, talk) == [text for kind, text in cut(with_.renderer.append(talk)) if kind == "context"][:2]
+    )
+
+
+def test_f5_the_roads_are_compared_by_spans(made: Any) -> None:
+    """The same tokens with a border elsewhere are a difference."""
+    with_ = made(OPENS_REASONING)
+    rows = [{"id": "0", "source": "t:0", "messages": TALK}]
+    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    encoder.begin(batch)
+    comparison = parity.comparison(with_, encoder, batch, whole(batch))
+    assert comparison.check() == 1
+    [(first, second, *others)] = comparison.spans
+    moved = [(first[0] + 1, first[1]), (second[0] - 1, second[1]), *others]
+    with pytest.raises(parity.ColumnsDiffer, match="other spans"):
+        dataclasses.replace(comparison, spans=[moved]).check()
+
+
+# ---- F6: a later system message moves to the front, or nowhere ----
+
+TO_THE_FRONT = (
+    "{% for m in messages if m.role == 'system' %}{{ m.content }}\n{% endfor %}"
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LEFT_OUT = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LATER = [*TALK[:2], s("in German"), *TALK[2:]]
+
+
+def test_f6_a_system_message_that_moves_or_vanishes(made: Any) -> None:
+    with_ = made(TO_THE_FRONT)
+    with pytest.raises(HistoryRewritten, match="message 3 \\(system\\)"):
+        with_.renderer.append(LATER)
+    assert cut(with_.renderer.expand(LATER))[0][1].startswith("in German\n")
+    for ways in (made(LEFT_OUT).renderer.append, made(LEFT_OUT).renderer.expand):
+        with pytest.raises(TextLost, match="message 3 \\(system\\)"):
+            ways(LATER)
+        with pytest.raises(TextLost, match="message 1 \\(system\\)"):
+            ways([s("be brief"), *TALK])
+
+
+def test_a_text_written_twice_is_refused(made: Any) -> None:
+    twice = CHATML % "{{ m.content }}{% if m.role == 'user' %} ({{ m.content }}){% endif %}"
+    with pytest.raises(TextLost, match="more than once"):
+        made(twice).renderer.append(TALK)
+
+
+def test_a_text_that_is_changed_is_refused(made: Any) -> None:
+    with pytest.raises(TextLost, match="changes what message 1 says"):
+        made(CHATML % "{{ m.content | replace('one', 'two') }}").renderer.append(TALK)
+    shouted = made(CHATML % "{{ m.content | upper }}").renderer.append([u("one?"), a("yes")])
+    assert cut(shouted)[-2] == ("answer", "YES<|im_end|>")
+
+
+# ---- F7 and F8: calls ----
+
+CALLS = CHATML % (
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}"
+    "</tool_call>{% endfor %}"
+)
+ONE_CALL = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+FLOOD = [u("flood?"), a(None, reasoning_content="look", **calls("Husum")), t("14:05"), a("At five past two.")]
+
+
+@pytest.mark.parametrize("history", ["append", "expand"])
+def test_f7_a_call_with_reasoning_is_written_once(history: str, made: Any) -> None:
+    with_ = made(CALLS)
+    chunks = getattr(with_.renderer, history)(FLOOD, CALL_TOOLS)
+    assert "".join(chunk.text for chunk in chunks) == with_.renderer.template.render(FLOOD, tools=CALL_TOOLS)
+    assert [text for kind, text in cut(chunks) if kind == "answer"] == [
+        '<think>look</think><tool_call>tide {"port": "Husum"}</tool_call><|im_end|>',
+        "At five past two.<|im_end|>",
+    ]
+
+
+def test_f7_answers_that_a_template_puts_side_by_side_share_no_character(made: Any) -> None:
+    """What closes the first of two answers was taken for the beginning of the second as well."""
+    merged = (
+        "{% for m in messages %}{% set before = messages[loop.index0 - 1].role %}"
+        "{% if loop.first or m.role == 'user' or before == 'user' %}"
+        "<|turn>{{ m.role }}\n{% endif %}{{ m.content }}<turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>assistant\n{% endif %}"
+    )
+    with_ = made(merged)
+    talk = [u("one?"), a("1."), a("1, really."), u("two?"), a("2.")]
+    chunks = with_.renderer.expand(talk)
+    assert "".join(chunk.text for chunk in chunks) == with_.renderer.template.render(talk)
+    assert [chunk.text.strip() for chunk in chunks if chunk.kind == ANSWER] == [
+        "1.<turn|>",
+        "1, really.<turn|>",
+        "2.<turn|>",
+    ]
+
+
+@pytest.mark.parametrize("history", ["append", "expand"])
+def test_f8_a_call_that_is_left_out(history: str, made: Any) -> None:
+    talk = [u("floods?"), a(None, **calls("Husum", "Kiel")), t("14:05"), a("At five past two.")]
+    end = 4 if history == "append" else 2
+    assert cut(getattr(made(CALLS).renderer, history)(talk[:end], CALL_TOOLS))
+    with pytest.raises(NotRendered, match="Kiel"):
+        getattr(made(ONE_CALL).renderer, history)(talk[:end], CALL_TOOLS)
+    for pair in ([call(), call()], [*calls("Husum")["tool_calls"], call()]):  # no text of its own tells the second
+        silent = [u("floods?"), a(None, tool_calls=pair), t("14:05"), a("At five past two.")]
+        assert cut(getattr(made(CALLS).renderer, history)(silent[:end], CALL_TOOLS))
+        with pytest.raises(NotRendered, match="'tide'"):
+            getattr(made(ONE_CALL).renderer, history)(silent[:end], CALL_TOOLS)
+
+
+def call() -> dict[str, Any]:
+    """One that differs from another of the same tool in nothing that is text."""
+    return {"type": "function", "function": {"name": "tide", "arguments": {"day": 1}}}
+
+
+def test_text_beside_a_call_is_not_dropped_in_silence(made: Any) -> None:
+    only_calls = CALLS.replace("{{ m.content or '' }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")
+    talk = [u("flood?"), a("I look.", **calls("Husum")), t("14:05"), a("At five past two.")]
+    assert cut(made(CALLS).renderer.append(talk, CALL_TOOLS))
+    with pytest.raises(TextLost, match="message 2 \\(assistant\\)"):
+        made(only_calls).renderer.append(talk, CALL_TOOLS)
+
+
+# ---- F9 and F10: what ends an answer ----
+
+ALWAYS_OPEN = (
+    "<s>{% for m in messages %}<|START|><|{{ m.role }}|>{{ m.content }}<|STOP|><|END|>{% endfor %}"
+    "<|START|><|assistant|>{% if add_generation_prompt %}<|SAY|>{% endif %}{# <|user|> #}"
+)
+
+
+def test_f9_the_next_turns_first_token_is_not_trained(made: Any) -> None:
+    """It stands behind the last answer too, and directly behind the token that ends it; two tokens end it."""
+    found = made(ALWAYS_OPEN).renderer.profile
+    assert found.end_of_turn == found.history_end == "<|STOP|><|END|>"
+    assert [text for kind, text in cut(made(ALWAYS_OPEN).renderer.append(TALK)) if kind == "answer"] == [
+        "1.<|STOP|><|END|>",
+        "2.<|STOP|><|END|>",
+    ]
+
+
+ENDED_BY_THE_NEXT = (
+    "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}"
+    "{{ call.function.name }}</tool_call>{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}{# <|user|> <|observation|> #}"
+)
+CLOSED_BY_THE_NEXT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if add_generation_prompt or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_f10_the_token_that_ends_an_answer_is_its_last(made: Any) -> None:
+    with_ = made(ENDED_BY_THE_NEXT)
+    assert with_.renderer.profile.next_turn_ends == ("<|user|>", "<|observation|>")
+    talk = [u("flood?"), a("", **calls("Husum")), t("14:05"), a("At five past."), u("thanks"), a("Welcome.")]
+    assert cut(with_.renderer.append(talk, CALL_TOOLS)) == [
+        ("context", "<|user|>\nflood?<|assistant|>"),
+        ("answer", '\n<tool_call>{"port": "Husum"}tide</tool_call><|observation|>'),
+        ("context", "\n14:05<|assistant|>"),
+        ("answer", "\nAt five past.<|user|>"),
+        ("context", "\nthanks<|assistant|>"),
+        ("answer", "\nWelcome."),
+    ]
+    end, brought, context = with_.renderer.next_context(talk[:5], CALL_TOOLS)
+    assert (end, brought, context) == ("<|user|>", "<|user|>", "\nthanks<|assistant|>")
+    encoder = ConversationEncoder(with_)
+    assert encoder.decode(encoder.turn_end(talk[:5], CALL_TOOLS)) == "<|user|>"
+    assert {encoder.decode([id]) for id in encoder.next_turn_end_ids} == {"<|user|>", "<|observation|>"}
+    assert "'<|user|>' or '<|observation|>'" in " ".join(with_.notes)
+
+
+def test_f10_an_end_that_only_history_has(made: Any) -> None:
+    with_ = made(CLOSED_BY_THE_NEXT)
+    assert with_.renderer.profile.next_turn_ends == ("<|im_end|>",)
+    assert cut(with_.renderer.append(TALK))[1:] == [
+        ("answer", "1.<|im_end|>"),
+        ("context", "\n<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n"),
+        ("answer", "2."),
+    ]
+    assert "writes nothing after an answer" not in " ".join(with_.notes)
+
+
+# ---- F11 to F13: arguments, reasoning, null ----
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None])
+def test_f11_no_arguments_are_an_empty_object(arguments: str | None) -> None:
+    function = {"name": "tide"} if arguments is None else {"name": "tide", "arguments": arguments}
+    message = {"role": "assistant", "tool_calls": json.dumps([{"type": "function", "function": function}])}
+    [shaped], _ = as_template_messages({"messages": [message]})
+    assert shaped["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("arguments", ['{"port": "Hus', "{'port': 1}", "port"])
+def test_f11_broken_arguments_are_refused(arguments: str) -> None:
+    function = {"name": "tide", "arguments": arguments}
+    message = {"role": "assistant", "tool_calls": json.dumps([{"type": "function", "function": function}])}
+    with pytest.raises(InvalidArguments, match="message 1 calls the tool 'tide' with arguments that are not JSON"):
+        as_template_messages({"messages": [message]})
+
+
+def test_f12_reasoning_that_is_not_written_is_known(made: Any) -> None:
+    thought = [u("one?"), a("1.", reasoning_content="hm"), u("two?"), a("2.")]
+    never = CHATML % "{{ m.content }}"
+    assert [chunk.unwritten for chunk in made(never).renderer.append(thought) if chunk.kind == ANSWER] == [True, False]
+    assert not any(chunk.unwritten for chunk in made(CALLS).renderer.append(thought))
+    cut_off = CHATML % "{{ m.content.split('</think>')[-1] }}"
+    inline = [u("one?"), a("<think>hm</think>1.")]
+    assert made(cut_off).renderer.append(inline)[-2].unwritten
+
+
+NULL_MATTERS = CHATML % (
+    "{% if m.role == 'assistant' and m.content is none %}<tool_call>{{ m.tool_calls[0].function.name }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}</tool_call>{% else %}{{ m.content }}{% endif %}"
+)
+
+
+def test_f13_null_stays_null(made: Any) -> None:
+    shaped, _ = as_template_messages({"messages": [{"role": "assistant", "content": None, "tool_calls": "[]"}]})
+    assert shaped[0]["content"] is None
+    for content in (None, ""):  # nothing but a call: what the template wants for it is tried
+        talk = [u("flood?"), a(content, **calls("Husum")), t("14:05"), a("At five past.")]
+        answer = cut(made(NULL_MATTERS).renderer.append(talk, CALL_TOOLS))[1]
+        assert answer == ("answer", '<tool_call>tide{"port": "Husum"}</tool_call><|im_end|>')
+        assert "None" not in "".join(chunk.text for chunk in made(CALLS.replace(" or ''", "")).renderer.append(talk))
+
+
+def test_null_that_only_history_does_not_take(made: Any) -> None:
+    """A template that takes the content of earlier answers apart."""
+    parts = CALLS.replace("m.content or ''", "m.content.split('</think>')[-1] if not loop.last else m.content or ''")
+    with_ = made(parts)
+    assert with_.renderer.template.call_content == "empty"
+    talk = [u("flood?"), a(None, **calls("Husum")), t("14:05"), a("At five past.")]
+    assert cut(with_.renderer.append(talk, CALL_TOOLS))[1][1].startswith("<tool_call>")
+
+
+def test_a_marker_that_every_header_has_is_no_other_turns(made: Any) -> None:
+    """A call is a turn of the model's own behind its text: it writes that header, which shares a marker with all."""
+    shared = (
+        "{% for m in messages %}{{ m.role }}<|role_sep|>\n{{ m.content or '' }}<|message_sep|>\n"
+        "{% for call in m.tool_calls or [] %}function call<|role_sep|>\n{{ call.function.name }}"
+        "{{ call.function.arguments | tojson }}<|message_sep|>\n{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant<|role_sep|>\n{% endif %}"
+    )
+    talk = [u("flood?"), a(None, **calls("Husum")), t("14:05"), a("At five past.")]
+    assert cut(made(shared).renderer.append(talk, CALL_TOOLS))[1] == (
+        "answer",
+        '<|message_sep|>\nfunction call<|role_sep|>\ntide{"port": "Husum"}<|message_sep|>',
+    )
+
+
+# ---- F14: history without a generation prompt ----
+
+
+def test_f14_earlier_answers_are_answers(made: Any) -> None:
+    for source, header in (
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}", "assistant:"),
+        (INTO_THE_LAST_QUESTION, "[/INST]"),
+    ):
+        with_ = made(source)
+        assert with_.renderer.profile.generation_prompt == ""
+        found = cut(with_.renderer.expand(TALK))
+        assert [text.strip() for kind, text in found if kind == "answer"] == ["1.</s>", "2.</s>"]
+        assert all(text.endswith(header) for kind, text in found if kind == "context")
+        assert found == cut(with_.renderer.append(TALK))
+
+
+def test_an_answer_that_opens_a_document_is_trained_whole(made: Any) -> None:
+    """The first token of a document is never a target: here it is the blank before the answer."""
+    assert cut(made(INTO_THE_LAST_QUESTION).renderer.append([a("0."), *TALK]))[:2] == [
+        ("context", " "),
+        ("answer", "0.</s>"),
+    ]
+
+
+# ---- on every text and place ----
+
+
+@pytest.mark.parametrize("history", ["append", "expand"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "user", "assistant\n", "1.", "<|im_end|>", "<think>", "</think>", "{{ x }}", "…"]
+)
+def test_texts_that_look_like_anything(text: str, history: str, made: Any) -> None:
+    """Whatever is said, contexts and answers hold their own texts in order, or the conversation is refused."""
+    for source in (CHATML % "{{ m.content }}", CUTS_REASONING, ONLY_AT_THE_END, TWO_WAYS_TO_THE_HEADER, ALWAYS_OPEN):
+        with_ = made(source)
+        talk = [
+            u(f"q1 {text}"),
+            a(f"a1 {text}"),
+            u(text.strip() or "q2"),
+            a(f"{text} a2"),
+            u(f"{text}q3{text}"),
+            a("a3"),
+        ]
+        (escaped, _), escapes = with_.tokenizer.controls.escape([talk, None])
+        try:
+            chunks = getattr(with_.renderer, history)(escaped)
+        except CannotRender:
+            continue
+        answers = [(chunk.message, escapes.undo(chunk.text)) for chunk in chunks if chunk.kind == ANSWER]
+        context = escapes.undo("".join(chunk.text for chunk in chunks if chunk.kind != ANSWER))
+        if history == "append":
+            assert [k for k, _ in answers] == [1, 3, 5]
+            assert all(marker in said for (_, said), marker in zip(answers, ("a1", "a2", "a3"), strict=True))
+        assert answers[-1][0] == 5
+        assert "a3" in answers[-1][1]
+        at = -1
+        for question in ("q1", text.strip() or "q2", "q3"):
+            at = context.find(question, at + 1)
+            assert at >= 0
+
+
+def test_a_text_traced_by_words_here_and_whole_there_ends_at_one_place(made: Any) -> None:
+    """The result has the later rendering traced by words, which leaves the full stop of the call out of its text."""
+    as_json = CALLS.replace(
+        "{{ m.content or '' }}", "{{ m.content | tojson if m.role == 'tool' else m.content or '' }}"
+    )
+    talk = [u("note?"), a(None, **calls("Buy milk.")), t('{"done": "yes"}'), a("Done."), u("thanks"), a("Welcome.")]
+    found = cut(made(as_json).renderer.append(talk, CALL_TOOLS))
+    assert found[1] == ("answer", '<tool_call>tide {"port": "Buy milk."}</tool_call><|im_end|>')
+    assert found[2][1].startswith("\n<|im_start|>tool\n")
+
+
+def test_a_result_that_names_its_tool_ends_no_call(made: Any) -> None:
+    """Calls without any text are found by the tool's name, which the template writes again in the result's header."""
+    named = CALLS.replace("{{ m.role }}", "{{ m.role }}{% if m.role == 'tool' %} tide{% endif %}")
+    talk = [u("flood?"), a(None, tool_calls=[call()]), t("14:05"), a("At five past two.")]
+    assert [text for kind, text in cut(made(named).renderer.append(talk, CALL_TOOLS)) if kind == "answer"] == [
+        '<tool_call>tide {"day": 1}</tool_call><|im_end|>',
+        "At five past two.<|im_end|>",
+    ]

@@ -1,0 +1,475 @@
+"""gigatoken is as good as the reference, or it is not used: the same shards whichever makes the ids."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from pathlib import Path
+from threading import Event
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ismdata.pack.tokenize
+from ismdata.convert.pipeline import convert
+from ismdata.data.output_folder import INDEX_NAME
+from ismdata.data.verify import verify
+from ismdata.errors import DataError, UsageError
+from ismdata.pack.pipeline import PackReport, pack
+from ismdata.rendering.encoding import Encoding, set_up
+from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
+from ismdata.rendering.tokenizer_backends import (
+    Backend,
+    BackendRefused,
+    Compared,
+    Gigatoken,
+    Reference,
+    Sampled,
+    _slices,
+    choose,
+    sampled,
+    stratified,
+)
+from tests.conftest import encoding, template_named
+from tests.pack.test_pack import bytes_tokenizer
+
+__all__ = ["bytes_tokenizer"]  # a fixture
+
+pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+
+#: Texts that tokenizers take apart in ways of their own.
+PIECES = st.sampled_from(
+    [
+        "",
+        " ",
+        "  \n",
+        "Hello, world",
+        "it's",
+        "naïve",
+        "你好，世界",
+        "🙂",
+        "<|im_end|>",
+        "<think>",
+        "</s>",
+        "0123456789",
+    ]
+)
+TEXTS = st.lists(st.one_of(st.lists(PIECES, max_size=6).map("".join), st.text(max_size=20)), max_size=8)
+
+
+def large(texts: list[str]) -> pa.LargeStringArray:
+    return pa.array(texts, pa.large_string())
+
+
+@pytest.fixture(scope="session")
+def deepseek_encoding(deepseek: Path) -> Encoding:
+    return encoding(deepseek, template_named("deepseekv3"))
+
+
+@pytest.mark.parametrize("name", ["hf", "gigatoken"])
+@settings(deadline=None, max_examples=60)
+@given(texts=TEXTS, cut=st.integers(0, 3), opening=st.booleans(), at_once=st.sampled_from([1, 15, 1 << 20]))
+def test_ids_are_those_of_each_text_alone(
+    name: str, deepseek_encoding: Encoding, texts: list[str], cut: int, opening: bool, at_once: int
+) -> None:
+    reference = deepseek_encoding.tokenizer.reference
+    backend: Backend = reference if name == "hf" else gigatoken_for(reference)
+    with patch("ismdata.rendering.tokenizer_backends._SLICE_BYTES", at_once):
+        ids, lengths = backend.encode(large(["left out"] * cut + texts).slice(cut), opening=opening)
+    one_by_one = [reference.inside.encode(text, add_special_tokens=False).ids for text in texts]
+    assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert lengths.tolist() == list(map(len, one_by_one))
+    assert ids.tolist() == [id for own in one_by_one for id in own]
+
+
+@given(texts=TEXTS, cut=st.integers(0, 3), size=st.integers(1, 30))
+def test_slices_are_the_texts_in_order(texts: list[str], cut: int, size: int) -> None:
+    """Each as long as it may be."""
+    slices = [part.to_pylist() for part in _slices(large(["left out"] * cut + texts).slice(cut), size)]
+    assert [text for part in slices for text in part] == texts
+    assert all(slices) or slices == [[]]
+    sizes = [len("".join(part).encode()) for part in slices]
+    assert all(here <= size or len(part) == 1 for here, part in zip(sizes, slices, strict=True))
+    for here, after in itertools.pairwise(zip(sizes, slices, strict=True)):
+        assert here[0] + len(after[1][0].encode()) > size
+
+
+@functools.cache
+def gigatoken_for(reference: Reference) -> Gigatoken:
+    return Gigatoken(reference)
+
+
+def test_gigatoken_forgets_what_it_has_seen(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded anew where it has seen enough, and gives the same ids."""
+    import gigatoken
+
+    load, loads = gigatoken.Tokenizer.from_json, []
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: loads.append(text) or load(text))
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 250)
+    backend = Gigatoken(encoding(bytes_tokenizer).tokenizer.reference)
+    first = len(loads)
+    texts = large(["forty bytes of text that stand in a line"] * 2)
+    found = [backend.encode(texts, opening=False)[0].tolist() for _ in range(6)]
+    assert len(loads) == first + 1
+    assert all(ids == found[0] for ids in found)
+
+
+def test_a_sample_has_a_text_of_every_kind() -> None:
+    plain = [f"plain text number {k}" for k in range(1000)]
+    odd = {
+        137: "x",
+        400: "long " * 2000,
+        500: "非 ASCII text",
+        777: "the marker <|end|> in it",
+        900: "too long" * 10_000,
+    }
+    texts = large([odd.get(k, text) for k, text in enumerate(plain)])
+    found = stratified(texts).tolist()
+    assert {137, 400, 500, 777} <= set(found)
+    assert 900 not in found  # it alone would take longer than all the rest
+    assert found == sorted(set(found)) == stratified(texts).tolist()
+    assert len(found) <= 40
+    assert len(stratified(large([]))) == 0
+
+
+# ---- packing ----
+
+
+def write_corpus(path: Path, count: int) -> None:
+    words = ["Hello", "你好", "naïve café", "<|im_end|>", "</s>", "12345", "def f(x):\n    return x", "🙂🙂", " "]
+    rng = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for k in range(count):
+            said = [" ".join(rng.choice(words, rng.integers(1, 9)).tolist()) + f" {k}" for _ in range(4)]
+            roles = ("user", "assistant", "user", "assistant")
+            messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+            file.write(json.dumps({"id": str(k), "messages": messages}, ensure_ascii=False) + "\n")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    write_corpus(folder / "talks.jsonl", 120)
+    convert([str(folder / "talks.jsonl")], folder / "talks")
+    return folder / "talks"
+
+
+@pytest.fixture
+def packed(
+    converted: Path, bytes_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[PackReport, list[str]]]:
+    """Pack the corpus, in several batches; the report and the notes."""
+    loaded = set_up(str(bytes_tokenizer))
+    monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.pack.tokenize, "_BATCH_CONVERSATIONS", 40)
+
+    def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
+        notes: list[str] = []
+        report = pack([converted], tmp_path / name, tokenizer="bytes", seq_len=512, notify=notes.append, **options)
+        assert verify(report.output).problems == []
+        return report, [note for note in notes if "gigatoken" in note]
+
+    return run
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All files of a folder, and its index less what names the backend and the index's own hash."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    index = json.loads(found.pop(INDEX_NAME))
+    del index["tokenizer"]["backend"], index["options"]["tokenizer_backend"], index["sha256"]
+    return found | {INDEX_NAME: index}
+
+
+def used(folder: Path) -> tuple[str, str]:
+    index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    return index["options"]["tokenizer_backend"], index["tokenizer"]["backend"]
+
+
+def test_the_same_bytes_for_any_backend_and_any_number_of_workers(
+    packed: Callable[..., Any], converted: Path, bytes_tokenizer: Path, tmp_path: Path
+) -> None:
+    report, notes = packed("auto")
+    assert notes == []
+    assert used(report.output) == ("auto", "gigatoken")
+    for backend, workers in (("hf", 1), ("gigatoken", 2)):
+        folder = tmp_path / backend
+        words = ["pack", converted, "-o", folder, "--tokenizer", bytes_tokenizer, "--seq-len", 512]
+        words += ["--tokenizer-backend", backend, "--workers", workers]
+        code = "import sys\nfrom ismdata.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        code += "assert 'torch' not in sys.modules\n"
+        subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, capture_output=True)
+        assert used(folder) == (backend, backend)
+        assert {name: data for name, data in content(folder).items() if name.endswith(".arrow")} == {
+            name: data for name, data in content(report.output).items() if name.endswith(".arrow")
+        }
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """gigatoken gives a wrong id for texts that hold one of the words in this list."""
+    words: list[str] = []
+    encode = Gigatoken.encode
+
+    def spoiled(self: Gigatoken, texts: pa.LargeStringArray, *, opening: bool) -> Any:
+        ids, lengths = encode(self, texts, opening=opening)
+        ids = ids.copy()
+        for text, end in zip(texts.to_pylist(), np.cumsum(lengths).tolist(), strict=True):
+            if any(word in text for word in words):
+                ids[end - 1] ^= 1
+        return ids, lengths
+
+    monkeypatch.setattr(Gigatoken, "encode", spoiled)
+    return words
+
+
+def test_a_difference_on_the_sample_means_the_reference(packed: Callable[..., Any], wrong: list[str]) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append("café")
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "gigatoken is left aside" in notes[0]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)
+    with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+    assert not (report.output.parent / "asked-for").exists()
+
+
+def test_a_difference_found_later_means_all_over_again(
+    packed: Callable[..., Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third of three batches has the only text that differs, and no sample sees it."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 111")
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "gigatoken is left aside" in notes[0]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)
+    with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+
+
+def test_a_difference_that_only_law_5_sees(
+    packed: Callable[..., Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is not blamed for it: skeletons stay in use."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 0")
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 0.0)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "gigatoken is left aside" in notes[0]
+    assert content(report.output) == content(expected.output)
+
+
+def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while one of them loads it anew, and whether it works in threads of its own or not."""
+    reference = Tokenizer(load_pretrained(str(deepseek)), name="deepseek", template="").reference
+    batches = [
+        large([f"word{n} {k} of many, naïve 你好 " * 8 for k in range(12_000 // (1 + 40 * (n % 2)))]) for n in range(6)
+    ]
+    alone = Gigatoken(reference)
+    expected = [alone.encode(batch, opening=False) for batch in batches]
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 4 << 20)
+    shared = Gigatoken(reference)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda batch: shared.encode(batch, opening=False), batches * 2))
+    for (ids, lengths), (own_ids, own_lengths) in zip(found, expected * 2, strict=True):
+        assert np.array_equal(ids, own_ids)
+        assert np.array_equal(lengths, own_lengths)
+
+
+def test_what_was_encoded_is_compared_once_the_comparison_is_over(
+    bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another thread is at it: a batch is spooled when its own call returns."""
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
+    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    backend = Compared(Gigatoken(reference), reference)
+    backend.encode(large(["text"]), opening=False)
+    began, may_end = Event(), Event()
+    encode = Reference.encode
+
+    def slow(self: Reference, texts: pa.LargeStringArray, *, opening: bool) -> Any:
+        began.set()
+        assert may_end.wait(10)
+        return encode(self, texts, opening=opening)
+
+    monkeypatch.setattr(Reference, "encode", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(backend.compare)
+        assert began.wait(10)
+        second = threads.submit(backend.compare)
+        with pytest.raises(NotYet):
+            second.result(timeout=0.2)
+        may_end.set()
+        assert first.result() is second.result() is None
+
+
+def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
+    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    Compared(Gigatoken(reference), reference, sampled(large([]), reference)).compare()
+
+
+def test_each_way_has_a_gigatoken_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    monkeypatch.setattr(
+        "ismdata.rendering.tokenizer_backends._Forgetting", lambda serialized: read.append(serialized) or serialized
+    )
+    opening, inside = object(), object()
+    apart: Any = Gigatoken(Reference(opening, inside, b"opening", b"inside"))  # type: ignore[arg-type]
+    assert (apart._opening, apart._inside, sorted(read)) == (b"opening", b"inside", [b"inside", b"opening"])
+    read.clear()
+    same: Any = Gigatoken(Reference(opening, opening, b"both", b"both"))  # type: ignore[arg-type]
+    assert (same._opening, same._inside, read) == (b"both", b"both", [b"both"])
+
+
+def test_the_sample_that_is_compared_is_of_the_corpus(
+    packed: Callable[..., Any], converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def noted(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
+        compared.extend(texts.to_pylist())
+        return sampled(texts, reference)
+
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", noted)
+    packed()
+    assert compared
+    assert compared == ismdata.pack.tokenize.sampled_texts([ismdata.pack.tokenize.Source(converted)]).to_pylist()
+
+
+def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = encoding(smollm2).tokenizer.reference
+    chosen = choose("auto", reference, lambda: large(["text"]))
+    assert chosen.backend is reference
+    assert ["cannot be used with this tokenizer" in note for note in chosen.notes] == [True]
+    with pytest.raises(UsageError, match="Choose --tokenizer-backend auto or hf"):
+        choose("gigatoken", reference, lambda: large([]))
+
+
+def test_gigatoken_is_not_installed(packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    report, notes = packed()
+    assert notes == []
+    assert used(report.output) == ("auto", "hf")
+    with pytest.raises(UsageError, match=r"pip install 'ismdata\[fast\]'"):
+        packed("asked-for", tokenizer_backend="gigatoken")
+    with pytest.raises(UsageError, match="expected one of auto, hf, gigatoken"):
+        packed("asked-for", tokenizer_backend="fast")
+
+
+class PanicException(BaseException):
+    """As Rust's panics come to Python."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, PanicException], ids=["error", "panic"])
+def test_a_failure_in_the_middle(
+    error: type[BaseException], packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    import gigatoken
+
+    calls: list[int] = []
+    encode = gigatoken.Tokenizer.encode_batch
+
+    def fails(self: Any, texts: Any) -> Any:
+        calls.append(len(texts))
+        if len(calls) == 3:  # the first one is the sample
+            raise error("index out of bounds\nat bpe.rs")
+        return encode(self, texts)
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", fails)
+    report, notes = packed()
+    assert len(notes) == 1
+    assert "left aside (index out of bounds)" in notes[0]
+    assert content(report.output) == content(expected.output)
+
+
+def test_an_interrupt_is_no_failure(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gigatoken
+
+    backend = Gigatoken(set_up(str(bytes_tokenizer)).tokenizer.reference)
+
+    def interrupted(self: Any, texts: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backend.encode(large(["a"]), opening=False)
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", lambda self, texts: 1 / 0)
+    with pytest.raises(BackendRefused, match="division by zero"):
+        backend.encode(large(["a"]), opening=False)
+
+
+# ---- going on after a crash ----
+
+
+class Death(BaseException):
+    """The end of a process."""
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Record after every batch, and die at the batch of that number (counted over all runs)."""
+
+    def at(number: int) -> None:
+        make, made = ismdata.pack.tokenize.make_documents, []
+
+        def dying(*arguments: Any) -> Any:
+            made.append(1)
+            if len(made) == number:
+                raise Death
+            return make(*arguments)
+
+        monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", dying)
+        monkeypatch.setattr("ismdata.data.journal.Journal.due", lambda self: True)
+
+    return at
+
+
+def test_a_run_goes_on_with_the_backend_that_it_had(
+    packed: Callable[..., Any], wrong: list[str], killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    wrong.append(" 55")
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
+    killed(4)
+    with pytest.raises(Death):
+        packed()
+    monkeypatch.setattr(Gigatoken, "__init__", lambda self, reference: pytest.fail("asked again"))
+    report, _ = packed()
+    assert content(report.output) == content(expected.output)
+
+
+def test_a_run_whose_backend_is_gone_begins_again(
+    packed: Callable[..., Any], killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = packed("expected", tokenizer_backend="hf")
+    killed(3)
+    with pytest.raises(Death):
+        packed()
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    report, notes = packed()
+    assert [note for note in notes if "it is done again" in note]
+    assert used(report.output) == ("auto", "hf")
+    assert content(report.output) == content(expected.output)

@@ -1,0 +1,86 @@
+"""What each of two processes does, started by torchrun from test_train_distributed.py: python THIS FOLDER."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ismdata.attention.attachment import attach
+from ismdata.data.dataset import PackedDataset
+from ismdata.errors import Terminated, UsageError
+from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets
+from ismdata.train.order import OrderedDataset
+from tests.support.tiny import tiny_model
+from tests.support.training_shards import run
+
+#: Runs by name; test_train_distributed.py makes the same ones in one process.
+RUNS = {
+    "one micro-batch": {"batch_size": 4},
+    "four micro-batches": {"batch_size": 1, "global_batch": 8},
+    "answers": {"batch_size": 1, "global_batch": 8, "loss_weighting": "answer"},
+}
+COMMON = {"steps": None, "epochs": 1.5, "learning_rate": 3e-3, "warmup": 1, "log_every": 1, "save_every": 2}
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    said: list[str] = []
+    packed, model = folder / "packed", str(folder / "model")
+    for name, options in RUNS.items():
+        run(packed, folder / "two" / name, model=model, say=said.append, **COMMON, **options)
+
+    # Both see the error that only one of them runs into.
+    try:
+        run(packed, folder / "in use", model=model, **COMMON)
+    except UsageError as error:
+        (folder / f"refused-{rank}").write_text(str(error))
+
+    # One of them gets a signal; both stop after the same step, and one process goes on elsewhere.
+    def signalled(line: str) -> None:
+        if line.startswith("step 1/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run(packed, folder / "stopped", model=model, say=signalled, **COMMON, batch_size=1, global_batch=8)
+    except Terminated:
+        (folder / f"stopped-{rank}").touch()
+
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    fully_sharded(folder, rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fully_sharded(folder: Path, rank: int) -> None:
+    """One step's loss and gradients with torch's FSDP2, each process with half of the rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = attach(tiny_model(dtype=torch.float32))
+    assert compute_loss_at_targets(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    dataset = OrderedDataset(PackedDataset(folder / "packed"))
+    collator = TrainingCollator("ism", "answer")
+    batch = collator([dataset[row] for row in range(rank * 2, rank * 2 + 2)])
+    items = batch.pop(COUNTS)[0]
+    dist.all_reduce(items)
+    loss = model(**batch, num_items_in_batch=items).loss
+    (loss * 2).backward()
+    dist.all_reduce(loss.detach_())
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save({"loss": loss, "gradients": gradients}, folder / "fsdp.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

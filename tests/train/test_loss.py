@@ -1,0 +1,270 @@
+"""The training loss against the obvious one: documents one by one, all logits, a loop over targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from ismdata.attention.attachment import attach
+from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.errors import UsageError
+from ismdata.masks.intervals import ANSWER as ANSWER_KIND
+from ismdata.train import loss as losses
+from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets, target_loss, target_weights
+from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
+from tests.support.training_shards import curve, run, word_tokenizer
+
+WEIGHTINGS = ("token", "answer", "conversation")
+
+#: Documents of very different lengths and numbers of targets; one without any, one with an untrained answer.
+DOCUMENTS = [
+    [(QUERY, 3), (ANSWER, 5), (QUERY, 2), (ANSWER, 1)],
+    [(QUERY, 20), (ANSWER, 30)],
+    [(PROMPT, 2), (QUERY, 4), (ANSWER, 7, False), (QUERY, 3), (ANSWER, 2)],
+    [(QUERY, 9), (ANSWER, 4, False)],
+    [(ANSWER, 3), (QUERY, 5), (ANSWER, 40), (QUERY, 1), (ANSWER, 2)],
+    [(QUERY, 2), (ANSWER, 60)],
+    [(QUERY, 50), (ANSWER, 1)],
+    [(QUERY, 6), (ANSWER, 6), (QUERY, 6), (ANSWER, 6), (QUERY, 6), (ANSWER, 6)],
+]
+
+
+def slow_weights(sequence, weighting):
+    """By loops: the weight of each target, and the number of items."""
+    groups = []
+    at = 0
+    for length in sequence.seq_lens:
+        inside = [span for span in sequence.spans if at <= span[0] < at + length]
+        if weighting == "conversation":
+            groups.append(list(range(at, at + length)))
+        elif weighting == "answer":
+            groups += [list(range(span[0], span[1])) for span in inside if span[2] == ANSWER_KIND]
+        else:
+            groups += [[token] for token in range(at, at + length)]
+        at += length
+    weight, items = {}, 0
+    for group in groups:
+        targets = [token for token in group if sequence.loss_mask[token]]
+        items += bool(targets)
+        for token in targets:
+            own = 1.0 if sequence.loss_weight is None else float(sequence.loss_weight[token])
+            weight[token] = own / len(targets)
+    return weight, items
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_weights_against_loops(weighting, weighted):
+    draw = np.random.default_rng(0)
+    for _ in range(30):
+        chosen = [DOCUMENTS[number] for number in draw.permutation(len(DOCUMENTS))[: draw.integers(0, 5)]]
+        own = draw.random(384).astype(np.float32) if weighted else None
+        sequence = sample(chosen, seq_len=384, loss_weight=own).sequence
+        expected, items = slow_weights(sequence, weighting)
+        found, found_items = target_weights(sequence, weighting)
+        assert found_items == items
+        for token in np.flatnonzero(sequence.loss_mask):
+            assert (1.0 if found is None else found[token]) == pytest.approx(expected[token], rel=1e-6)
+
+
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(UsageError, match="expected one of token, answer, conversation"):
+        target_weights(sample([]).sequence, "turn")
+
+
+def stock_and_own():
+    return [pytest.param(losses._own_chunks, id="own chunks"), pytest.param(losses._stock_chunks, id="torch's chunks")]
+
+
+@pytest.mark.parametrize("chunks", stock_and_own())
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.parametrize("targets", [0, 1, 37])
+def test_chunks_against_all_logits(chunks, with_bias, with_weights, targets, monkeypatch):
+    if chunks is losses._stock_chunks and not hasattr(nn.functional, "linear_cross_entropy"):
+        pytest.skip("linear_cross_entropy came with torch 2.13: before it only our own chunks are used")
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 101 * 8)  # eight rows a chunk
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    rows, weight, bias = random(targets, 16), random(101, 16), random(101) if with_bias else None
+    target = torch.randint(0, 101, (targets,), generator=generator)
+    weights = torch.rand(targets, generator=generator) if with_weights else None
+    inputs = [rows, weight, *([bias] if with_bias else [])]
+    each = nn.functional.cross_entropy(nn.functional.linear(rows, weight, bias), target, reduction="none")
+    expected = (each * (1 if weights is None else weights.double())).sum()
+    found = chunks(rows, weight, bias, target, weights)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """A thousand losses of about 5: summed in bfloat16 they would be off by percents."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1001, 8, generator=generator).bfloat16()
+    weight = torch.randn(150, 8, generator=generator).bfloat16()
+    labels = torch.randint(0, 150, (1, 1001), generator=generator)
+    logits = hidden[0, :-1].double() @ weight.double().T
+    expected = nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    found = target_loss(hidden, weight, None, labels)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+class Widest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+def batch_of(*rows, weighting="token", **options):
+    batch = TrainingCollator("ism", weighting)([sample(list(row), seq_len=384, **options) for row in rows])
+    return batch, batch.pop(COUNTS).tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_model_s_loss_and_gradients_stay_and_its_logits_go(architecture):
+    model = attach(tiny_model(architecture))
+    batch, _ = batch_of(DOCUMENTS[:4], DOCUMENTS[4:6], weighting="answer")
+    plain = model(**batch)
+    gradients = torch.autograd.grad(plain.loss, list(model.parameters()))
+    assert compute_loss_at_targets(model)
+    lean = model(**batch)
+    assert lean.logits is None
+    assert float(lean.loss) == pytest.approx(float(plain.loss), rel=1e-6)  # the model's own is in float32
+    for one, other in zip(torch.autograd.grad(lean.loss, list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    without_labels = {name: tensor for name, tensor in batch.items() if name not in ("labels", "loss_weight")}
+    torch.testing.assert_close(model(**without_labels).logits, plain.logits)
+
+
+def test_no_tensor_is_as_wide_as_the_logits(monkeypatch):
+    config = CONFIGS["llama"]()
+    config.vocab_size = 5000
+    torch.manual_seed(0)
+    model = attach(AutoModelForCausalLM.from_config(config))
+    batch, _ = batch_of(DOCUMENTS)
+    monkeypatch.setattr(losses, "_stock_chunks", losses._own_chunks)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 5000 * 16)
+    widest = {}
+    for lean in (False, True):
+        if lean:
+            assert compute_loss_at_targets(model)
+        with Widest() as seen:
+            model(**batch).loss.backward()
+        widest[lean] = seen.elements
+    assert widest[False] >= 384 * 5000
+    assert widest[True] <= 5000 * 32  # the head's own weights
+
+
+def test_a_model_with_a_head_of_its_own_is_left_as_it_was():
+    """Logits that are capped after the head: the hidden states would be capped instead."""
+    from transformers import Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["full_attention"] * 2,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=0.5,
+    )
+    torch.manual_seed(0)
+    model = attach(AutoModelForCausalLM.from_config(config))
+    batch, _ = batch_of(DOCUMENTS[:4])
+    before = model(**batch)
+    assert not compute_loss_at_targets(model)
+    after = model(**batch)
+    assert torch.equal(after.loss, before.loss)
+    assert torch.equal(after.logits, before.logits)
+
+
+def unpacked(model, weighting):
+    """The loss and the norm of its gradient, each document a batch of its own under the plain model."""
+    total, items = 0.0, 0
+    for number, document in enumerate(DOCUMENTS):
+        row = sample([document], seq_len=128, seed=number)
+        weight, count = slow_weights(row.sequence, weighting)
+        items += count
+        batch = Collator("ism")([row])
+        labels = batch.pop("labels")[0]
+        log_probabilities = model(**batch).logits[0].log_softmax(-1)
+        for token, share in weight.items():
+            assert labels[token] != IGNORE_INDEX
+            total = total - share * log_probabilities[token - 1, labels[token]]
+    mean = total / items
+    gradients = torch.autograd.grad(mean, list(model.parameters()))
+    return float(mean), float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+
+
+def packing(name):
+    """The same documents, one a row, several a row, or all in two rows."""
+    cuts = {"alone": range(1, 9), "some": (2, 3, 6, 8), "tight": (4, 8)}[name]
+    rows, first = [], 0
+    for last in cuts:
+        seeds = range(first, last)
+        tokens = [sample([DOCUMENTS[seed]], seed=seed).sequence for seed in seeds]
+        flat = np.concatenate([each.input_ids[: each.seq_lens.sum()] for each in tokens]).tolist()
+        rows.append(sample(DOCUMENTS[first:last], seq_len=256, tokens=[*flat, *[0] * (256 - len(flat))][: len(flat)]))
+        first = last
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "small"
+    tiny_model(dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("packed", "batch", "accumulation", "weighting"),
+    [
+        ("alone", 8, 1, "token"),
+        ("alone", 2, 4, "token"),
+        ("some", 4, 1, "token"),
+        ("some", 1, 4, "token"),
+        ("tight", 2, 1, "token"),
+        ("tight", 1, 4, "token"),  # two micro-batches of padding alone
+        ("some", 1, 4, "answer"),
+        ("alone", 8, 1, "answer"),
+        ("tight", 1, 4, "conversation"),
+        ("alone", 2, 4, "conversation"),
+    ],
+)
+def test_a_step_s_loss_is_the_unpacked_one(packed, batch, accumulation, weighting, model_folder, tmp_path):
+    """Whatever the packing and the accumulation; test_train_distributed.py has two processes."""
+    folder = write_packed(tmp_path / "packed", packing(packed))
+    word_tokenizer(folder / "tokenizer")
+    run(
+        folder,
+        tmp_path / "out",
+        model=str(model_folder),
+        steps=None,
+        batch_size=batch,
+        accumulation=accumulation,
+        loss_weighting=weighting,
+        max_grad_norm=0.0,
+    )
+    loss, norm = unpacked(attach(tiny_model()), weighting)
+    (line,) = curve(tmp_path / "out")
+    assert float(line["loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(line["grad_norm"]) == pytest.approx(norm, rel=1e-4)
