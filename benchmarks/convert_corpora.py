@@ -13,8 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from ismdata.choices import Preference
 from ismdata.cli.main import Side
-from ismdata.convert.formats.base import Preference
 from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import convert
 from ismdata.data.verify import verify

@@ -62,7 +62,7 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
     from ismdata.conversation import REASONS, ROLE_NAMES
     from ismdata.convert.canonical import Rules, parse_json
     from ismdata.convert.explain import explain
-    from ismdata.convert.formats.base import Choices, Refused, following
+    from ismdata.convert.formats.base import Choices, following
     from ismdata.convert.formats.registry import READERS
     from ismdata.convert.mapping_file import parse_mapping
     from ismdata.convert.sources.blocks import ValueBlock
@@ -78,7 +78,7 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
     )
     from ismdata.convert.sources.parts import Format
     from ismdata.convert.sources.yaml_files import frame_yaml
-    from ismdata.errors import DataError, UsageError
+    from ismdata.errors import DataError, Refused, UsageError
     from tests.support.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
 
 #: Limits of one input.

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.data.output_folder import read_index
+from ismdata.data.index import read_index
 from ismdata.data.shards import FORMAT
 from ismdata.pack.planning.best_fit import best_fit_decreasing, fewest_bins
 from ismdata.pack.planning.choose import best_bins

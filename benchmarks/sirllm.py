@@ -28,7 +28,8 @@ from ismdata.attention.attachment import attach
 from ismdata.generate.feeding import as_encoder
 from ismdata.generate.kv_cache import Held
 from ismdata.generate.session import DECAY, Session, Window
-from ismdata.rendering.encoding import ConversationEncoder, set_up
+from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.encoding import set_up
 
 POLICIES = ("sirllm", "streaming", "random", "interval")
 MOVES = ("rock", "paper", "scissors")

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ismdata import conversation
+
+#: Control characters as their pictures: a corpus must not be able to move the cursor of whoever looks at it.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+
+
+_BAR_WIDTH = 32
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -53,3 +70,79 @@ class StageProgress:
         if now - self._lined.setdefault(stage, now) >= _LINE_EVERY:
             self._lined[stage] = now
             note(f"{stage}: {done:,} of {total:,}" if total else f"{stage}: {done:,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Facts and their drawing: `as_json()` for programs, printable by rich for people."""
+
+    facts: dict[str, Any]
+    drawing: RenderableType
+
+    def as_json(self) -> dict[str, Any]:
+        return self.facts
+
+    def __rich__(self) -> RenderableType:
+        return self.drawing
+
+
+def title(name: str, rest: str) -> Text:
+    return Text.assemble((name, "bold"), "  ", (rest, "dim"))
+
+
+def heading(text: str, rest: str = "") -> Text:
+    return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))
+
+
+def numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column()
+    for name, number, rest in lines:
+        table.add_row(name, f"{number:,}", rest)
+    return Padding(table, (1, 0, 0, 2))
+
+
+def bar(share: float, width: int = _BAR_WIDTH) -> str:
+    """A horizontal bar, to an eighth of a character; anything above nothing shows."""
+    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def share_bar(share: float, what: str, style: str) -> Text:
+    return Text.assemble((f"{bar(share, 20):<20}", style), f" {share:6.1%} {what}".rstrip())
+
+
+def histogram_bars(title: str, counts: list[dict[str, int]]) -> list[RenderableType]:
+    if not counts:
+        return []
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim")
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    tallest = max(count["count"] for count in counts)
+    for count in counts:
+        name = f"{count['from']:,}" if count["from"] == count["to"] else f"{count['from']:,}–{count['to']:,}"
+        table.add_row(name, f"{bar(count['count'] / tallest):<{_BAR_WIDTH}}", f"{count['count']:,}")
+    return [heading(title), Padding(table, (0, 0, 0, 2))]
+
+
+def quarantine(facts: dict[str, Any]) -> list[RenderableType]:
+    refused = sum(facts["quarantined"].values())
+    if not refused:
+        return [heading("quarantine", f"none of {facts['read']:,} read")]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="yellow", no_wrap=True)
+    table.add_column(justify="right")
+    table.add_column()
+    for reason, count in sorted(facts["quarantined"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{count:,}", conversation.REASONS.get(reason, ""))
+        if first := facts["first_refusals"].get(reason):
+            table.add_row("", "", Text(printable(f"{first['source']}: {first['detail']}"), "dim"))
+    return [heading("quarantine", f"{refused:,} of {facts['read']:,} read"), Padding(table, (0, 0, 0, 2))]
+
+
+def printable(text: str) -> str:
+    """Text without control characters other than tabs and line breaks."""
+    return text.translate(_PICTURES)

@@ -33,3 +33,22 @@ class Terminated(BaseException):
     """The process was asked to end (SIGTERM). `kept`: the folder with which the same command goes on, if one does."""
 
     kept: Path | None = None
+
+
+class Refused(Exception):
+    """One record cannot be used: `reason` is a key of `conversation.REASONS`, `detail` the sentence a person reads."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+#: How much of a found value an error message shows, in characters.
+_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: its repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.concurrency import BehindThread, side_by_side
-from ismdata.data.output_folder import GrowingFile, ShardFile, describe_file
+from ismdata.data.index import GrowingFile, ShardFile, describe_file
 from ismdata.pack.tokenize import _one_ahead
 
 

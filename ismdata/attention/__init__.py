@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ismdata.attention.attachment import attach, attached_backend, detach, load
+    from ismdata.attention.attachment import attach, attached_backend, detach
+    from ismdata.attention.model_folder import load
 
 __all__ = ["attach", "attached_backend", "detach", "load"]
 

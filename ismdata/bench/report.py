@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ismdata.cli.views.folders import View
+from ismdata.display import View
 
 _PACKAGES = ("ismdata", "numpy", "pyarrow", "tokenizers", "gigatoken", "transformers", "torch", "datasets", "trl")
 

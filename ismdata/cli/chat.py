@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Mask = Literal["ism", "causal", "prefix"]
+from ismdata.choices import Mask
 
 
 def chat(

@@ -17,12 +17,13 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from ismdata.cli.views import folders as view
+from ismdata.cli.views import reports
 from ismdata.convert import pipeline as convert
 from ismdata.data import verify
 from ismdata.data.output_folder import output_folder
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import pipeline as pack
-from ismdata.rendering.encoding import ConversationEncoder
+from ismdata.rendering.conversation_encoder import ConversationEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +101,7 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
 
     files = [str(_short(file)) for file in sample_files()]
     stage("Read the bundled sample, dirty records and all", "convert", *files, "-o", converted)
-    stage.show(view.convert_report(convert.convert(files, converted, overwrite=overwrite)))
+    stage.show(reports.convert_report(convert.convert(files, converted, overwrite=overwrite)))
 
     with output_folder(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
         train_tokenizer(texts(converted)).save_pretrained(str(folder))
@@ -109,11 +110,11 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
     packing = pack.pack(
         [converted], packed, tokenizer=str(tokenizer), chat_template="chatml", seq_len=SEQ_LEN, overwrite=overwrite
     )
-    stage.show(view.pack_report(packing))
+    stage.show(reports.pack_report(packing))
 
     stage("Check every row", "verify", packed)
     verification = verify.verify(packed)
-    stage.show(view.verify_report(verification))
+    stage.show(reports.verify_report(verification))
     if not verification.ok:
         raise DataError(f"{packed}: does not verify right after packing; this is a bug in ismdata. Please report it")
 
@@ -138,7 +139,7 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
         overwrite=overwrite,
         say=stage.console.print,
     )
-    stage.show(view.train_report(training))
+    stage.show(reports.train_report(training))
 
     stage("Talk with it", "chat", model, "--system", SYSTEM)
     for system, questions in QUESTIONS.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ismdata.choices import BleuTokenizer, Mask, Precision
 from ismdata.cli.common import show
 from ismdata.display import StageProgress, note
 
@@ -20,7 +21,7 @@ def eval_command(
         Path | None, typer.Option("--output", "-o", help="Folder to write: eval.json and outputs.jsonl.")
     ] = None,
     mask: Annotated[
-        Literal["ism", "causal", "prefix"] | None,
+        Mask | None,
         typer.Option(help="Default: the one that the model was trained under. ism and causal shards serve each other."),
     ] = None,
     generate: Annotated[
@@ -28,7 +29,7 @@ def eval_command(
     ] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 256,
     bleu_tokenizer: Annotated[
-        Literal["auto", "13a", "zh", "char"],
+        BleuTokenizer,
         typer.Option(help="How sacrebleu cuts words. auto: zh for Chinese, char for Japanese and Thai, else 13a."),
     ] = "auto",
     compare: Annotated[
@@ -39,7 +40,7 @@ def eval_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
+        Precision,
         typer.Option(help="Of the model. auto: bfloat16 on a GPU, float32 elsewhere."),
     ] = "auto",
     resamples: Annotated[int, typer.Option(help="How often conversations are drawn for an interval.")] = 1000,

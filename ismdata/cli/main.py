@@ -8,10 +8,11 @@ from __future__ import annotations
 import datetime
 import signal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ismdata.choices import Dedup, History, Layout, Mask, OverLong, Paths, Preference, Side, TokenizerBackend, TrainOn
 from ismdata.cli.bench import bench_app
 from ismdata.cli.chat import chat
 from ismdata.cli.common import AsJson, Output, Overwrite, Workers, explained, show
@@ -32,11 +33,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
 )
 app.add_typer(bench_app, name="bench")
-
-Mask = Literal["ism", "causal", "prefix"]
-OverLong = Literal["split", "drop", "truncate", "error"]
-History = Literal["append", "expand"]
-Side = Literal["second", "first", "both"]
 
 
 @app.command()
@@ -72,16 +68,16 @@ def convert(
         ),
     ] = None,
     tree: Annotated[
-        Literal["all", "best"], typer.Option(help="Trees of messages: every path to a leaf, or the best-ranked one.")
+        Paths, typer.Option(help="Trees of messages: every path to a leaf, or the best-ranked one.")
     ] = "all",
     preference: Annotated[
-        Literal["chosen", "rejected"] | None, typer.Option(help="Which side of preference data (DPO, KTO) to read.")
+        Preference | None, typer.Option(help="Which side of preference data (DPO, KTO) to read.")
     ] = None,
     join: Annotated[
         bool, typer.Option("--join", help="Make one message of several that one side sends in a row.")
     ] = False,
     dedup: Annotated[
-        Literal["exact", "near"] | None,
+        Dedup | None,
         typer.Option(help="Drop conversations that repeat an earlier one: word for word, or nearly (MinHash)."),
     ] = None,
     against: Annotated[
@@ -110,7 +106,7 @@ def convert(
     Each record becomes a conversation, or a line of quarantine.jsonl that says why not: read = written + quarantined.
     After a crash the same command goes on where it stopped.
     """
-    from ismdata.cli.views import folders as view
+    from ismdata.cli.views import reports
     from ismdata.convert.filters import Cleaning
     from ismdata.convert.job import Selection
     from ismdata.convert.pipeline import convert, explained_sources
@@ -119,7 +115,7 @@ def convert(
         for explanation in explained_sources(
             sources, format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant
         ):
-            show(view.explanation(explanation), as_json=as_json)
+            show(reports.explanation(explanation), as_json=as_json)
         return
     if output is None:
         raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")
@@ -147,7 +143,7 @@ def convert(
             overwrite=overwrite,
             progress=lambda done, total: progress("convert", done, total),
         )
-    show(view.convert_report(report), as_json=as_json)
+    show(reports.convert_report(report), as_json=as_json)
 
 
 @app.command()
@@ -180,14 +176,14 @@ def pack(
     ] = None,
     prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
     train_on: Annotated[
-        Literal["all", "last", "content"],
+        TrainOn,
         typer.Option(
             help="Of the answers that messages' own flags leave: train all, the last one of each conversation, or all "
             "without their reasoning."
         ),
     ] = "all",
     layout: Annotated[
-        Literal["plain", "glm"],
+        Layout,
         typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
     ] = "plain",
     glm_mask_token: Annotated[
@@ -197,7 +193,7 @@ def pack(
         str | None, typer.Option(help="The control token that is [START]. Default: the tokenizer's own.")
     ] = None,
     tokenizer_backend: Annotated[
-        Literal["auto", "hf", "gigatoken"],
+        TokenizerBackend,
         typer.Option(
             help="auto: gigatoken (pip install 'ismdata[fast]') where it gives the ids of Hugging Face tokenizers on a "
             "sample of the corpus, else those (hf)."
@@ -212,7 +208,7 @@ def pack(
 
     Conversations in = packed + quarantined. Every answer of a packed conversation is a target exactly once.
     """
-    from ismdata.cli.views import folders as view
+    from ismdata.cli.views import reports
     from ismdata.pack.pipeline import pack
     from ismdata.rendering.chat_template import DEFAULT_DATE, parse_arguments
 
@@ -240,7 +236,7 @@ def pack(
             notify=note,
             progress=progress,
         )
-    show(view.pack_report(report), as_json=as_json)
+    show(reports.pack_report(report), as_json=as_json)
 
 
 @app.command()
@@ -260,14 +256,15 @@ def verify(
 
     With --conversations also that no text of theirs was lost, and none trained that should not be.
     """
-    from ismdata.cli.views import folders as view
-    from ismdata.data.verify import verify, with_texts
+    from ismdata.cli.views import reports
+    from ismdata.data.verify import verify
+    from ismdata.pack.verify_texts import with_texts
 
     report = verify(folder)
     if conversations and report.ok:
         with StageProgress() as progress:
             report = with_texts(report, conversations, progress=progress)
-    show(view.verify_report(report), as_json=as_json)
+    show(reports.verify_report(report), as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -285,7 +282,7 @@ def inspect(
     if row is None:
         show(view.folder_summary(folder), as_json=as_json)
     else:
-        from ismdata.rendering.encoding import ConversationEncoder
+        from ismdata.rendering.conversation_encoder import ConversationEncoder
 
         show(
             view.row(folder, row, decode=lambda: ConversationEncoder.load(folder / "tokenizer").decode), as_json=as_json

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ismdata.choices import History
 from ismdata.cli.common import AsJson, show
 
 
@@ -18,9 +19,7 @@ def template_command(
         str | None,
         typer.Option(help="With a Jinja file: the tokenizer. Default: a stand-in that knows the template's markers."),
     ] = None,
-    history: Annotated[
-        Literal["append", "expand"], typer.Option(help="How the conversation at the end is cut, as for pack.")
-    ] = "append",
+    history: Annotated[History, typer.Option(help="How the conversation at the end is cut, as for pack.")] = "append",
     template_arg: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the template, as in enable_thinking=false.")
     ] = None,
@@ -29,8 +28,8 @@ def template_command(
     """Show what a chat template can carry: which conversations can be packed, what ends an answer and whether that is
     trained, what becomes of reasoning and tool calls; and one conversation with its spans.
     """
-    from ismdata.cli.views.folders import View
     from ismdata.cli.views.template import drawing
+    from ismdata.display import View
     from ismdata.rendering.chat_template import parse_arguments
     from ismdata.rendering.template_report import encoding_of, report
 

@@ -5,10 +5,11 @@ default, so every flag's own default is None.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ismdata.choices import AttentionBackend, LossWeighting, Mask, Precision, Schedule
 from ismdata.cli.common import show
 from ismdata.display import note
 
@@ -30,11 +31,11 @@ def train_command(
     ] = None,
     eval_every: Annotated[int | None, typer.Option(help="Measure it every so many steps, too.")] = None,
     mask: Annotated[
-        Literal["ism", "causal", "prefix"] | None,
+        Mask | None,
         typer.Option(help="Default: the mask of the shards. ism and causal shards serve each other."),
     ] = None,
     backend: Annotated[
-        Literal["auto", "sdpa", "flex", "varlen"] | None,
+        AttentionBackend | None,
         typer.Option(
             help="Of attention. auto, the default: varlen on a GPU where it runs, else flex, else sdpa "
             "(docs/attention.md)."
@@ -58,7 +59,7 @@ def train_command(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 3e-4.")] = None,
     schedule: Annotated[
-        Literal["cosine", "linear", "constant"] | None,
+        Schedule | None,
         typer.Option(help="How the learning rate falls after the warm-up. Default: cosine."),
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="Steps of linear warm-up. Default: 20.")] = None,
@@ -67,14 +68,14 @@ def train_command(
         float | None, typer.Option(help="Gradients are scaled down to this norm; 0 leaves them. Default: 1.")
     ] = None,
     loss_weighting: Annotated[
-        Literal["token", "answer", "conversation"] | None,
+        LossWeighting | None,
         typer.Option(help="What counts the same in a step's loss: each target, each answer, or each conversation."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Decides initial weights and the order of sequences. Default: 0.")
     ] = None,
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"] | None,
+        Precision | None,
         typer.Option(help="Of the arithmetic; weights are float32. Default: bfloat16 on a GPU, float32 elsewhere."),
     ] = None,
     gradient_checkpointing: Annotated[
@@ -117,7 +118,10 @@ def train_command(
 
     options = read_options(config, flags)
 
-    from ismdata.cli.views import folders as view
+    from ismdata.cli.views import reports
     from ismdata.train.pipeline import train
 
-    show(view.train_report(train(packed, output=output, overwrite=overwrite, say=note, options=options)), as_json=False)
+    show(
+        reports.train_report(train(packed, output=output, overwrite=overwrite, say=note, options=options)),
+        as_json=False,
+    )

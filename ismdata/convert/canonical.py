@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Refused, kind_of, shown
+from ismdata.convert.formats.base import Draft, kind_of
 from ismdata.convert.formats.training_flags import refuse_flags, train_flag
-from ismdata.errors import UsageError
+from ismdata.errors import Refused, UsageError, shown
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 #: Record fields that hold what is no text: without it the messages are half of the conversation.

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import offsets_of
 from ismdata.conversation import CONVERSATION_SCHEMA, MESSAGE_TYPE
 from ismdata.convert.canonical import JOINED, Rules
 from ismdata.convert.formats.base import Columns
@@ -67,15 +68,6 @@ def flat_list(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     lists = column.combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     return offsets_of(lengths), lists.flatten()
-
-
-def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Offsets int64[N + 1] of N lists of these lengths.
-
-    >>> offsets_of(np.array([2, 0, 1])).tolist()
-    [0, 2, 2, 3]
-    """
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def per_record(odd: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import offsets_of
 from ismdata.convert.canonical import MEDIA, meta_text
-from ismdata.convert.columnar import flat_list, mask, offsets_of, per_record
-from ismdata.convert.formats.base import Block, Columns, Refused, take_id
+from ismdata.convert.columnar import flat_list, mask, per_record
+from ismdata.convert.formats.base import Block, Columns, take_id
 from ismdata.convert.sources.blocks import TableBlock, plain_value
+from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)

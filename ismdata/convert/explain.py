@@ -10,13 +10,13 @@ from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, Draft, Reader, Refused, following
+from ismdata.convert.formats.base import Choices, Draft, Reader, following
 from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import Guessed, guessed, regrouped
 from ismdata.convert.mapping_file import mapping_text
 from ismdata.convert.sources.arguments import SavedDataset, Source
 from ismdata.convert.sources.parts import Format, Opened, opened
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.
 _LOOKED_AT = 100

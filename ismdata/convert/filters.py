@@ -17,19 +17,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import offsets_of
+from ismdata.choices import Dedup
 from ismdata.conversation import ASSISTANT, CONVERSATION_SCHEMA, FORMAT, ROLES, USER, Quarantined
-from ismdata.convert.columnar import flat_list, mask, offsets_of
+from ismdata.convert.columnar import flat_list, mask
 from ismdata.convert.digests import Digests, DigestSet, digests, repeats
 from ismdata.convert.near_duplicates import MINIMA, NearIndex
 from ismdata.data.column_file import Column
-from ismdata.data.output_folder import ShardFile, read_index
+from ismdata.data.index import ShardFile, read_index
 from ismdata.errors import DataError, UsageError
 
 #: Patterns that mean the same to RE2, which searches a column at once, as to `re`: texts, `.` and `|`.
@@ -45,7 +47,7 @@ class Cleaning:
     `dedup="near"` implies "exact". Raises UsageError when an option cannot be.
     """
 
-    dedup: Literal["exact", "near"] | None = None
+    dedup: Dedup | None = None
     min_turns: int = 0
     exclude: tuple[str, ...] = ()
 

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import ID_FIELDS, Draft, Place, Reader, Refused
+from ismdata.convert.formats.base import ID_FIELDS, Draft, Place, Reader
 from ismdata.convert.formats.dialogue_rows import cell_id, columns_of
 from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Said, at
 from ismdata.convert.formats.speakers import casts
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
+from ismdata.errors import Refused
 
 #: How deep in a record a list of messages is looked for.
 _DEPTH = 4

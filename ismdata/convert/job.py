@@ -29,8 +29,9 @@ from ismdata.convert.sources.parts import EMPTY, UNKNOWN, Format, Placed, Unknow
 from ismdata.convert.worker_pool import Workers
 from ismdata.data.column_file import Column
 from ismdata.data.conversations import QuarantineWriter, ShardWriter
+from ismdata.data.index import SPLIT_FORMAT, describe_file, entries, write_index
 from ismdata.data.journal import Journal
-from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME, SPLIT_FORMAT, describe_file, entries, write_index
+from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME
 from ismdata.errors import DataError
 
 #: What is gathered before it is cleaned and written: bytes of rows, or blocks. The shards' batches follow from these.

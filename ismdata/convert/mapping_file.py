@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLES
-from ismdata.convert.formats.base import Side, kind_of, shown
+from ismdata.convert.formats.base import kind_of
 from ismdata.convert.formats.mapped import Mapped
-from ismdata.errors import UsageError
+from ismdata.errors import UsageError, shown
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from ismdata import __version__
+from ismdata.choices import Paths, Preference, Side
 from ismdata.conversation import Quarantined
 from ismdata.convert.canonical import Rules, role_table
 from ismdata.convert.digests import Digests, digests
 from ismdata.convert.explain import Explanation, explain
 from ismdata.convert.filters import against_digests
-from ismdata.convert.formats.base import Choices, Paths, Preference, Side
+from ismdata.convert.formats.base import Choices
 from ismdata.convert.formats.registry import READERS
 from ismdata.convert.job import Conversion, Selection, SourceReport
 from ismdata.convert.mapping_file import load_mapping
@@ -32,8 +33,9 @@ from ismdata.convert.sampling import parse_split
 from ismdata.convert.sources.arguments import SavedDataset, Source, expand, told_apart
 from ismdata.convert.sources.parts import Format, opened
 from ismdata.convert.worker_pool import Workers
+from ismdata.data.index import INDEX_NAME, describe_file
 from ismdata.data.journal import Journal
-from ismdata.data.output_folder import INDEX_NAME, describe_file, output_folder
+from ismdata.data.output_folder import output_folder
 from ismdata.errors import UsageError
 from ismdata.memory import kept_memory
 

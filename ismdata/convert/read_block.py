@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
 from ismdata.convert.canonical import Rules, canonical
 from ismdata.convert.columnar import assemble
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, Refused
+from ismdata.convert.formats.base import Block, Draft, Place, Reader
+from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ismdata import masks
+from ismdata.choices import check_mask
 from ismdata.data import shards
 from ismdata.data.dataset import Sample
 from ismdata.errors import UsageError
@@ -40,8 +41,8 @@ class Collator:
     tables: bool = False
 
     def __post_init__(self) -> None:
-        if self.mask is not None and self.mask not in masks.MASKS:
-            raise UsageError(f"mask is {self.mask!r}; expected one of {', '.join(masks.MASKS)}")
+        if self.mask is not None:
+            check_mask(self.mask)
 
     def __call__(self, samples: Several[Sample]) -> dict[str, Tensor]:
         """Tensors alone, by name:
@@ -58,7 +59,7 @@ class Collator:
         """
         packed_mask = _common_mask(samples)
         mask = packed_mask if self.mask is None else self.mask
-        check_mask(mask, packed_mask=packed_mask)
+        check_serves(mask, packed_mask=packed_mask)
         rows = [sample.sequence for sample in samples]
 
         input_ids = _widened([row.input_ids for row in rows])
@@ -89,7 +90,7 @@ class Collator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def check_mask(mask: str, *, packed_mask: str) -> None:
+def check_serves(mask: str, *, packed_mask: str) -> None:
     """Raise UsageError when shards packed for `packed_mask` cannot serve `mask`."""
     if mask == packed_mask or {mask, packed_mask} == {"ism", "causal"}:
         return

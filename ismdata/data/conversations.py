@@ -6,19 +6,32 @@ on the disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from ismdata import conversation
+from ismdata.arrays import IntArray
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
-from ismdata.convert.formats.base import shown
-from ismdata.data.output_folder import QUARANTINE_NAME, ShardFile, describe_file, sync_path
-from ismdata.errors import DataError
+from ismdata.data.index import ShardFile, describe_file, read_index
+from ismdata.data.output_folder import QUARANTINE_NAME, sync_path
+from ismdata.errors import DataError, shown
+
+#: Conversations and bytes of text that are tokenised at a time.
+_BATCH_CONVERSATIONS = 4096
+
+_BATCH_BYTES = 8 << 20
+
 
 #: A shard is closed once it holds this much.
 SHARD_BYTES = 256 << 20
@@ -137,3 +150,96 @@ def quarantine_line(refused: Quarantined) -> bytes:
         return json.dumps(line, allow_nan=False).encode("ascii") + b"\n"
     except (ValueError, RecursionError):
         return json.dumps({**line, "record": shown(refused.record)}).encode("ascii") + b"\n"
+
+
+class ConvertedFolder:
+    """A converted folder, opened and checked by size. Raises DataError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder, conversation.FORMAT)
+        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
+        for file in self.files:
+            file.check_size(self.folder)
+        self.rows = sum(file.rows for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of the hashes of its shards, in order."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The conversations in batches that are small enough to work on."""
+        for file in self.files:
+            # Not mapped: pages that have been read would be kept, up to all of the file.
+            with self._stream(file, lambda path: pa.OSFile(str(path))) as stream:
+                for batch in stream:
+                    yield from _small(batch)
+
+    def batches_of(self, rows: IntArray) -> Iterator[pa.RecordBatch]:
+        """Those of the same batches that hold some of these rows. Of the others little more than a heading is read."""
+        done = 0
+        for file in self.files:
+            if np.any((rows >= done) & (rows < done + file.rows)):
+                with self._stream(file, _mapped) as stream:
+                    for first, batch in _holding(rows, stream, done):
+                        for _, small in _holding(rows, _small(batch), first):
+                            yield small
+            done += file.rows
+
+    def first(self, count: int) -> pa.RecordBatch | None:
+        """The first conversations, at most `count`; None where there are none. Little more than these is read."""
+        for file in self.files:
+            with self._stream(file, _mapped) as stream:
+                for batch in stream:
+                    return batch.slice(0, count)
+        return None
+
+    @contextmanager
+    def _stream(self, file: ShardFile, opened: Callable[[Path], Any]) -> Iterator[pa.RecordBatchReader]:
+        """The record batches of a file. Raises DataError where it holds something else."""
+        path = self.folder / file.name
+        try:
+            with opened(path) as source, pa.ipc.open_stream(source) as stream:
+                if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
+                    raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
+                yield stream
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
+
+
+def _mapped(path: Path) -> pa.BufferReader:
+    """A file of which no more is read than is looked at."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return pa.BufferReader(pa.py_buffer(mapped))
+
+
+def _holding(rows: IntArray, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The batches that hold some of the rows, and the number of each one's first row; `first` is that of them all."""
+    for batch in batches:
+        if np.any((rows >= first) & (rows < first + len(batch))):
+            yield first, batch
+        first += len(batch)
+
+
+def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A record batch in slices of bounded text. Where they are cut depends on the data alone."""
+    messages = batch.column("messages")
+    first = messages.offsets.to_numpy()
+    contents = messages.values.field("content").cast(pa.large_string())
+    ends = contents.offsets.to_numpy() if hasattr(contents, "offsets") else _string_offsets(contents)
+    text_before = ends[first] - ends[first[0]]
+    at = 0
+    while at < len(batch):
+        limit = int(np.searchsorted(text_before, text_before[at] + _BATCH_BYTES, side="right")) - 1
+        end = min(max(limit, at + 1), at + _BATCH_CONVERSATIONS, len(batch))
+        yield batch.slice(at, end - at)
+        at = end
+
+
+def _string_offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]

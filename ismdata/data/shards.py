@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.data.output_folder import INDEX_NAME, ShardFile, read_index
+from ismdata.data.index import INDEX_NAME, ShardFile, read_index
 from ismdata.errors import DataError
 from ismdata.masks.intervals import BLOCK_SIZE
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata import conversation
+from ismdata.choices import LAYOUTS, MASKS
 from ismdata.data import shards
+from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
 from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
-from ismdata.data.output_folder import INDEX_NAME, QUARANTINE_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
+from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
-from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import BLOCK_SIZE, MASKS
-from ismdata.rendering.glm_tokens import LAYOUTS
+from ismdata.errors import DataError
+from ismdata.masks.intervals import BLOCK_SIZE
 
 #: Rows are looked at together until they hold this many tokens: enough for numpy, few enough for the processor's cache.
 _TOKENS_AT_ONCE = 1 << 19
@@ -78,25 +79,6 @@ def verify(folder: str | Path) -> VerifyReport:
         )
         format_ = ""
     return VerifyReport(folder=folder, format=format_ or "", problems=problems.sentences(), counts=counts)
-
-
-def with_texts(
-    report: VerifyReport,
-    converted: Sequence[Path],
-    *,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> VerifyReport:
-    """The report on a packed folder, and whether it holds the texts of the conversations that it was made of.
-
-    Raises UsageError where it is no packed folder, DataError where the conversations cannot be read.
-    """
-    from ismdata.pack.verify_texts import verify_texts
-
-    if report.format != shards.FORMAT:
-        raise UsageError(f"--conversations goes with a packed folder; {report.folder} is none")
-    problems, counts = verify_texts(report.folder, converted, progress=progress)
-    found = {"answers found": counts["answers"]}
-    return replace(report, problems=[*report.problems, *problems], counts={**report.counts, **found})
 
 
 def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:

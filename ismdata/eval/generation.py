@@ -17,7 +17,7 @@ from ismdata.eval.answers import Answers
 from ismdata.eval.likelihood import Progress
 from ismdata.generate.feeding import Encoder
 from ismdata.generate.greedy import Prompt, greedy_answers
-from ismdata.generate.session import end_of_turn, positions_of
+from ismdata.generate.model_facts import end_of_turn, positions_of
 from ismdata.masks.intervals import intervals
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ismdata.data.collate import IGNORE_INDEX, Collator, check_mask
+from ismdata.data.collate import IGNORE_INDEX, Collator, check_serves
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import DataError
 from ismdata.eval.answers import Answers
@@ -98,7 +98,7 @@ def answer_losses(
 
     Raises UsageError where the shards cannot serve the mask, DataError where a loss is no number.
     """
-    check_mask(mask, packed_mask=dataset.mask)
+    check_serves(mask, packed_mask=dataset.mask)
     collator = Collator(mask)
     sums = np.zeros(len(answers), np.float64)
     bounds = np.searchsorted(answers.row, np.arange(len(dataset) + 1))

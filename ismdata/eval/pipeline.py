@@ -23,7 +23,8 @@ from ismdata import __version__
 from ismdata.attention.attachment import attach
 from ismdata.attention.models.loading import TOKENIZER_NAME, open_model
 from ismdata.attention.models.presets import PRESETS
-from ismdata.data.collate import check_mask
+from ismdata.choices import BleuTokenizer, Precision, check_choice
+from ismdata.data.collate import check_serves
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.output_folder import output_folder
 from ismdata.errors import DataError, UsageError
@@ -32,8 +33,8 @@ from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate
 from ismdata.eval.generation import generate_answers
 from ismdata.eval.likelihood import answer_losses, conversation_numbers, group_sums, likelihood
 from ismdata.eval.results import EVAL_NAME, FORMAT, check_same_answers, compare, read_results, write_results
-from ismdata.eval.text_scores import TOKENIZERS, bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
-from ismdata.rendering.encoding import ConversationEncoder
+from ismdata.eval.text_scores import bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
+from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.train.checkpoints import weights_digest
 
 #: Called with a stage, how much of it is done, and the total.
@@ -58,10 +59,8 @@ class EvalOptions:
             if getattr(self, name) < least:
                 given = f"--{name.replace('_', '-')} is {getattr(self, name)}"
                 raise UsageError(f"{given}; expected {least} or more")
-        if self.bleu_tokenizer not in ("auto", *TOKENIZERS):
-            raise UsageError(f"--bleu-tokenizer is {self.bleu_tokenizer!r}; expected auto, {', '.join(TOKENIZERS)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UsageError(f"--precision is {self.precision!r}; expected auto, float32 or bfloat16")
+        check_choice("--bleu-tokenizer", self.bleu_tokenizer, BleuTokenizer)
+        check_choice("--precision", self.precision, Precision)
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -151,7 +150,7 @@ def run_eval(
 
 def _check_mask(mask: str, dataset: PackedDataset) -> None:
     try:
-        check_mask(mask, packed_mask=dataset.mask)
+        check_serves(mask, packed_mask=dataset.mask)
     except UsageError as error:
         raise UsageError(f"{dataset.shards.folder}: {error}") from error
 

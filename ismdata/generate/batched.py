@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
 from ismdata.generate.greedy import Prompt, greedy_answers
+from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.sampling import message_text
-from ismdata.generate.session import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.transcript import Transcript
-from ismdata.rendering import glm_tokens as glm_layout
+from ismdata.masks.glm_positions import block_positions
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.glm_tokens import GlmTokens
 
@@ -84,7 +84,7 @@ def _prompt(blocks: Sequence[Block], glm: GlmTokens | None, mask: str, limit: in
     if glm is None:
         first, second = list(range(len(ids))), [0] * len(ids)
     else:
-        first, second = glm_layout.block_positions([(block.is_answer, block.ids) for block in blocks])
+        first, second = block_positions([(block.is_answer, block.ids) for block in blocks])
         first, second = [*first, len(ids)], [*second, 1]
         ids.append(glm.start_id)
         kv_end = [len(ids)] * len(ids) if mask == "prefix" else [*kv_end, len(ids)]

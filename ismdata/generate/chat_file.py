@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ismdata.convert.canonical import Rules, canonical, parse_json, role_table
-from ismdata.convert.formats.base import Refused
 from ismdata.convert.formats.messages import OPENAI
-from ismdata.errors import DataError
-from ismdata.pack.conversation_batch import InvalidArguments, as_template_messages
+from ismdata.errors import DataError, Refused
 from ismdata.rendering.chat_template import Message
+from ismdata.rendering.messages import InvalidArguments, as_template_messages
 
 
 def write_line(path: Path, messages: Sequence[Message], tools: list[Any] | None) -> None:

@@ -16,27 +16,22 @@ from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ismdata import masks
-from ismdata.attention.backends.registry import BACKENDS
-from ismdata.attention.models.glm import takes_two_positions
-from ismdata.convert.formats.base import Refused
-from ismdata.errors import DataError, UsageError
+from ismdata.choices import WhenFull, check_choice
+from ismdata.errors import DataError, Refused, UsageError
 from ismdata.generate.chat_file import check_record, read_line, write_line
 from ismdata.generate.eviction import SINKS
 from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
 from ismdata.generate.kv_cache import Held
-from ismdata.generate.sampling import EndOfTurn, Sampling, can_show, chooser, message_text
+from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
+from ismdata.generate.sampling import Sampling, can_show, chooser, message_text
 from ismdata.generate.transcript import Transcript
-from ismdata.pack.conversation_batch import InvalidArguments, as_template_messages
 from ismdata.rendering.chat_template import Message
-from ismdata.rendering.glm_tokens import GlmTokens
-
-WhenFull = Literal["stop", "drop-oldest", "sirllm", "streaming", "random", "interval"]
+from ismdata.rendering.messages import InvalidArguments, as_template_messages
 
 #: What `sirllm` multiplies entropies by after each turn.
 DECAY = 0.9
@@ -62,8 +57,7 @@ class Window:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.when_full not in get_args(WhenFull):
-            raise UsageError(f"--when-full is {self.when_full!r}; expected one of {', '.join(get_args(WhenFull))}")
+        check_choice("--when-full", self.when_full, WhenFull)
         if self.context is not None and self.context < 1:
             raise UsageError(f"--context is {self.context}; expected 1 token or more")
         if not 0 <= self.decay <= 1:
@@ -382,46 +376,6 @@ class Session:
             )
         if self.context is None or self.context <= 2 * SINKS:
             raise UsageError(f"{what}: the context is {self.context}; expected --context N, more than {2 * SINKS}")
-
-
-def checked_mask(model: PreTrainedModel, mask: str | None) -> str:
-    """The mask to read and answer under: `mask`, or the one in the model's config. Raises UsageError."""
-    names = {backend.name for backend in BACKENDS.values()}
-    if getattr(model.config, "_attn_implementation", None) not in names:
-        raise UsageError(
-            f"{type(model).__name__} is not attached, so it would ignore the mask. Call ismdata.attach(model, mask=…) "
-            "first, or load it with ismdata.attention.load"
-        )
-    chosen = mask if mask is not None else getattr(model.config, "ismdata_mask", None)
-    if chosen is None:
-        raise UsageError("the model's config records no mask; name the one it was trained under: mask='ism'")
-    if chosen not in masks.MASKS:
-        raise UsageError(f"mask is {chosen!r}; expected one of {', '.join(masks.MASKS)}")
-    return str(chosen)
-
-
-def end_of_turn(model: PreTrainedModel, encoder: Encoder) -> EndOfTurn:
-    """Where the answers of a model end: the template's end of turn, or an end of text of the model's own."""
-    config = getattr(model, "generation_config", None) or model.config
-    eos = config.eos_token_id
-    stop = () if eos is None else (eos,) if isinstance(eos, int) else eos
-    return EndOfTurn(ids=tuple(encoder.end_of_turn_ids), stop=frozenset(stop) | encoder.next_turn_end_ids)
-
-
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many positions a model has; None where its config does not say."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
-
-
-def glm_tokens(model: PreTrainedModel, encoder: Encoder, mask: str) -> GlmTokens | None:
-    """The tokens of the GLM layout, for a model that has it. Raises UsageError where model and encoder part."""
-    if takes_two_positions(model) != (encoder.glm is not None):
-        raise UsageError(
-            f"{type(model).__name__} and its tokenizer's settings differ on the GLM layout: only one of them has two "
-            "positions a token. Take the model and the tokenizer of one folder that `ismdata train` wrote"
-        )
-    return None if encoder.glm is None else replace(encoder.glm, every_answer=mask != "prefix")
 
 
 def _context(model: PreTrainedModel, window: Window) -> int | None:

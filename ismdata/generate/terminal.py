@@ -16,11 +16,12 @@ from torch import nn
 from transformers.utils import logging
 
 from ismdata import masks
-from ismdata.attention import attachment as attention
+from ismdata.attention import model_folder
 from ismdata.errors import DataError, IsmdataError, UsageError
 from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session, Window
-from ismdata.rendering.encoding import SETTINGS_NAME, ConversationEncoder, set_up
+from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.encoding import SETTINGS_NAME, set_up
 
 #: What a line that begins with / may say, and what it does.
 COMMANDS = {
@@ -52,7 +53,7 @@ def open_chat(
     encoder = _encoder(folder)
     recorded_mask(folder, override=mask)
     on_gpu = torch.cuda.is_available()
-    model = attention.load(folder, mask=mask, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model = model_folder.load(folder, mask=mask, dtype=torch.bfloat16 if on_gpu else torch.float32)
     nn.Module.to(model, torch.device("cuda" if on_gpu else "cpu")).train(False)
     return Session(
         model,

@@ -20,15 +20,13 @@ Shape legend: D documents, S spans, R rows (sequences), T = seq_len, B = block_s
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ismdata.choices import check_mask
 from ismdata.errors import DataError, UsageError
-
-Mask = Literal["ism", "causal", "prefix"]
-MASKS: tuple[str, ...] = get_args(Mask)
 
 #: Span kinds as stored in shards.
 PROMPT, QUERY, ANSWER = 0, 1, 2
@@ -183,7 +181,7 @@ def tiled_intervals(tiling: Tiling, *, mask: str) -> tuple[OffsetArray, OffsetAr
 
     int32, half the memory to go through, unless R * T is more than that holds; then int64.
     """
-    _check_mask(mask)
+    check_mask(mask)
     tokens = int(tiling.length.sum())
     dtype = np.int32 if tokens <= np.iinfo(np.int32).max else np.int64
     position = np.arange(tokens, dtype=dtype)
@@ -222,7 +220,7 @@ def _last_answer_start(tiling: Tiling) -> IntArray:
 
 def tiled_targets(tiling: Tiling, *, mask: str) -> NDArray[np.uint8]:
     """The loss mask as uint8[R * T]: 1 where a token is a target."""
-    _check_mask(mask)
+    check_mask(mask)
     trained = (tiling.kind == ANSWER) & (tiling.train != 0)
     if mask == "prefix":
         trained &= tiling.start == _last_answer_start(tiling)
@@ -295,8 +293,3 @@ def _one_row(seq_lens: ArrayLike, spans: ArrayLike, seq_len: int) -> Tiling:
     lens = np.asarray(seq_lens, np.int64).reshape(-1)
     table = np.asarray(spans, np.int64).reshape(-1, 4)
     return tile([len(lens)], lens, [len(table)], table, seq_len=seq_len)
-
-
-def _check_mask(mask: str) -> None:
-    if mask not in MASKS:
-        raise UsageError(f"mask is {mask!r}; expected one of {', '.join(MASKS)}")

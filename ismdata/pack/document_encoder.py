@@ -22,9 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import ragged_arange
+from ismdata.choices import History
 from ismdata.conversation import ROLES, Refusal
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray, as_template_messages
+from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.pieces import (
     NO_PIECES,
     Ahead,
@@ -40,11 +42,12 @@ from ismdata.pack.pieces import (
     together,
 )
 from ismdata.pack.requests import Documents, Layout, Requests, without_tail
-from ismdata.pack.token_runs import RunTable, as_runs, ragged_arange, taken_runs
+from ismdata.pack.token_runs import RunTable, as_runs, taken_runs
 from ismdata.rendering.chat_template import CannotRender, TemplateRefused
 from ismdata.rendering.glm_tokens import GlmTokens, insert_markers
+from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import History, NotDecomposable, Piece, Slot, for_marked, render_document, skeleton
+from ismdata.rendering.skeleton import NotDecomposable, Piece, Slot, for_marked, render_document, skeleton
 from ismdata.rendering.tokenizer import Tokenizer
 from ismdata.rendering.tokenizer_backends import Backend
 

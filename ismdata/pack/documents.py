@@ -12,32 +12,15 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import ragged_arange
 from ismdata.conversation import Refusal
 from ismdata.errors import DataError
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray, TrainOn
+from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.options import PackOptions
 from ismdata.pack.requests import Documents, Requests
-from ismdata.pack.splitting import Policy, split
-from ismdata.pack.token_runs import ragged_arange
-from ismdata.rendering.skeleton import MOST_MESSAGES, History, TooManyMessages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What decides the documents. `prefix_every`: under `prefix`, a document for every N-th answer only."""
-
-    seq_len: int
-    mask: str
-    over_long: Policy
-    history: History
-    prefix_every: int
-    seed: int
-    train_on: TrainOn = "all"
-
-    @property
-    def one_an_answer(self) -> bool:
-        """Whether each trained answer gets a document of its own."""
-        return self.mask == "prefix" or self.history == "expand"
+from ismdata.pack.splitting import split
+from ismdata.rendering.skeleton import MOST_MESSAGES, TooManyMessages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +38,7 @@ class Made:
     unwritten_reasoning: int
 
 
-def wanted(batch: ConversationBatch, options: Options) -> Requests:
+def wanted(batch: ConversationBatch, options: PackOptions) -> Requests:
     """The documents to make of a batch: one a conversation, or one a trained answer (`prefix`, `--history expand`)."""
     heads = batch.heads
     sizes = np.diff(batch.first)
@@ -85,7 +68,7 @@ def wanted(batch: ConversationBatch, options: Options) -> Requests:
     )
 
 
-def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: Options) -> Made:
+def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: PackOptions) -> Made:
     """The documents of a batch. `encoder` must have begun it. Raises DataError under `--over-long error`."""
     requests = wanted(batch, options)
     refused = _without_targets(batch, requests, options)
@@ -169,7 +152,7 @@ def _unwritten_reasoning(encoder: DocumentEncoder, batch: ConversationBatch, ref
 _NO_TARGET = "no answer is to be trained: all are absent, empty, or marked train: false or weight: 0"
 
 
-def _without_targets(batch: ConversationBatch, requests: Requests, options: Options) -> dict[int, Refusal]:
+def _without_targets(batch: ConversationBatch, requests: Requests, options: PackOptions) -> dict[int, Refusal]:
     """Conversations with nothing to train."""
     trainable = np.zeros(len(batch), bool)
     if options.one_an_answer:

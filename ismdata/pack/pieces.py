@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ismdata.arrays import ragged_arange
 from ismdata.conversation import Refusal
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.requests import Requests
-from ismdata.pack.token_runs import ragged_arange
 from ismdata.rendering.skeleton import Piece
 
 

@@ -23,36 +23,26 @@ import numpy as np
 import pyarrow as pa
 
 import ismdata
+from ismdata.choices import History, Layout, OverLong, TokenizerBackend, TrainOn, check_choice, check_mask
 from ismdata.concurrency import BehindThread, side_by_side
 from ismdata.conversation import Quarantined
+from ismdata.data.conversations import ConvertedFolder
+from ismdata.data.index import GrowingFile, ShardFile, describe_file, entries, write_index
 from ismdata.data.journal import Journal
-from ismdata.data.output_folder import (
-    QUARANTINE_NAME,
-    GrowingFile,
-    ShardFile,
-    describe_file,
-    entries,
-    output_folder,
-    sync_path,
-    write_index,
-)
+from ismdata.data.output_folder import QUARANTINE_NAME, output_folder, sync_path
 from ismdata.data.shards import FORMAT, packed_schema
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import BLOCK_SIZE, MASKS
+from ismdata.masks.intervals import BLOCK_SIZE
 from ismdata.memory import give_back, kept_memory
-from ismdata.pack.conversation_batch import TRAIN_ON, TrainOn
-from ismdata.pack.documents import Options
+from ismdata.pack.options import PackOptions
 from ismdata.pack.planning.plan import Plan, plan
+from ismdata.pack.report import Tally
 from ismdata.pack.sequences import sequences
-from ismdata.pack.splitting import POLICIES, Policy
 from ismdata.pack.spool import Spool
-from ismdata.pack.tokenize import Progress, Quarantine, Source, Tally, sampled_texts, tokenize
+from ismdata.pack.tokenize import Progress, Quarantine, sampled_texts, tokenize
 from ismdata.rendering.chat_template import DEFAULT_DATE
 from ismdata.rendering.encoding import Encoding, set_up
-from ismdata.rendering.glm_tokens import LAYOUTS, LayoutName
-from ismdata.rendering.skeleton import History
 from ismdata.rendering.template_report import cautions, shapes_in
-from ismdata.rendering.tokenizer_backends import BACKENDS, BackendName
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
 _SHARD_TOKENS = 1 << 24
@@ -79,16 +69,16 @@ def pack(
     chat_template: str | None = None,
     seq_len: int = 8192,
     mask: str = "ism",
-    over_long: Policy = "split",
+    over_long: OverLong = "split",
     history: History = "append",
     template_arguments: Mapping[str, Any] | None = None,
     template_date: datetime.date = DEFAULT_DATE,
     prefix_every: int = 1,
     train_on: TrainOn = "all",
-    layout: LayoutName = "plain",
+    layout: Layout = "plain",
     glm_mask_token: str | None = None,
     glm_start_token: str | None = None,
-    tokenizer_backend: BackendName = "auto",
+    tokenizer_backend: TokenizerBackend = "auto",
     workers: int = 0,
     seed: int = 0,
     overwrite: bool = False,
@@ -108,7 +98,7 @@ def pack(
     output folder is left.
     """
     started = time.perf_counter()
-    options = Options(
+    options = PackOptions(
         seq_len=seq_len,
         mask=mask,
         over_long=over_long,
@@ -123,7 +113,7 @@ def pack(
         raise UsageError("--train-on content goes with --layout plain: with glm an answer has one [START], not two")
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)
-    sources = [Source(folder) for folder in converted]
+    sources = [ConvertedFolder(folder) for folder in converted]
     with (
         output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial,
         ThreadPoolExecutor(1) as beside,
@@ -191,7 +181,7 @@ def pack(
     )
 
 
-def _check_options(options: Options, backend: BackendName, workers: int) -> None:
+def _check_options(options: PackOptions, backend: TokenizerBackend, workers: int) -> None:
     if options.seq_len < BLOCK_SIZE or options.seq_len % BLOCK_SIZE:
         near = max(1, round(options.seq_len / BLOCK_SIZE)) * BLOCK_SIZE
         raise UsageError(
@@ -200,14 +190,11 @@ def _check_options(options: Options, backend: BackendName, workers: int) -> None
     if options.seq_len // BLOCK_SIZE > np.iinfo(np.int16).max:
         most = np.iinfo(np.int16).max * BLOCK_SIZE
         raise UsageError(f"--seq-len {options.seq_len}: expected at most {most}, which block tables can number")
-    if options.mask not in MASKS:
-        raise UsageError(f"--mask {options.mask}: expected one of {', '.join(MASKS)}")
-    if options.over_long not in POLICIES:
-        raise UsageError(f"--over-long {options.over_long}: expected one of {', '.join(POLICIES)}")
-    if options.history not in ("append", "expand"):
-        raise UsageError(f"--history {options.history}: expected append or expand")
-    if options.train_on not in TRAIN_ON:
-        raise UsageError(f"--train-on {options.train_on}: expected one of {', '.join(TRAIN_ON)}")
+    check_mask(options.mask, "--mask")
+    check_choice("--over-long", options.over_long, OverLong)
+    check_choice("--history", options.history, History)
+    check_choice("--train-on", options.train_on, TrainOn)
+    check_choice("--tokenizer-backend", backend, TokenizerBackend)
     if options.train_on == "content" and options.mask == "prefix":
         raise UsageError(
             "--train-on content goes with --mask ism or causal: under prefix all before the trained part of an answer "
@@ -217,15 +204,12 @@ def _check_options(options: Options, backend: BackendName, workers: int) -> None
         raise UsageError(f"--prefix-every {options.prefix_every}: expected 1 or more")
     if options.prefix_every > 1 and options.mask != "prefix":
         raise UsageError(f"--prefix-every goes with --mask prefix, not with --mask {options.mask}")
-    if backend not in BACKENDS:
-        raise UsageError(f"--tokenizer-backend {backend}: expected one of {', '.join(BACKENDS)}")
     if workers < 0:
         raise UsageError(f"--workers {workers}: expected 0 (all cores) or more")
 
 
 def _check_layout(layout: str, mask_token: str | None, start_token: str | None) -> None:
-    if layout not in LAYOUTS:
-        raise UsageError(f"--layout {layout}: expected one of {', '.join(LAYOUTS)}")
+    check_choice("--layout", layout, Layout)
     for option, given in (("--glm-mask-token", mask_token), ("--glm-start-token", start_token)):
         if given is not None and layout != "glm":
             raise UsageError(f"{option} goes with --layout glm, not with --layout {layout}")
@@ -235,13 +219,15 @@ def _check_layout(layout: str, mask_token: str | None, start_token: str | None) 
 _LOOKED_AT, _CONVERSATIONS_EACH = 8, 64
 
 
-def _first_shapes(sources: Sequence[Source]) -> list[str]:
+def _first_shapes(sources: Sequence[ConvertedFolder]) -> list[str]:
     """The shapes that the first conversations of the sources have."""
     firsts = (source.first(_CONVERSATIONS_EACH) for source in sources[:_LOOKED_AT])
     return list(dict.fromkeys(shape for rows in firsts if rows is not None for shape in shapes_in(rows)))
 
 
-def _run(sources: Sequence[Source], encoding: Encoding, options: Options, backend: BackendName) -> dict[str, Any]:
+def _run(
+    sources: Sequence[ConvertedFolder], encoding: Encoding, options: PackOptions, backend: TokenizerBackend
+) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other: all that the output depends on."""
     template = encoding.renderer.template
     return {
@@ -275,7 +261,7 @@ def _check_finished(folder: Path, journal: Journal) -> None:
             )
 
 
-def _say_resumed(journal: Journal, sources: Sequence[Source], notify: Callable[[str], None]) -> None:
+def _say_resumed(journal: Journal, sources: Sequence[ConvertedFolder], notify: Callable[[str], None]) -> None:
     if journal.state is not None or journal.finished:
         done, total = (journal.state or {}).get("done", 0), sum(source.rows for source in sources)
         notify(
@@ -284,7 +270,7 @@ def _say_resumed(journal: Journal, sources: Sequence[Source], notify: Callable[[
         )
 
 
-def _counts(sources: Sequence[Source], quarantine: Quarantine, tally: Tally) -> dict[str, Any]:
+def _counts(sources: Sequence[ConvertedFolder], quarantine: Quarantine, tally: Tally) -> dict[str, Any]:
     """Conversations in = packed + quarantined."""
     read = sum(source.rows for source in sources)
     lost = read - tally.conversations - sum(quarantine.reasons.values())
@@ -311,7 +297,7 @@ def _write_shards(
     spool: Spool,
     planned: Plan,
     encoding: Encoding,
-    options: Options,
+    options: PackOptions,
     weighted: bool,
     journal: Journal,
     progress: Progress,
@@ -372,12 +358,12 @@ def _finish(journal: Journal, file: GrowingFile, rows: int) -> None:
 def _index(
     folder: Path,
     encoding: Encoding,
-    options: Options,
+    options: PackOptions,
     counts: dict[str, Any],
     totals: dict[str, int],
     shards: list[ShardFile],
     weighted: bool,
-    sources: Sequence[Source],
+    sources: Sequence[ConvertedFolder],
 ) -> dict[str, Any]:
     tokenizer, template = encoding.tokenizer, encoding.renderer.template
     files = sorted(path for path in (folder / "tokenizer").rglob("*") if path.is_file())
@@ -427,7 +413,7 @@ def _index(
     }
 
 
-def _nothing_left(sources: Sequence[Source], quarantine: Quarantine) -> str:
+def _nothing_left(sources: Sequence[ConvertedFolder], quarantine: Quarantine) -> str:
     if not sum(source.rows for source in sources):
         return f"{', '.join(str(source.folder) for source in sources)}: no conversations; expected at least one"
     first = quarantine.first()[0]

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ismdata.arrays import ragged_arange
+from ismdata.masks.glm_positions import tiled_positions
 from ismdata.masks.intervals import block_table, tile, tiled_intervals, tiled_targets
 from ismdata.pack.conversation_batch import IntArray
 from ismdata.pack.spool import Gathered
-from ismdata.pack.token_runs import ragged_arange
-from ismdata.rendering.glm_tokens import tiled_positions
 
 
 def sequences(

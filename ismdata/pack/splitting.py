@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from ismdata.masks.intervals import PROMPT
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Layout, Requests
-
-Policy = Literal["split", "drop", "truncate", "error"]
-POLICIES: tuple[Policy, ...] = ("split", "drop", "truncate", "error")
 
 #: Laying a split out again settles after two or three rounds; this bounds a template that never settles.
 _MOST_ROUNDS = 8

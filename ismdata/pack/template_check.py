@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ismdata.errors import DataError
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray, as_template_messages
+from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
 from ismdata.rendering.chat_template import CannotRender
 from ismdata.rendering.control_tokens import AddedToken
-from ismdata.rendering.encoding import Encoding, marked_pieces
+from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.glm_tokens import marked_pieces
+from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.renderer import Chunk
 from ismdata.rendering.skeleton import Piece, compile_chunks, rendered_chunks
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
+from ismdata.arrays import IntArray
 
 
 class RunTable:
@@ -55,18 +55,6 @@ class RunTable:
 def _one(parts: list[NDArray[Any]], dtype: type) -> list[NDArray[Any]]:
     """The parts end to end in a single one: copied only where there are more."""
     return parts if len(parts) == 1 else [np.concatenate([np.empty(0, dtype), *parts])]
-
-
-def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The ranges [start, start + length), end to end.
-
-    >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
-    """
-    total = int(lengths.sum())
-    offsets = np.cumsum(lengths) - lengths
-    ranges: IntArray = np.arange(total, dtype=np.int64) + np.repeat(starts - offsets, lengths)
-    return ranges
 
 
 def as_runs(pool: NDArray[np.int32], lengths: IntArray) -> pa.LargeBinaryArray:

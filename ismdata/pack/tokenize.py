@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,134 +17,37 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from ismdata import conversation
+from ismdata.choices import TokenizerBackend
 from ismdata.conversation import Quarantined, Refusal
+from ismdata.data.conversations import ConvertedFolder
 from ismdata.data.journal import Journal
-from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME, ShardFile, read_index
+from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME
 from ismdata.errors import DataError
 from ismdata.memory import give_back
 from ismdata.pack import template_check as parity
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray, conversation_batch
+from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
-from ismdata.pack.documents import Made, Options, make_documents, wanted
+from ismdata.pack.documents import Made, make_documents, wanted
+from ismdata.pack.options import PackOptions
 from ismdata.pack.pieces import Ahead
-from ismdata.pack.planning.plan import lower_bound
+from ismdata.pack.report import Tally
 from ismdata.pack.requests import Requests
 from ismdata.pack.spool import Spool
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.tokenizer_backends import (
     Backend,
     BackendDiffers,
-    BackendName,
     BackendRefused,
     choose,
     disagreement,
     stratified,
 )
 
-#: Conversations and bytes of text that are tokenised at a time.
-_BATCH_CONVERSATIONS = 4096
-_BATCH_BYTES = 8 << 20
-
 Item = TypeVar("Item")
 
 #: Tells how far a stage has come: its name, done, total (0 where it is not known).
 Progress = Callable[[str, int, int], None]
-
-
-class Source:
-    """A converted folder, opened and checked by size. Raises DataError."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.index = read_index(self.folder, conversation.FORMAT)
-        self.files = [ShardFile(**entry) for entry in self.index["shards"]]
-        for file in self.files:
-            file.check_size(self.folder)
-        self.rows = sum(file.rows for file in self.files)
-
-    @property
-    def sha256(self) -> str:
-        """Of the hashes of its shards, in order."""
-        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The conversations in batches that are small enough to work on."""
-        for file in self.files:
-            # Not mapped: pages that have been read would be kept, up to all of the file.
-            with self._stream(file, lambda path: pa.OSFile(str(path))) as stream:
-                for batch in stream:
-                    yield from _small(batch)
-
-    def batches_of(self, rows: IntArray) -> Iterator[pa.RecordBatch]:
-        """Those of the same batches that hold some of these rows. Of the others little more than a heading is read."""
-        done = 0
-        for file in self.files:
-            if np.any((rows >= done) & (rows < done + file.rows)):
-                with self._stream(file, _mapped) as stream:
-                    for first, batch in _holding(rows, stream, done):
-                        for _, small in _holding(rows, _small(batch), first):
-                            yield small
-            done += file.rows
-
-    def first(self, count: int) -> pa.RecordBatch | None:
-        """The first conversations, at most `count`; None where there are none. Little more than these is read."""
-        for file in self.files:
-            with self._stream(file, _mapped) as stream:
-                for batch in stream:
-                    return batch.slice(0, count)
-        return None
-
-    @contextmanager
-    def _stream(self, file: ShardFile, opened: Callable[[Path], Any]) -> Iterator[pa.RecordBatchReader]:
-        """The record batches of a file. Raises DataError where it holds something else."""
-        path = self.folder / file.name
-        try:
-            with opened(path) as source, pa.ipc.open_stream(source) as stream:
-                if not stream.schema.equals(conversation.CONVERSATION_SCHEMA):
-                    raise DataError(f"{path}: not the columns of converted conversations. Convert the corpus again")
-                yield stream
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
-
-
-def _mapped(path: Path) -> pa.BufferReader:
-    """A file of which no more is read than is looked at."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mapped, "madvise"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return pa.BufferReader(pa.py_buffer(mapped))
-
-
-def _holding(rows: IntArray, batches: Iterable[pa.RecordBatch], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The batches that hold some of the rows, and the number of each one's first row; `first` is that of them all."""
-    for batch in batches:
-        if np.any((rows >= first) & (rows < first + len(batch))):
-            yield first, batch
-        first += len(batch)
-
-
-def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """A record batch in slices of bounded text. Where they are cut depends on the data alone."""
-    messages = batch.column("messages")
-    first = messages.offsets.to_numpy()
-    contents = messages.values.field("content").cast(pa.large_string())
-    ends = contents.offsets.to_numpy() if hasattr(contents, "offsets") else _string_offsets(contents)
-    text_before = ends[first] - ends[first[0]]
-    at = 0
-    while at < len(batch):
-        limit = int(np.searchsorted(text_before, text_before[at] + _BATCH_BYTES, side="right")) - 1
-        end = min(max(limit, at + 1), at + _BATCH_CONVERSATIONS, len(batch))
-        yield batch.slice(at, end - at)
-        at = end
-
-
-def _string_offsets(texts: pa.LargeStringArray) -> NDArray[np.int64]:
-    buffer = texts.buffers()[1]
-    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
 
 
 class Quarantine:
@@ -193,49 +94,11 @@ class Quarantine:
         return tuple(Quarantined(**line) for line in lines)
 
 
-@dataclass
-class Tally:
-    """Totals gathered on the way."""
-
-    conversations: int = 0
-    target_tokens: int = 0
-    split: int = 0
-    truncated: int = 0
-    truncated_tokens: int = 0
-    dropped: int = 0
-    unwritten_reasoning: int = 0
-    weighted: bool = False
-
-    def add(self, made: Made, *, conversations: int) -> None:
-        self.conversations += conversations
-        names = ("target_tokens", "split", "truncated", "truncated_tokens", "dropped", "unwritten_reasoning")
-        for name in names:
-            setattr(self, name, getattr(self, name) + getattr(made, name))
-
-    def totals(self, lengths: NDArray[np.int32], seq_len: int, *, sequences: int) -> dict[str, int]:
-        """What the index says: of documents of these lengths in so many sequences."""
-        tokens = int(lengths.sum(dtype=np.int64))
-        return {
-            "conversations": self.conversations,
-            "documents": len(lengths),
-            "sequences": sequences,
-            "tokens": tokens,
-            "target_tokens": self.target_tokens,
-            "padding_tokens": sequences * seq_len - tokens,
-            "lower_bound_sequences": lower_bound(lengths, seq_len),
-            "dropped": self.dropped,
-            "split": self.split,
-            "truncated": self.truncated,
-            "truncated_tokens": self.truncated_tokens,
-            "unwritten_reasoning": self.unwritten_reasoning,
-        }
-
-
 def tokenize(
-    sources: Sequence[Source],
+    sources: Sequence[ConvertedFolder],
     encoding: Encoding,
-    options: Options,
-    wanted: BackendName,
+    options: PackOptions,
+    wanted: TokenizerBackend,
     folder: Path,
     journal: Journal,
     *,
@@ -285,7 +148,7 @@ def tokenize(
 _SAMPLED_BATCHES = 4
 
 
-def sampled_texts(sources: Sequence[Source]) -> pa.LargeStringArray:
+def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
     """A stratified sample of the texts of some batches, spread evenly over all rows. Raises DataError."""
     total = sum(source.rows for source in sources)
     places = np.unique(np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64))
@@ -300,9 +163,9 @@ def sampled_texts(sources: Sequence[Source]) -> pa.LargeStringArray:
 
 
 def _go_on(
-    sources: Sequence[Source],
+    sources: Sequence[ConvertedFolder],
     encoding: Encoding,
-    options: Options,
+    options: PackOptions,
     backend: Backend,
     folder: Path,
     journal: Journal,
@@ -408,7 +271,7 @@ def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBa
         start = max(0, start - len(batch))
 
 
-def _sampled_requests(batch: ConversationBatch, options: Options, count: int) -> Requests:
+def _sampled_requests(batch: ConversationBatch, options: PackOptions, count: int) -> Requests:
     """The documents of some conversations of the batch, for law 5."""
     requests = wanted(batch, options)
     chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata import conversation
-from ismdata.data.output_folder import QUARANTINE_NAME, ShardFile, read_index
+from ismdata.data import shards as packed_shards
+from ismdata.data.index import ShardFile, read_index
+from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
 from ismdata.data.shards import PackedShards
-from ismdata.errors import DataError
+from ismdata.data.verify import VerifyReport
+from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
 from ismdata.rendering.tracing import reasoning_length
 
@@ -124,6 +127,23 @@ def _leaves(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _leaves(item) if not isinstance(item, str) else [item]
+
+
+def with_texts(
+    report: VerifyReport,
+    converted: Sequence[Path],
+    *,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> VerifyReport:
+    """The report on a packed folder, and whether it holds the texts of the conversations that it was made of.
+
+    Raises UsageError where it is no packed folder, DataError where the conversations cannot be read.
+    """
+    if report.format != packed_shards.FORMAT:
+        raise UsageError(f"--conversations goes with a packed folder; {report.folder} is none")
+    problems, counts = verify_texts(report.folder, converted, progress=progress)
+    found = {"answers found": counts["answers"]}
+    return replace(report, problems=[*report.problems, *problems], counts={**report.counts, **found})
 
 
 def verify_texts(

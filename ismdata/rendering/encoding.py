@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ismdata.choices import History
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import ANSWER, QUERY
 from ismdata.rendering.chat_template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in
-from ismdata.rendering.control_tokens import AddedToken, Escapes
 from ismdata.rendering.glm_tokens import GlmTokens, choose_tokens
-from ismdata.rendering.renderer import ANY_ANSWER, Chunk, Renderer
+from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.sensitivity import Sensitivity, sensitivity
-from ismdata.rendering.skeleton import History, Piece, compile_chunks, render_document
+from ismdata.rendering.skeleton import Piece, render_document
 from ismdata.rendering.template_probe import profile
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
 
@@ -208,138 +207,3 @@ def _check_vocabulary(tokenizer: Tokenizer, source: str, name: str) -> None:
             "Pass the template that this tokenizer was made for with --chat-template FILE, or add the tokens: "
             f"tokenizer.add_special_tokens({{'additional_special_tokens': {missing}}}), save it, and resize the model"
         )
-
-
-def marked_pieces(pieces: Sequence[Piece], glm: GlmTokens) -> tuple[Piece, ...]:
-    """The pieces of a document, all of them known tokens, with `[MASK]` and `[START]` put in: the plain version of
-    `glm_layout.insert_markers`, with which a sample of every batch is compared.
-    """
-    answers = list(dict.fromkeys(piece.span for piece in pieces if piece.kind == ANSWER and piece.ids))
-    chosen = answers if glm.every_answer else answers[-1:]
-    marked: list[Piece] = []
-    for piece in pieces:
-        if piece.span in chosen and not any(other.span == 4 * piece.span for other in marked):
-            before = marked[-1] if marked else None
-            joins = before is not None and before.kind == QUERY and before.message < 0
-            span = before.span if before is not None and joins else 4 * piece.span - 2
-            marked.append(Piece(span=span, kind=QUERY, message=-1, ids=(glm.mask_id,), controls=1))
-            marked.append(Piece(span=4 * piece.span - 1, kind=ANSWER, message=-1, ids=(glm.start_id,), controls=1))
-        history = not glm.every_answer and piece.kind == ANSWER and piece.span not in chosen
-        kind = QUERY if history else piece.kind
-        marked.append(replace(piece, span=4 * piece.span, kind=kind))
-    return tuple(marked)
-
-
-class ConversationEncoder:
-    """What chat feeds a model, turn by turn: the tokens that `pack` would have written.
-
-    >>> ConversationEncoder.load("model")  # doctest: +SKIP
-    """
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.encoding = encoding
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ConversationEncoder:
-        """Read what `Encoding.save` wrote. Raises DataError when the folder holds no such thing."""
-        path = Path(folder) / SETTINGS_NAME
-        if not path.is_file():
-            exists = Path(folder).exists()
-            found = f"no {SETTINGS_NAME}" if Path(folder).is_dir() else "a file" if exists else "nothing"
-            raise DataError(f"{folder}: found {found}; expected a model's folder, which `ismdata train` writes")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        encoding = set_up(
-            str(folder),
-            history=settings["history"],
-            arguments=settings["arguments"],
-            date=datetime.date.fromisoformat(settings["date"]),
-        )
-        return cls(replace(encoding, glm=GlmTokens(**settings["glm"])) if "glm" in settings else encoding)
-
-    @property
-    def glm(self) -> GlmTokens | None:
-        """In the GLM layout, the tokens to put before answers. What the methods here give is without them:
-        `glm_layout.marked` puts them into blocks to feed, and `glm_layout.block_positions` says where tokens stand.
-        """
-        return self.encoding.glm
-
-    @property
-    def history(self) -> History:
-        """How earlier turns are fed: `append` keeps what was fed, `expand` renders the conversation anew each turn."""
-        return self.encoding.history
-
-    def next_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Tokens to feed before the model answers `messages`, all through the last answer's end of turn having been
-        fed.
-
-        Raises CannotRender, ValueError (text that cannot be escaped).
-        """
-        return self._next(messages, tools)[1]
-
-    def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Tokens that belong to the last answer and end it, but are known only now that other messages follow.
-
-        Empty for all templates but those of `TemplateProfile.next_turn_ends`. Raises as `next_context`.
-        """
-        return self._next(messages, tools)[0] if self.next_turn_end_ids else []
-
-    def _next(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[int], list[int]]:
-        """`turn_end` and `next_context`."""
-        renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
-        (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
-        end, brought, context = renderer.next_context(escaped, escaped_tools)
-        first = not any(message["role"] == "assistant" for message in messages)
-        ending = controls.cut(end)
-        last = ending[-1] if ending and isinstance(ending[-1], AddedToken) else None
-        ids = self._ids([Chunk(text=context, kind=QUERY)], escapes, preceding=last, opening=first)[0]
-        return self._ids([Chunk(text=brought, kind=ANSWER)], escapes, opening=False)[0], ids
-
-    def blocks(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[tuple[bool, list[int]]]:
-        """The whole conversation as `expand` renders it, up to where the model answers: (is an answer, tokens) in
-        order.
-        """
-        renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
-        (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
-        chunks = renderer.expand([*escaped, {"role": "assistant", "content": ANY_ANSWER}], escaped_tools)
-        newest = next(k for k, chunk in enumerate(chunks) if chunk.message == len(messages))
-        joined: list[Chunk] = []
-        for chunk in chunks[:newest]:  # prompt and query are one context to a mask
-            if joined and joined[-1].message < 0 and chunk.message < 0:
-                joined[-1] = Chunk(text=joined[-1].text + chunk.text, kind=QUERY)
-            else:
-                joined.append(chunk)
-        return list(zip((chunk.message >= 0 for chunk in joined), self._ids(joined, escapes), strict=True))
-
-    def _ids(
-        self, chunks: list[Chunk], escapes: Escapes, *, preceding: AddedToken | None = None, opening: bool = True
-    ) -> list[list[int]]:
-        """The tokens of each chunk."""
-        pieces = compile_chunks(
-            chunks,
-            self.encoding.tokenizer,
-            lambda text: (escapes.undo(text),),
-            preceding=preceding,
-            opening=opening,
-        )
-        return [[id for piece in pieces if piece.span == span for id in piece.ids or ()] for span in range(len(chunks))]
-
-    @property
-    def end_of_turn_ids(self) -> list[int]:
-        """The tokens that end an answer; empty where the template writes none."""
-        tokenizer = self.encoding.tokenizer
-        ids: list[int] = []
-        for cut in tokenizer.controls.cut(self.encoding.renderer.profile.end_of_turn):
-            ids += [cut.id] if isinstance(cut, AddedToken) else tokenizer.encode([cut])[0]
-        return ids
-
-    @property
-    def next_turn_end_ids(self) -> frozenset[int]:
-        """The tokens of which one ends an answer as soon as another message follows, `TemplateProfile.next_turn_ends`:
-        the model writes it, the template only then.
-        """
-        controls = self.encoding.tokenizer.controls
-        cuts = [cut for end in self.encoding.renderer.profile.next_turn_ends for cut in controls.cut(end)[-1:]]
-        return frozenset(cut.id for cut in cuts if isinstance(cut, AddedToken))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.encoding.tokenizer.decode(ids)

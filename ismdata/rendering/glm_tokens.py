@@ -21,18 +21,15 @@ it are context there as all else is, with no `[MASK]` of their own, and their sp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from ismdata.errors import UsageError
-from ismdata.masks.intervals import ANSWER, QUERY, IntArray, Tiling, tile
+from ismdata.masks.glm_positions import Block
+from ismdata.masks.intervals import ANSWER, QUERY, IntArray
 from ismdata.rendering.control_tokens import AddedToken
-
-LayoutName = Literal["plain", "glm"]
-LAYOUTS: tuple[str, ...] = get_args(LayoutName)
+from ismdata.rendering.skeleton import Piece
 
 #: Names under which tokenizers have the two tokens (ChatGLM, GLM-10B, BERT and RoBERTa), the first that is there wins.
 MASK_NAMES = ("[gMASK]", "[MASK]", "<mask>")
@@ -48,10 +45,6 @@ class GlmTokens:
     mask_id: int
     start_id: int
     every_answer: bool
-
-
-#: Tokens to feed in order: (is part of an answer, ids).
-Block = tuple[bool, list[int]]
 
 
 def choose_tokens(
@@ -132,45 +125,6 @@ def insert_markers(
     }
 
 
-def opened_runs(tiling: Tiling) -> IntArray:
-    """The pieces with which a maximal run of answer spans begins, int64[runs]."""
-    answer = tiling.kind == ANSWER
-    goes_on = np.zeros(len(answer), bool)
-    goes_on[1:] = answer[1:] & answer[:-1] & (tiling.document[1:] == tiling.document[:-1])
-    return np.flatnonzero(answer & ~goes_on)
-
-
-def tiled_positions(tiling: Tiling) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Position 1 and position 2 of whole rows laid end to end, int32[R * T] each. Source: Figure 2 of the paper.
-
-    A maximal run of answer spans begins with `[START]`, and the token before it is its `[MASK]`.
-    """
-    answer = tiling.kind == ANSWER
-    opened = opened_runs(tiling)
-    run_start = np.zeros(len(answer), np.int64)
-    run_start[opened] = tiling.start[opened]
-    run_start = np.maximum.accumulate(run_start)
-    place = np.arange(int(tiling.length.sum()))
-    in_answer = np.repeat(answer, tiling.length)
-    run = np.repeat(run_start, tiling.length)
-    document = np.repeat(tiling.document_start, tiling.length)
-    first = np.where(in_answer, run, place + 1) - document
-    second = np.where(in_answer, place + 1 - run, 0)
-    first[np.repeat(tiling.kind < 0, tiling.length)] = 0
-    return first.astype(np.int32), second.astype(np.int32)
-
-
-def positions(seq_lens: ArrayLike, spans: ArrayLike, *, seq_len: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Position 1 and position 2 of one sequence whose spans have `[MASK]` and `[START]` in, int32[T] each.
-
-    seq_lens: int[D], document lengths. spans: int[S, 4] of start, end, kind, train, offsets in the sequence. Raises
-    DataError when the spans do not tile the documents.
-    """
-    lens = np.asarray(seq_lens, np.int64).reshape(-1)
-    table = np.asarray(spans, np.int64).reshape(-1, 4)
-    return tiled_positions(tile([len(lens)], lens, [len(table)], table, seq_len=seq_len))
-
-
 def marked(blocks: Sequence[Block], tokens: GlmTokens) -> list[Block]:
     """What to feed before the model answers: blocks of a conversation, ending in a context, with the two tokens in.
 
@@ -191,23 +145,21 @@ def marked(blocks: Sequence[Block], tokens: GlmTokens) -> list[Block]:
     return fed
 
 
-def block_positions(blocks: Sequence[Block], *, past: int = 0) -> tuple[list[int], list[int]]:
-    """Position 1 and position 2 of the tokens of marked blocks that are fed after `past` tokens of their document."""
-    first: list[int] = []
-    second: list[int] = []
-    for is_answer, ids in blocks:
-        ones, twos = token_positions(past, len(ids), start=past if is_answer else None)
-        first += ones
-        second += twos
-        past += len(ids)
-    return first, second
-
-
-def token_positions(past: int, count: int, *, start: int | None) -> tuple[list[int], list[int]]:
-    """Position 1 and position 2 of `count` tokens that are fed after `past` tokens of their document.
-
-    start: the place (counted from 0) of the `[START]` of the answer that they belong to; None for context.
+def marked_pieces(pieces: Sequence[Piece], glm: GlmTokens) -> tuple[Piece, ...]:
+    """The pieces of a document, all of them known tokens, with `[MASK]` and `[START]` put in: the plain version of
+    `glm_layout.insert_markers`, with which a sample of every batch is compared.
     """
-    if start is None:
-        return list(range(past + 1, past + count + 1)), [0] * count
-    return [start] * count, list(range(past - start + 1, past - start + count + 1))
+    answers = list(dict.fromkeys(piece.span for piece in pieces if piece.kind == ANSWER and piece.ids))
+    chosen = answers if glm.every_answer else answers[-1:]
+    marked: list[Piece] = []
+    for piece in pieces:
+        if piece.span in chosen and not any(other.span == 4 * piece.span for other in marked):
+            before = marked[-1] if marked else None
+            joins = before is not None and before.kind == QUERY and before.message < 0
+            span = before.span if before is not None and joins else 4 * piece.span - 2
+            marked.append(Piece(span=span, kind=QUERY, message=-1, ids=(glm.mask_id,), controls=1))
+            marked.append(Piece(span=4 * piece.span - 1, kind=ANSWER, message=-1, ids=(glm.start_id,), controls=1))
+        history = not glm.every_answer and piece.kind == ANSWER and piece.span not in chosen
+        kind = QUERY if history else piece.kind
+        marked.append(replace(piece, span=4 * piece.span, kind=kind))
+    return tuple(marked)

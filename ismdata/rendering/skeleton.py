@@ -13,14 +13,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
+from ismdata.choices import History
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.rendering.chat_template import CannotRender, ChatTemplate, Message, TemplateRefused
 from ismdata.rendering.control_tokens import AddedToken, Escapes
 from ismdata.rendering.renderer import Chunk, Renderer
 from ismdata.rendering.tokenizer import Tokenizer
 from ismdata.rendering.tracing import Level, Place, Text, Traced
-
-History = Literal["append", "expand"]
 
 #: What a template may do to one side of a content: nothing, strip all blanks, or strip line breaks.
 Strip = Literal["", "blanks", "newlines"]

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ismdata.choices import History
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM, USER
 from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
@@ -18,7 +19,7 @@ from ismdata.rendering.chat_template import CannotRender, Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
 from ismdata.rendering.encoding import Encoding, probe
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import History, TooManyMessages, rendered_chunks
+from ismdata.rendering.skeleton import TooManyMessages, rendered_chunks
 from ismdata.rendering.tracing import REASONING_END
 
 #: What is described to a template in conversations with tools.

@@ -24,16 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import IntArray, ragged_arange
+from ismdata.choices import TokenizerBackend
 from ismdata.errors import DataError, UsageError
 from ismdata.memory import give_back
-from ismdata.pack.token_runs import IntArray, ragged_arange
 
 if TYPE_CHECKING:
     import tokenizers
 
-#: What can be asked for; `auto` is gigatoken where it is installed and gives the reference's ids.
-BackendName = Literal["auto", "hf", "gigatoken"]
-BACKENDS: tuple[BackendName, ...] = ("auto", "hf", "gigatoken")
 
 #: The share of texts that is compared with the reference on the way.
 _SHARE = 0.001
@@ -254,7 +252,7 @@ class Chosen:
 
 
 def choose(
-    wanted: BackendName,
+    wanted: TokenizerBackend,
     reference: Reference,
     sample: Callable[[], pa.LargeStringArray],
     *,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ismdata import __version__
 from ismdata.data.dataset import PackedDataset
-from ismdata.rendering.encoding import ConversationEncoder
+from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.train.metrics import CURVES_NAME
 from ismdata.train.options import TrainOptions
 

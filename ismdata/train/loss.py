@@ -22,12 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ismdata.attention.models.glm import takes_two_positions
+from ismdata.choices import LossWeighting, check_choice
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.data.dataset import Sample
 from ismdata.data.shards import Sequence
-from ismdata.errors import UsageError
 from ismdata.masks.intervals import ANSWER, BLOCK_SIZE
-from ismdata.train.options import WEIGHTINGS
 
 #: Numbers that travel with a batch: items of the loss, tokens of documents, targets, and pairs of a row and a key that
 #: it sees. int64[4].
@@ -48,8 +47,7 @@ def target_weights(sequence: Sequence, weighting: str) -> tuple[NDArray[np.float
 
     A message's own weight multiplies the loss of its targets and does not enter the number of items.
     """
-    if weighting not in WEIGHTINGS:
-        raise UsageError(f"--loss-weighting is {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
+    check_choice("--loss-weighting", weighting, LossWeighting)
     own = sequence.loss_weight
     if weighting == "token":
         return own, int(sequence.loss_mask.sum())

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ismdata.choices import AttentionBackend, LossWeighting, Precision, Schedule, check_choice
 from ismdata.errors import DataError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -17,12 +18,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-#: After the warm-up the learning rate falls along a cosine, along a line, or not at all.
-SCHEDULES = ("cosine", "linear", "constant")
-WEIGHTINGS = ("token", "answer", "conversation")
-#: Of attention; `backends.BACKENDS` has them.
-BACKENDS = ("auto", "sdpa", "flex", "varlen")
+#: Fields whose values are words.
+_CHOICES: dict[str, Any] = {
+    "precision": Precision,
+    "schedule": Schedule,
+    "loss_weighting": LossWeighting,
+    "backend": AttentionBackend,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +190,8 @@ def _check_values(options: TrainOptions) -> None:
     for name in ("weight_decay", "max_grad_norm"):
         if not 0 <= values[name] < math.inf:
             raise UsageError(f"{flag(name)} is {values[name]}; expected 0 or more")
-    choices = {"precision": PRECISIONS, "schedule": SCHEDULES, "loss_weighting": WEIGHTINGS, "backend": BACKENDS}
-    for name, known in choices.items():
-        if values[name] not in known:
-            raise UsageError(f"{flag(name)} is {values[name]!r}; expected one of {', '.join(known)}")
+    for name, choice in _CHOICES.items():
+        check_choice(flag(name), values[name], choice)
     if options.fsdp_config and not options.fsdp:
         raise UsageError("fsdp_config is given without fsdp; set fsdp = true as well, or leave it out")
 

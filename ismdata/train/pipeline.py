@@ -34,13 +34,14 @@ from ismdata import __version__
 from ismdata.attention.attachment import attach, attached_backend
 from ismdata.attention.canary import check_training
 from ismdata.attention.models.glm import check_layout
-from ismdata.attention.models.loading import open_model, tokenizer_files, with_lora
-from ismdata.data.collate import check_mask
+from ismdata.attention.models.loading import open_model, tokenizer_files
+from ismdata.data.collate import check_serves
 from ismdata.data.dataset import PackedDataset
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, go_on, partial_folder, step_of, training_folder, weights_digest
 from ismdata.train.export import save_model, write_card
+from ismdata.train.lora import with_lora
 from ismdata.train.loss import TrainingCollator, compute_loss_at_targets
 from ismdata.train.metrics import METRICS, METRICS_NAME, RunMetrics, draw_curves, read_column
 from ismdata.train.options import TrainOptions
@@ -97,7 +98,7 @@ def train(
     mask = dataset.mask if options.mask is None else options.mask
     collator = TrainingCollator(mask, options.loss_weighting)
     try:
-        check_mask(mask, packed_mask=dataset.mask)
+        check_serves(mask, packed_mask=dataset.mask)
     except UsageError as error:
         raise UsageError(f"{packed}: {error}") from error
     evaluated = None if options.eval is None else _evaluation_set(Path(options.eval), dataset, mask)
@@ -189,7 +190,7 @@ def _evaluation_set(folder: Path, dataset: PackedDataset, mask: str) -> PackedDa
     """The shards to evaluate on. Raises where they could not be compared with those to train on."""
     evaluated = PackedDataset(folder)
     try:
-        check_mask(mask, packed_mask=evaluated.mask)
+        check_serves(mask, packed_mask=evaluated.mask)
     except UsageError as error:
         raise UsageError(f"--eval {folder}: {error}") from error
     found, expected = (each.shards.index["tokenizer"].get("sha256") for each in (evaluated, dataset))

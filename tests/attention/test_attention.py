@@ -15,11 +15,12 @@ from transformers import DynamicCache, StaticCache
 
 from ismdata import masks
 from ismdata.attention import canary
-from ismdata.attention.attachment import attach, attached_backend, detach, load
+from ismdata.attention.attachment import attach, attached_backend, detach
 from ismdata.attention.backends import registry as backends
 from ismdata.attention.backends.base import Intervals, PerWindow
 from ismdata.attention.backends.registry import BACKENDS, choose
 from ismdata.attention.backends.sdpa import dense_attention, dense_mask
+from ismdata.attention.model_folder import load
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from tests.support.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model

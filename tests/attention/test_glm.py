@@ -11,16 +11,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ismdata import masks
-from ismdata.attention import attachment as attention
+from ismdata.attention import model_folder
 from ismdata.attention.attachment import attach
 from ismdata.attention.models.glm import GlmRotaryEmbedding, IsmdataGlmConfig, IsmdataGlmForCausalLM
 from ismdata.convert.pipeline import convert
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
+from ismdata.masks.glm_positions import block_positions, positions, token_positions
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
-from ismdata.rendering.glm_tokens import block_positions, positions, token_positions
 from ismdata.train.order import NOTHING, OrderedDataset
 from ismdata.train.pipeline import train
 from tests.pack.test_glm_layout import save_tokenizer
@@ -253,7 +253,7 @@ def test_saved_and_loaded(tmp_path):
     expected = logits_of(model, row)
     model.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "ismdata_glm"
-    loaded = attention.load(tmp_path / "model")
+    loaded = model_folder.load(tmp_path / "model")
     assert isinstance(loaded, IsmdataGlmForCausalLM)
     torch.testing.assert_close(logits_of(loaded, row), expected, rtol=0, atol=0)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), IsmdataGlmForCausalLM)
@@ -332,7 +332,7 @@ def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks,
     report = train(packed, model="glm-tiny", output=tmp_path / "model", say=lambda line: None, **options)
     assert report.last_loss < report.first_loss / 2
     assert (report.tokens, report.target_tokens) == (3 * totals["tokens"], 3 * totals["target_tokens"])
-    assert isinstance(attention.load(tmp_path / "model"), IsmdataGlmForCausalLM)
+    assert isinstance(model_folder.load(tmp_path / "model"), IsmdataGlmForCausalLM)
 
 
 @pytest.mark.parametrize(

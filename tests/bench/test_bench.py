@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from ismdata.bench.data import corpus, stages
 from ismdata.bench.data import run as data
 from ismdata.bench.report import Row, machine, number, picture, table
+from ismdata.choices import TokenizerBackend
 from ismdata.cli.demo import sample_files, train_tokenizer
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
-from ismdata.rendering.tokenizer_backends import BackendName
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_yardsticks_get_every_text_once(small: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("backend", ["hf", "gigatoken"])
 def test_the_other_yardstick_gets_what_pack_gives_its_tokenizer(
-    small: Path, tokenizer: str, tmp_path: Path, backend: BackendName
+    small: Path, tokenizer: str, tmp_path: Path, backend: TokenizerBackend
 ) -> None:
     """Each message once, whatever the template writes around it."""
     if backend == "gigatoken":

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ismdata.cli.main import app
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
 

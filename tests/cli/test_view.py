@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ismdata import display
 from ismdata.cli.views import folders as view
+from ismdata.cli.views import reports
 from ismdata.cli.views import row as row_view
 from ismdata.data.shards import PackedShards
 from ismdata.data.verify import verify
@@ -99,11 +101,11 @@ def test_what_is_drawn_without_colours(packed, converted):
 
 
 def test_bars_are_in_proportion():
-    assert view._bar(1.0, 8) == "█" * 8
-    assert view._bar(0.5, 8) == "█" * 4
-    assert view._bar(0.5 + 1 / 64, 8) == "█" * 4 + "▏"
-    assert view._bar(1e-9, 8) == "▏"
-    assert view._bar(0.0, 8) == ""
+    assert display.bar(1.0, 8) == "█" * 8
+    assert display.bar(0.5, 8) == "█" * 4
+    assert display.bar(0.5 + 1 / 64, 8) == "█" * 4 + "▏"
+    assert display.bar(1e-9, 8) == "▏"
+    assert display.bar(0.0, 8) == ""
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -200,12 +202,12 @@ def test_what_is_no_folder_of_ours(tmp_path, converted):
 
 
 def test_a_verification_is_shown(packed):
-    shown = view.verify_report(verify(packed.folder))
+    shown = reports.verify_report(verify(packed.folder))
     assert shown.as_json()["ok"] is True
     assert drawn(shown).startswith("✓ sound")
     packed.rows[0][0]["position_ids"][4] = 9
     packed.write()
-    shown = view.verify_report(verify(packed.folder))
+    shown = reports.verify_report(verify(packed.folder))
     assert shown.as_json()["ok"] is False
     assert "✗ 1 problem in" in drawn(shown)
     assert "row 0, token 4: position_ids is 9; expected 4" in drawn(shown, width=300)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ismdata.conversation import FORMAT, REASONS
 from ismdata.convert.digests import digests
 from ismdata.convert.filters import Cleaner, Cleaning, against_digests, conversations, first_match, turn_counts
-from ismdata.data.output_folder import describe_file, entries, write_index
+from ismdata.data.index import describe_file, entries, write_index
 from ismdata.errors import DataError, UsageError
 from tests.support.talks import FEW, MANY, pieces, said, table, talk
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ismdata.conversation import ROLES
 from ismdata.convert.canonical import Rules, canonical, role_table
 from ismdata.convert.explain import explain, explain_records
-from ismdata.convert.formats.base import Choices, Reader, Refused, following
+from ismdata.convert.formats.base import Choices, Reader, following
 from ismdata.convert.formats.mapped import Mapped, at, without
 from ismdata.convert.formats.registry import READERS, detect
 from ismdata.convert.guess_mapping import guessed, regrouped
@@ -24,7 +24,7 @@ from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse
 from ismdata.convert.read_block import read_records
 from ismdata.convert.sources.arguments import expand
 from ismdata.convert.sources.parts import Format, opened
-from ismdata.errors import DataError, UsageError
+from ismdata.errors import DataError, Refused, UsageError
 from tests.conftest import DATA, needs_data
 from tests.support.paths import ROOT
 

@@ -105,8 +105,8 @@ def test_the_same_bytes_from_processes(tmp_path: Path, monkeypatch: pytest.Monke
 
 SCRIPT = """
 import os, sys, time
-from ismdata import workers
-from ismdata.workers import Workers
+from ismdata.convert import worker_pool as workers
+from ismdata.convert.worker_pool import Workers
 from tests.convert.test_worker_pool import busy
 if __name__ == "__main__":
     workers._SECONDS = -1.0

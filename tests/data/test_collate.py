@@ -20,7 +20,7 @@ import ismdata
 from ismdata import masks
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.data.dataset import PackedDataset
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import varlen_tables
 from tests.support.paths import SHARED

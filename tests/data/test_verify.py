@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ismdata.choices import MASKS
 from ismdata.data import shards
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 from ismdata.data.verify import verify
 from ismdata.errors import DataError
-from ismdata.masks.intervals import MASKS
 from tests.support.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder, write_stream
 
 

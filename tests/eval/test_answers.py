@@ -14,7 +14,7 @@ from ismdata.data.shards import PackedShards
 from ismdata.eval.answers import find_answers
 from ismdata.masks.intervals import ANSWER, QUERY
 from ismdata.pack.pipeline import pack
-from ismdata.rendering.encoding import ConversationEncoder
+from ismdata.rendering.conversation_encoder import ConversationEncoder
 from tests.support.tiny import sample, write_packed
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ismdata.cli.demo import train_tokenizer
 from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
-from ismdata.data.output_folder import load_index, write_index
+from ismdata.data.index import load_index, write_index
 from ismdata.eval import pipeline as eval_run
 from ismdata.eval.bootstrap import Bootstrap
 from ismdata.eval.results import compare, read_results

@@ -10,7 +10,7 @@ import pytest
 from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.session import Session, Window
-from ismdata.pack.conversation_batch import as_template_messages
+from ismdata.rendering.messages import as_template_messages
 from tests.generate.test_session import TWO_TURNS, session_of
 from tests.support.scripted import END, CharacterEncoder, ScriptedModel
 

@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from ismdata.attention import attachment as attention
+from ismdata.attention import model_folder
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.session import Session, Window
 from ismdata.generate.terminal import COMMANDS, open_chat, run_terminal
@@ -228,7 +229,7 @@ def test_a_python_session_with_a_tokenizer_of_transformers(folder):
 
     import ismdata
 
-    model = attention.load(folder, mask="ism")
+    model = model_folder.load(folder, mask="ism")
     session = ismdata.Session(model.eval(), AutoTokenizer.from_pretrained(folder), max_new_tokens=3)
     pieces = list(session.ask("Hello"))
     assert "".join(pieces) == session.messages[-1]["content"]

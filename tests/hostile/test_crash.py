@@ -29,7 +29,7 @@ from ismdata.convert.filters import Cleaning
 from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
-from ismdata.data.output_folder import GrowingFile
+from ismdata.data.index import GrowingFile
 from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
@@ -92,7 +92,7 @@ def record_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     """Many batches, checkpoints and shards in little data, and the tokenizer loaded once."""
-    monkeypatch.setattr(ismdata.pack.tokenize, "_BATCH_CONVERSATIONS", 16)
+    monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 16)
     monkeypatch.setattr(ismdata.pack.pipeline, "_SHARD_TOKENS", 8 * SEQ_LEN)
     monkeypatch.setattr(ismdata.pack.pipeline, "_BATCH_TOKENS", 4 * SEQ_LEN)
     record_always(monkeypatch)
@@ -157,7 +157,7 @@ def death_at_line(number: int) -> Iterator[list[int]]:
     """Die at the n-th line run in the files that write; yields how many there were."""
     names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations"]
     names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/filters"]
-    files = {str(Path(ismdata.__file__).with_name(f"{name}.py")) for name in names}
+    files = {str(Path(ismdata.__file__).parent / f"{name}.py") for name in names}
     assert all(Path(file).is_file() for file in files)
     count = [0]
 
@@ -489,7 +489,7 @@ import sys, time
 import ismdata.data.journal, ismdata.pack.tokenize
 from ismdata.cli import main
 
-ismdata.pack.tokenize._BATCH_CONVERSATIONS = 8
+ismdata.data.conversations._BATCH_CONVERSATIONS = 8
 ismdata.data.journal._EVERY = ismdata.data.journal._SHARE = 0
 record = ismdata.data.journal.Journal.record
 ismdata.data.journal.Journal.record = lambda *arguments: (record(*arguments), time.sleep(0.3))

@@ -21,17 +21,18 @@ import pytest
 import torch
 
 import ismdata
-from ismdata.attention import attachment as attention
+from ismdata.attention.model_folder import load
 from ismdata.attention.models.loading import pretrained
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.errors import DataError
-from ismdata.pack.conversation_batch import as_template_messages, conversation_batch
+from ismdata.pack.conversation_batch import conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.rendering import chat_template as templates
 from ismdata.rendering import skeleton
 from ismdata.rendering.chat_template import ChatTemplate, built_in
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens
 from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.sandbox import limited
 from ismdata.rendering.template_probe import profile
 from ismdata.rendering.tokenizer import load_pretrained
@@ -188,7 +189,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LOADERS = {"train": lambda folder: pretrained(str(folder)), "chat": lambda folder: attention.load(folder, mask="ism")}
+LOADERS = {
+    "train": lambda folder: pretrained(str(folder)),
+    "chat": lambda folder: load(folder, mask="ism"),
+}
 
 
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)

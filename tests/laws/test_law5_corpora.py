@@ -20,10 +20,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ismdata.convert.pipeline import convert
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack.conversation_batch import as_template_messages, conversation_batch
+from ismdata.pack.conversation_batch import conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
 from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.messages import as_template_messages
 from tests.conftest import DATA, TEMPLATES, encoding, needs_data
 
 SAMPLE = int(os.environ.get("ISMDATA_LAW5_SAMPLE", "2"))

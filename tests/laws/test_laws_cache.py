@@ -18,7 +18,7 @@ from ismdata.data.collate import Collator
 from ismdata.generate.feeding import feed
 from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session
-from ismdata.rendering import glm_tokens as glm_layout
+from ismdata.masks import glm_positions
 from ismdata.rendering.glm_tokens import GlmTokens
 from ismdata.rendering.skeleton import Piece
 from tests.support.tiny import ANSWER, ARCHITECTURES, QUERY, SIZES, VOCABULARY, sample, spans_of, tiny_model
@@ -185,7 +185,7 @@ def one_forward(model, turns, ids, mask):
     doc_start, kv_end = masks.intervals(seq_lens, spans, seq_len=len(ids), mask=mask)
     named = {"doc_start": doc_start, "kv_end": kv_end}
     if glm:
-        first, second = glm_layout.positions(seq_lens, spans, seq_len=len(ids))
+        first, second = glm_positions.positions(seq_lens, spans, seq_len=len(ids))
         named |= {"position_ids": first, "position_ids_2": second}
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array)[None] for name, array in named.items()}

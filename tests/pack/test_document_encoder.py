@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack.conversation_batch import ConversationBatch, as_template_messages, conversation_batch
+from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
 from ismdata.pack.splitting import TurnRange, split, split_turns
 from ismdata.pack.token_runs import as_runs, taken_runs
 from ismdata.rendering.chat_template import CannotRender
 from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.messages import as_template_messages
 from tests.conftest import encoding, template_named
 
 #: Text that templates or tokenizers could take for something else, between ordinary words.

@@ -22,16 +22,17 @@ from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
+from ismdata.data.index import write_index
 from ismdata.data.invariants import Rows, Terms, check_rows
-from ismdata.data.output_folder import write_index
 from ismdata.data.problems import Problems
 from ismdata.data.shards import PackedShards, packed_schema
 from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
+from ismdata.masks.glm_positions import block_positions, positions, token_positions
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
-from ismdata.rendering.encoding import ConversationEncoder, marked_pieces
-from ismdata.rendering.glm_tokens import GlmTokens, block_positions, insert_markers, marked, positions, token_positions
+from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.glm_tokens import GlmTokens, insert_markers, marked, marked_pieces
 from ismdata.rendering.skeleton import Piece
 from tests.support.paths import SCHEMAS, SHARED
 

@@ -13,20 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.pipeline import convert
+from ismdata.data.conversations import ConvertedFolder
 from ismdata.errors import DataError
 from ismdata.memory import kept_memory
-from ismdata.pack.tokenize import Source, sampled_texts
+from ismdata.pack.tokenize import sampled_texts
 from ismdata.rendering.tokenizer_backends import stratified
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ConvertedFolder]]:
     """Folders of 400 and 250 conversations, 50 in a record batch, two batches in a file, 12 worked on at a time."""
     folder = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ismdata.convert.job._BATCH_BYTES", 1)
         patch.setattr("ismdata.data.conversations.SHARD_BYTES", 8_000)
-        patch.setattr("ismdata.pack.tokenize._BATCH_CONVERSATIONS", 12)
+        patch.setattr("ismdata.data.conversations._BATCH_CONVERSATIONS", 12)
         made = []
         for name, count in (("a", 400), ("b", 250)):
             paths = [folder / f"{name}{first}.jsonl" for first in range(0, count, 50)]
@@ -38,17 +39,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Source]]:
                 lines = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
                 path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             convert([str(path) for path in paths], folder / name)
-            made.append(Source(folder / name))
+            made.append(ConvertedFolder(folder / name))
         yield made
 
 
-def test_what_the_fixture_is_for(sources: list[Source]) -> None:
+def test_what_the_fixture_is_for(sources: list[ConvertedFolder]) -> None:
     assert len(sources[0].files) > 2
     assert len(list(sources[0].batches())) > 2 * len(sources[0].files)
 
 
 @given(st.sets(st.integers(0, 399), max_size=6))
-def test_batches_of_some_rows_are_those_of_all(sources: list[Source], rows: set[int]) -> None:
+def test_batches_of_some_rows_are_those_of_all(sources: list[ConvertedFolder], rows: set[int]) -> None:
     expected, first = [], 0
     for batch in sources[0].batches():
         if rows & set(range(first, first + len(batch))):
@@ -58,7 +59,7 @@ def test_batches_of_some_rows_are_those_of_all(sources: list[Source], rows: set[
     assert [batch.to_pylist() for batch in found] == [batch.to_pylist() for batch in expected]
 
 
-def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[Source]) -> None:
+def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[ConvertedFolder]) -> None:
     places = {0, 162, 325, 487}  # of 650 rows: the last in the second folder
     expected: list[str] = []
     first = 0
@@ -73,13 +74,13 @@ def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[Source]) -> 
     assert sampled_texts([]).to_pylist() == []
 
 
-def test_a_broken_file_among_those_sampled_is_named(sources: list[Source], tmp_path: Path) -> None:
+def test_a_broken_file_among_those_sampled_is_named(sources: list[ConvertedFolder], tmp_path: Path) -> None:
     for path in sources[1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     broken = tmp_path / sources[1].files[0].name
     broken.write_bytes(b"\0" * broken.stat().st_size)
     with pytest.raises(DataError, match=f"{broken.name}: not a readable Arrow stream"):
-        sampled_texts([Source(tmp_path)])
+        sampled_texts([ConvertedFolder(tmp_path)])
 
 
 def test_the_pool_of_before_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:

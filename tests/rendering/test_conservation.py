@@ -17,10 +17,12 @@ import pytest
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.masks.intervals import ANSWER
 from ismdata.pack import template_check as parity
-from ismdata.pack.conversation_batch import InvalidArguments, as_template_messages, conversation_batch
+from ismdata.pack.conversation_batch import conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.rendering.chat_template import CannotRender
-from ismdata.rendering.encoding import ConversationEncoder, Encoding
+from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.encoding import Encoding
+from ismdata.rendering.messages import InvalidArguments, as_template_messages
 from ismdata.rendering.renderer import Chunk, HistoryRewritten, NotRendered
 from ismdata.rendering.tracing import TextLost
 from tests.conftest import encoding

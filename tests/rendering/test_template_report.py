@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
-from ismdata.data.verify import verify, with_texts
+from ismdata.data.verify import verify
 from ismdata.errors import UsageError
 from ismdata.pack.pipeline import pack
-from ismdata.pack.verify_texts import verify_texts, words_of
+from ismdata.pack.verify_texts import verify_texts, with_texts, words_of
 from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, report, shapes_in
 from tests.conftest import TEMPLATES, encoding, template_named
 

@@ -15,7 +15,8 @@ from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
 from ismdata.rendering.chat_template import CannotRender, ChatTemplate, TemplateRefused, parse_arguments
 from ismdata.rendering.control_tokens import ControlTokens
-from ismdata.rendering.encoding import ConversationEncoder, Encoding, set_up
+from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.encoding import Encoding, set_up
 from ismdata.rendering.renderer import Chunk, HistoryRewritten
 from tests.conftest import TEMPLATES, conversations, encoding, template_named
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import ismdata.pack.tokenize
 from ismdata.convert.pipeline import convert
-from ismdata.data.output_folder import INDEX_NAME
+from ismdata.data.index import INDEX_NAME
 from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
@@ -172,7 +172,7 @@ def packed(
     """Pack the corpus, in several batches; the report and the notes."""
     loaded = set_up(str(bytes_tokenizer))
     monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
-    monkeypatch.setattr(ismdata.pack.tokenize, "_BATCH_CONVERSATIONS", 40)
+    monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 40)
 
     def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
         notes: list[str] = []
@@ -353,7 +353,10 @@ def test_the_sample_that_is_compared_is_of_the_corpus(
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", noted)
     packed()
     assert compared
-    assert compared == ismdata.pack.tokenize.sampled_texts([ismdata.pack.tokenize.Source(converted)]).to_pylist()
+    assert (
+        compared
+        == ismdata.pack.tokenize.sampled_texts([ismdata.data.conversations.ConvertedFolder(converted)]).to_pylist()
+    )
 
 
 def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ismdata import conversation
 from ismdata.data import shards
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 from tests.support import oracle
 
 SEQ_LEN = 256

@@ -21,7 +21,7 @@ from transformers import (
 from ismdata import masks
 from ismdata.data import shards
 from ismdata.data.dataset import Sample
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 

@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ismdata.attention import attachment as attention
+from ismdata.attention import model_folder
 from ismdata.attention.models.loading import open_model
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
-from ismdata.data.output_folder import load_index, write_index
+from ismdata.data.index import load_index, write_index
 from ismdata.errors import DataError, UsageError
 from ismdata.train import export as model_out
 from ismdata.train import metrics
@@ -111,7 +112,7 @@ def test_adapters_are_trained_alone_and_merged(packed, model, tmp_path):
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     losses = [float(line["loss"]) for line in curve(output)]
     assert losses[-1] < losses[0]
-    merged = attention.load(output)
+    merged = model_folder.load(output)
     batch = Collator()([PackedDataset(packed)[row] for row in range(8)])
     with torch.no_grad():
         assert float(merged(**batch).loss) < losses[0]

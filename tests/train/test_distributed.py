@@ -36,7 +36,7 @@ def two(tmp_path_factory):
     (folder / "in use" / "notes.txt").touch()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(ROOT / "tests" / "distributed_worker.py")
+    script = str(ROOT / "tests" / "support" / "distributed_worker.py")
     result = subprocess.run([*torchrun, script, str(folder)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return folder

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config
 
 from ismdata.attention import attachment as attention
+from ismdata.attention import model_folder
 from ismdata.attention.models import loading as base_model
 from ismdata.attention.models.presets import PRESETS, preset_model
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.data.dataset import PackedDataset
-from ismdata.data.output_folder import write_index
+from ismdata.data.index import write_index
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.train.pipeline import METRICS, train
 from tests.support.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
@@ -96,7 +97,7 @@ def test_metrics_and_lines(trained, packed):
 
 def test_the_saved_model_is_the_trained_one_with_its_mask(trained, packed):
     output, report, _ = trained
-    model = attention.load(output)
+    model = model_folder.load(output)
     assert model.config.ismdata_mask == "ism"
     dataset = PackedDataset(packed)
     with torch.no_grad():
@@ -295,7 +296,7 @@ def test_a_gguf_file_is_trained_like_the_model_it_holds(packed, small_model, tmp
     config = json.loads((tmp_path / "file" / "config.json").read_text())
     assert config["ismdata_mask"] == "ism"
     assert "quantization_config" not in config
-    assert attention.load(tmp_path / "file").dtype == torch.float32
+    assert model_folder.load(tmp_path / "file").dtype == torch.float32
 
 
 def test_a_missing_gguf_package_is_named(packed, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ismdata.attention.attachment import refuse_pickles
+from ismdata.attention.model_folder import refuse_pickles
 from ismdata.attention.models.presets import PRESETS, preset_model
 from ismdata.data.dataset import PackedDataset
-from ismdata.errors import DataError, UsageError
+from ismdata.errors import DataError
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
-from ismdata.train.options import TrainOptions
 
 TOKENIZER_NAME = "tokenizer"
 
@@ -140,25 +138,3 @@ def tokenizer_files(packed: Path) -> list[Path]:
             f"{folder}: no tokenizer files; expected those that `ismdata pack` saves. Pack the corpus again"
         )
     return files
-
-
-def with_lora(model: PreTrainedModel, options: TrainOptions) -> nn.Module:
-    """The attached model with low-rank adapters on all linear layers but the head; they alone are trained.
-
-    Raises UsageError where peft is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError(f"--lora needs peft ({error}). Install it: pip install 'ismdata[lora]'") from error
-    # peft looks for the base model's config where it was loaded from, and a GGUF file has none beside it.
-    warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
-    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    adapted: nn.Module = get_peft_model(model, config)
-    return adapted

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ismdata.bench.report import machine_line, number, svg_text
-from ismdata.cli.views.folders import View
+from ismdata.display import View
 
 _WIDTH, _ROW, _LABEL, _BAR, _TOP = 1140, 24, 190, 420, 66
 _COLOURS = {"yardstick": "#b9bec6", "sdpa": "#c58a2b", "flex": "#3f8f6b", "varlen": "#2563a8"}
@@ -248,7 +248,7 @@ def _panel(rows: Sequence[AttentionRow], title: str, top: float) -> tuple[list[s
                 f" · {_shown(row.ratio, unit='× the yardstick’s time')}" if row.backend != "yardstick" and whole else ""
             )
             said = said if whole else f"forward only: {rate(speed)} · {_shown(row.forward, 1e3, 'ms')}"
-        parts += _bar(y, f"{row.backend}, {row.mask}", row.backend, speed / most, said, pale=not whole)
+        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, speed / most, said, pale=not whole)
     for row in rows:
         if row.backend == "yardstick" and row.tflops:
             x = _LABEL + _BAR * row.tflops / most
@@ -268,11 +268,11 @@ def _step_panel(rows: Sequence[StepRow], title: str, top: float) -> tuple[list[s
             said = f"{_shown(row.seconds, 1e3, 'ms')} · {_shown(row.tokens_per_second)} tokens/s"
             said += f" · {_shown(row.ratio, unit='× causal')}" if row.ratio is not None and row.mask != "causal" else ""
         y = top + 24 + at * _ROW
-        parts += _bar(y, f"{row.backend}, {row.mask}", row.backend, (row.seconds or 0.0) / most, said)
+        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, (row.seconds or 0.0) / most, said)
     return parts, top + 24 + len(rows) * _ROW + 14
 
 
-def _bar(y: float, label: str, backend: str, share: float, said: str, *, pale: bool = False) -> Iterator[str]:
+def bar(y: float, label: str, backend: str, share: float, said: str, *, pale: bool = False) -> Iterator[str]:
     """A label, a bar of a share of the width, and what stands behind it."""
     length = _BAR * share
     yield svg_text(_LABEL - 10, y + 13, label, anchor="end", size=12)

@@ -26,9 +26,10 @@ from ismdata.bench.attention.training_steps import training_steps
 from ismdata.bench.attention.workload import Workload, sharegpt_like
 from ismdata.bench.report import machine
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
+from ismdata.choices import MASKS
 from ismdata.data.output_folder import output_folder
 from ismdata.errors import UsageError
-from ismdata.masks.intervals import BLOCK_SIZE, MASKS
+from ismdata.masks.intervals import BLOCK_SIZE
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 PARTS = ("attention", "step")

@@ -19,9 +19,9 @@ from ismdata.attention.models.presets import preset_config
 from ismdata.bench.attention.report import StepRow
 from ismdata.bench.attention.workload import Workload, sharegpt_like
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
+from ismdata.choices import MASKS
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import Sample
-from ismdata.masks.intervals import MASKS
 
 #: Causal first: the others are compared with it.
 _MASKS_IN_TURN = sorted(MASKS, key=lambda mask: mask != "causal")

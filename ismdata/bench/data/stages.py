@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from ismdata.choices import TokenizerBackend
     from ismdata.pack.pipeline import PackReport
-    from ismdata.rendering.tokenizer_backends import BackendName
 
 #: Texts and bytes that yardsticks get at a time, about what `pack` gives a tokenizer.
 _TEXTS_AT_ONCE = 32_768
@@ -78,7 +78,7 @@ def pack(
     tokenizer: str,
     chat_template: str | None,
     seq_len: int,
-    backend: BackendName,
+    backend: TokenizerBackend,
 ) -> dict[str, Any]:
     """`pack` against its tokenizer alone: on the texts of all messages (`yardstick`), and on those that `pack` gives
     it (`same`), with what the template writes around messages. `setup` is what `ours` does before it begins: loading
@@ -115,7 +115,7 @@ def road(
     tokenizer: str,
     chat_template: str | None,
     seq_len: int,
-    backend: BackendName,
+    backend: TokenizerBackend,
 ) -> dict[str, Any]:
     """`convert` and `pack` one after the other; `setup` as in `pack`."""
     from ismdata.convert.pipeline import convert
@@ -188,7 +188,7 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def _packing(
-    converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: BackendName
+    converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: TokenizerBackend
 ) -> Callable[[], PackReport]:
     """The call of `pack` that is measured, imported already."""
     from ismdata.pack.pipeline import pack
@@ -216,7 +216,7 @@ def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
         yield batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
 
 
-def _texts_encoded(run: Callable[[], object], backend: BackendName) -> list[pa.LargeStringArray]:
+def _texts_encoded(run: Callable[[], object], backend: TokenizerBackend) -> list[pa.LargeStringArray]:
     """The texts that a run gives to its tokenizer, in no certain order."""
     from ismdata.rendering.tokenizer_backends import Gigatoken, Reference
 
@@ -243,7 +243,7 @@ def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArra
             contents = contents[taken:]
 
 
-def _setup(tokenizer: str, chat_template: str | None, backend: BackendName) -> Callable[[], object]:
+def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend) -> Callable[[], object]:
     """What `pack` does before it reads: done once already, so that nothing is imported or cached in one job only."""
     from ismdata.rendering.encoding import set_up
     from ismdata.rendering.tokenizer_backends import Gigatoken
@@ -259,7 +259,7 @@ def _setup(tokenizer: str, chat_template: str | None, backend: BackendName) -> C
     return setup
 
 
-def _encoder(tokenizer: str, backend: BackendName) -> Callable[[Any], object]:
+def _encoder(tokenizer: str, backend: TokenizerBackend) -> Callable[[Any], object]:
     """A tokenizer alone, texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
     from ismdata.rendering.tokenizer import load_pretrained
 
@@ -273,7 +273,7 @@ def _encoder(tokenizer: str, backend: BackendName) -> Callable[[Any], object]:
     return encode
 
 
-def _given(texts: pa.LargeStringArray, backend: BackendName) -> Any:
+def _given(texts: pa.LargeStringArray, backend: TokenizerBackend) -> Any:
     """Texts in the form that the tokenizer takes fastest, made before the clock runs."""
     if backend == "hf":
         return texts.to_pylist()

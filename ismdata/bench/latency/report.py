@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ismdata.bench.report import machine_line, number, svg_text
-from ismdata.cli.views.folders import View
+from ismdata.display import View
 
 #: Counted operations may differ from the formula by this share.
 TOLERANCE = 0.02

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ismdata.cli.views.folders import View
+from ismdata.display import View
 
 #: Turns that are shown; eval.json has all.
 _TURNS = 20
@@ -27,7 +27,7 @@ def eval_report(facts: dict[str, Any], output: str | None) -> View:
         f"{overall['target_tokens']:,} tokens in {overall['answers']:,} answers of {overall['conversations']:,} "
         "conversations"
     )
-    parts: list[RenderableType] = [title, _heading("answers", what), _likelihoods(facts)]
+    parts: list[RenderableType] = [title, heading("answers", what), _likelihoods(facts)]
     if generation := facts["generation"]:
         parts += _generation(generation)
     if comparison := facts["comparison"]:
@@ -54,7 +54,7 @@ def _generation(generation: dict[str, Any]) -> list[RenderableType]:
     table.add_row("BLEU", *_estimate(generation["bleu"], 2), generation["bleu"]["signature"])
     table.add_row("chrF", f"{generation['chrf']['value']:.2f}", "", generation["chrf"]["signature"])
     table.add_row("ROUGE-L", f"{generation['rouge_l']['value']:.2f}", "", "")
-    return [_heading("generated", told), Padding(table, (0, 0, 0, 2), expand=False)]
+    return [heading("generated", told), Padding(table, (0, 0, 0, 2), expand=False)]
 
 
 def _comparison(comparison: dict[str, Any]) -> list[RenderableType]:
@@ -66,10 +66,10 @@ def _comparison(comparison: dict[str, Any]) -> list[RenderableType]:
         if row is not None:
             p_value = "" if row["p_value"] is None else f"{row['p_value']:.4f}"
             table.add_row(name, *_estimate(row, digits, signed=True), p_value)
-    heading = _heading("compared", f"this less {other['folder']}: {other['model']['name']}, mask {other['mask']}")
+    compared = heading("compared", f"this less {other['folder']}: {other['model']['name']}, mask {other['mask']}")
     left_out = comparison["bleu_left_out"]
     notes = [Text(f"  No difference in BLEU: {left_out}.", style="yellow")] if left_out else []
-    return [heading, Padding(table, (0, 0, 0, 2), expand=False), *notes]
+    return [compared, Padding(table, (0, 0, 0, 2), expand=False), *notes]
 
 
 def _estimate(estimate: dict[str, Any], digits: int, *, signed: bool = False) -> tuple[str, str]:
@@ -88,5 +88,5 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _heading(text: str, rest: str) -> Text:
+def heading(text: str, rest: str) -> Text:
     return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))

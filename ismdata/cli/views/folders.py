@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,26 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
 from ismdata.data import shards
-from ismdata.data.output_folder import INDEX_NAME, ShardFile, load_index, read_index
-from ismdata.data.verify import VerifyReport
+from ismdata.data.index import INDEX_NAME, ShardFile, load_index, read_index
+from ismdata.display import View, histogram_bars, numbers, quarantine, share_bar, title
 from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
 
 if TYPE_CHECKING:
-    from ismdata.convert.explain import Explanation
-    from ismdata.convert.pipeline import ConvertReport
-    from ismdata.pack.pipeline import PackReport
-    from ismdata.train.pipeline import TrainReport
+    pass
 
-_BAR_WIDTH = 32
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 #: Histograms have a bar for each value up to this maximum, beyond it a bar for each doubling.
 _SINGLE_BARS = 12
@@ -46,20 +37,6 @@ _SINGLE_BARS = 12
 _NAMED = 8
 #: Sources that are listed; of more there is only the sum.
 _LISTED = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """Facts and their drawing: `as_json()` for programs, printable by rich for people."""
-
-    facts: dict[str, Any]
-    drawing: RenderableType
-
-    def as_json(self) -> dict[str, Any]:
-        return self.facts
-
-    def __rich__(self) -> RenderableType:
-        return self.drawing
 
 
 # ---- folders ----
@@ -241,222 +218,32 @@ def _draw_packed(facts: dict[str, Any]) -> RenderableType:
     layout = "" if facts["layout"] == "plain" else f"layout {facts['layout']} · "
     head = f"mask {facts['mask']} · {layout}{facts['seq_len']:,} tokens a sequence"
     return Group(
-        _title(facts["folder"], head + (f" · tokenizer {facts['tokenizer']}" if facts["tokenizer"] else "")),
-        _numbers(
+        title(facts["folder"], head + (f" · tokenizer {facts['tokenizer']}" if facts["tokenizer"] else "")),
+        numbers(
             ("conversations", facts["conversations"], " · ".join(handled)),
             ("documents", facts["documents"], ""),
             ("sequences", facts["sequences"], extra),
-            ("tokens", facts["tokens"], _share(facts["fill"], "of all places filled", "cyan")),
-            ("targets", facts["target_tokens"], _share(facts["target_share"], "of the tokens trained", "green")),
+            ("tokens", facts["tokens"], share_bar(facts["fill"], "of all places filled", "cyan")),
+            ("targets", facts["target_tokens"], share_bar(facts["target_share"], "of the tokens trained", "green")),
         ),
-        *_bars("tokens per document", facts["lengths"]),
-        *_bars("answers per document", facts["answers"]),
-        *_quarantine(facts),
+        *histogram_bars("tokens per document", facts["lengths"]),
+        *histogram_bars("answers per document", facts["answers"]),
+        *quarantine(facts),
     )
 
 
 def _draw_converted(facts: dict[str, Any]) -> RenderableType:
     total = max(facts["messages"], 1)
     return Group(
-        _title(facts["folder"], "conversations"),
-        _numbers(
+        title(facts["folder"], "conversations"),
+        numbers(
             ("conversations", facts["conversations"], ""),
             ("messages", facts["messages"], ""),
-            *((f"  {role}", count, _share(count / total, "", "cyan")) for role, count in facts["roles"].items()),
+            *((f"  {role}", count, share_bar(count / total, "", "cyan")) for role, count in facts["roles"].items()),
         ),
-        *_bars("turns per conversation", facts["turns"]),
-        *_quarantine(facts),
+        *histogram_bars("turns per conversation", facts["turns"]),
+        *quarantine(facts),
     )
-
-
-def _title(name: str, rest: str) -> Text:
-    return Text.assemble((name, "bold"), "  ", (rest, "dim"))
-
-
-def _heading(text: str, rest: str = "") -> Text:
-    return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))
-
-
-def _numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(justify="right")
-    table.add_column()
-    for name, number, rest in lines:
-        table.add_row(name, f"{number:,}", rest)
-    return Padding(table, (1, 0, 0, 2))
-
-
-def _bar(share: float, width: int = _BAR_WIDTH) -> str:
-    """A horizontal bar, to an eighth of a character; anything above nothing shows."""
-    eighths = max(round(share * width * 8), 1 if share > 0 else 0)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-
-
-def _share(share: float, what: str, style: str) -> Text:
-    return Text.assemble((f"{_bar(share, 20):<20}", style), f" {share:6.1%} {what}".rstrip())
-
-
-def _bars(title: str, bars: list[dict[str, int]]) -> list[RenderableType]:
-    if not bars:
-        return []
-    table = Table.grid(padding=(0, 1))
-    table.add_column(justify="right", style="dim")
-    table.add_column(style="cyan")
-    table.add_column(justify="right")
-    tallest = max(bar["count"] for bar in bars)
-    for bar in bars:
-        name = f"{bar['from']:,}" if bar["from"] == bar["to"] else f"{bar['from']:,}–{bar['to']:,}"
-        table.add_row(name, f"{_bar(bar['count'] / tallest):<{_BAR_WIDTH}}", f"{bar['count']:,}")
-    return [_heading(title), Padding(table, (0, 0, 0, 2))]
-
-
-def _quarantine(facts: dict[str, Any]) -> list[RenderableType]:
-    refused = sum(facts["quarantined"].values())
-    if not refused:
-        return [_heading("quarantine", f"none of {facts['read']:,} read")]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="yellow", no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column()
-    for reason, count in sorted(facts["quarantined"].items(), key=lambda item: -item[1]):
-        table.add_row(reason, f"{count:,}", conversation.REASONS.get(reason, ""))
-        if first := facts["first_refusals"].get(reason):
-            table.add_row("", "", Text(row_view.printable(f"{first['source']}: {first['detail']}"), "dim"))
-    return [_heading("quarantine", f"{refused:,} of {facts['read']:,} read"), Padding(table, (0, 0, 0, 2))]
 
 
 # ---- what commands have done ----
-
-
-def verify_report(report: VerifyReport) -> View:
-    """What `verify` found: the counts and that all is well, or every problem."""
-    facts = {
-        "folder": str(report.folder),
-        "format": report.format,
-        "ok": report.ok,
-        "counts": report.counts,
-        "problems": report.problems,
-    }
-    if report.ok:
-        counts = " · ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
-        return View(facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {report.folder}: {counts}"))
-    number = len(report.problems)
-    head = Text.assemble(
-        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
-    )
-    # A path is of use only whole: no wrapping inside it.
-    problems = [
-        Text(f"  {row_view.printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems
-    ]
-    return View(facts=facts, drawing=Group(head, *problems))
-
-
-def convert_report(report: ConvertReport) -> View:
-    """What `convert` has read and written."""
-    first = {reason: {"source": one.source, "detail": one.detail} for reason, one in report.first.items()}
-    facts = {
-        "output": str(report.output),
-        "read": report.read,
-        "written": report.written,
-        "quarantined": report.quarantined,
-        "duplicates": report.duplicates,
-        "parts": report.parts,
-        "first_refusals": first,
-        "sources": [
-            {
-                "name": source.name,
-                "layout": source.layout,
-                "format": source.format,
-                "records": source.records,
-                "left_aside": list(source.left_aside),
-            }
-            for source in report.sources
-        ],
-        "notes": list(report.notes),
-        "ignored_fields": report.ignored_fields,
-        "shards": report.shards,
-        "seconds": report.seconds,
-    }
-    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED]]
-    if rest := report.sources[_LISTED:]:
-        sources.append((f"… and {len(rest):,} more sources", sum(one.records for one in rest), ""))
-    parts = [
-        _title(str(report.output), f"{report.read:,} read, {report.written:,} written in {report.seconds:.1f} s"),
-        _numbers(*sources),
-        *_quarantine(facts),
-    ]
-    if report.parts:
-        parts.append(_heading("parts", ", ".join(f"{name} {rows:,}" for name, rows in report.parts.items())))
-    if report.duplicates:
-        dropped = "" if {"duplicate", "near_duplicate"} & report.quarantined.keys() else "; --dedup exact drops them"
-        parts.append(_heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
-    if left := [name for source in report.sources for name in source.left_aside]:
-        parts.append(
-            _heading(
-                "files left aside", ", ".join(left[:8]) + (f" and {len(left) - 8:,} more" if len(left) > 8 else "")
-            )
-        )
-    if report.ignored_fields:
-        names = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_fields.items())
-        parts.append(_heading("fields left aside", names))
-    parts += [_heading("note", text) for text in report.notes]
-    return View(facts=facts, drawing=Group(*parts))
-
-
-def explanation(found: Explanation) -> View:
-    """What a source would be taken for, its first record as it would be read, and a mapping to start from."""
-    return View(facts=found.as_json(), drawing=Text(found.text()))
-
-
-def pack_report(report: PackReport) -> View:
-    """What `pack` has made; `ismdata inspect` shows the rest."""
-    first = {one.reason: {"source": one.source, "detail": one.detail} for one in reversed(report.first_refusals)}
-    facts = {
-        "output": str(report.output),
-        **report.counts,
-        **report.totals,
-        "first_refusals": first,
-        "notes": list(report.notes),
-        "seconds": report.seconds,
-    }
-    bound = report.totals["lower_bound_sequences"]
-    names = ("conversations", "documents", "sequences", "tokens", "target_tokens", "padding_tokens")
-    notes = {"sequences": f"lower bound {bound:,}"}
-    drawing = Group(
-        _title(str(report.output), f"packed in {report.seconds:.1f} s"),
-        _numbers(*((name.replace("_", " "), report.totals[name], notes.get(name, "")) for name in names)),
-        *_quarantine(facts),
-    )
-    return View(facts=facts, drawing=drawing)
-
-
-def train_report(report: TrainReport) -> View:
-    """What a training run did."""
-    facts = {
-        "output": str(report.output),
-        "mask": report.mask,
-        "backend": report.backend,
-        "parameters": report.parameters,
-        "steps": report.steps,
-        "first_loss": report.first_loss,
-        "last_loss": report.last_loss,
-        "tokens": report.tokens,
-        "target_tokens": report.target_tokens,
-        "seconds": report.seconds,
-        "device": report.device,
-        "dtype": report.dtype,
-    }
-    drawing = Group(
-        _title(
-            str(report.output),
-            f"mask {report.mask} by {report.backend} · {report.device}, {report.dtype} · {report.seconds:.0f} s",
-        ),
-        _numbers(
-            ("parameters", report.parameters, ""),
-            ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
-            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} a second"),
-            ("targets", report.target_tokens, ""),
-        ),
-    )
-    return View(facts=facts, drawing=drawing)

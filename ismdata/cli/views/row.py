@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ismdata.data.shards import PackedShards, Sequence
+from ismdata.display import _PICTURES, printable
 from ismdata.masks.intervals import intervals
 
 KINDS = ("prompt", "query", "answer")
@@ -29,14 +30,7 @@ _STYLES = {"prompt": "magenta", "query": "blue", "answer": "green"}
 _CELLS = 64
 _BEHIND, _AHEAD = "cyan", "yellow"
 
-#: Control characters as their pictures: a corpus must not be able to move the cursor of whoever looks at it.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
 _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def printable(text: str) -> str:
-    """Text without control characters other than tabs and line breaks."""
-    return text.translate(_PICTURES)
 
 
 def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ismdata.cli.views.row import draw_spans, printable
+from ismdata.cli.views.row import draw_spans
+from ismdata.display import printable
 
 #: What the report says where an answer's end is trained.
 _TRAINED = {

@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.convert.columnar import BLANKS, flat_list, held, mask, offsets_of, per_record
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.arrays import offsets_of
+from ismdata.convert.columnar import BLANKS, flat_list, held, mask, per_record
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import spoken
+from ismdata.errors import Refused, shown
 
 _TEXTS = ("instruction", "input", "output", "system", "tools")
 _SCHEMA = pa.schema(

@@ -10,40 +10,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ismdata.choices import Paths, Preference, Side
+from ismdata.errors import Refused
+
 #: Fields that can name a record, the first one present wins.
 ID_FIELDS = ("id", "conversation_id", "dialogue_id", "dialog_id", "uuid")
-
-#: How much of a found value an error message shows.
-_SHOWN = 80
-
-
-#: Which side of a talk between two people is trained; "both" makes one conversation for each side.
-Side = Literal["second", "first", "both"]
-#: Which answers of a pair of a better and a worse one are read.
-Preference = Literal["chosen", "rejected"]
-#: Which paths of a tree of messages are read: each from the root to a leaf, or the best-ranked one.
-Paths = Literal["all", "best"]
-
-
-class Refused(Exception):
-    """One record cannot be used: `reason` is a key of `conversation.REASONS`, `detail` the sentence a person reads."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-
-def shown(value: object) -> str:
-    """A value as an error message shows it: its repr, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.errors import Refused, shown
 
 #: Content types that are no part of what was said: thoughts, settings.
 _ASIDE = frozenset({"user_editable_context", "model_editable_context", "thoughts", "reasoning_recap"})

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, take_id
 from ismdata.convert.formats.speakers import alternating, spoken
+from ismdata.errors import Refused, shown
 
 
 @dataclass(frozen=True, kw_only=True)

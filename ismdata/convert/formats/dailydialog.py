@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.convert.columnar import BLANKS, flat_list, mask, offsets_of
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, Refused, Side, kind_of, shown
+from ismdata.arrays import offsets_of
+from ismdata.choices import Side
+from ismdata.convert.columnar import BLANKS, flat_list, mask
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken, turns
+from ismdata.errors import Refused, shown
 
 END_OF_UTTERANCE = "__eou__"
 #: XDailyDialog has topic, acts and emotions beside the text: columns of numbers, one for the line or one an utterance.

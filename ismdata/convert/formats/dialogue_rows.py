@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, Refused, Side, fields_of, kind_of, shown
+from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of
 from ismdata.convert.formats.speakers import played
 from ismdata.convert.sources.grouping import by_key, in_order
+from ismdata.errors import Refused, shown
 
 #: The usual names of the columns, without regard to case and to what is no letter; the first one present is read.
 _DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "sessionid", "threadid")

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ismdata.choices import Preference
 from ismdata.convert.formats.alpaca import ALPACA
-from ismdata.convert.formats.base import Draft, Preference, Reader, Refused, fields_of, shown
+from ismdata.convert.formats.base import Draft, Reader, fields_of
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
+from ismdata.errors import Refused, shown
 
 _LABELS = ("label", "kto_tag")
 #: What a record can be beside its label.

@@ -9,21 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.columnar import flat_list, mask, per_record
-from ismdata.convert.formats.base import (
-    ID_FIELDS,
-    Block,
-    Columns,
-    Draft,
-    Reader,
-    Refused,
-    Side,
-    fields_of,
-    kind_of,
-    take_id,
-)
+from ismdata.convert.formats.base import ID_FIELDS, Block, Columns, Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import alternating, played, spoken, turns
+from ismdata.errors import Refused
 
 #: Where an object keeps such a list, as Parquet files and saved datasets do; the first one present is read. Not in
 #: "turns", see below.

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from ismdata.choices import Side
 from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, Refused, Side, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.dialogue_rows import cell_id, group_of, shared, speaker_of
 from ismdata.convert.formats.speakers import alternating, played
 from ismdata.convert.formats.training_flags import TRAINING_FLAGS
 from ismdata.convert.sources.grouping import by_key, in_order
+from ismdata.errors import Refused, shown
 
 #: The path of a record itself.
 WHOLE = "."

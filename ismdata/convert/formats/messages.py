@@ -10,26 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import MOST_WEIGHT, parse_json
 from ismdata.convert.columnar import flat_list, held, mask, per_record
 from ismdata.convert.columnar_extras import Plain, apart, columns_of_records, ids_of, meta_of, rest_of
-from ismdata.convert.formats.base import (
-    Block,
-    Columns,
-    Draft,
-    Reader,
-    Refused,
-    Side,
-    fields_of,
-    kind_of,
-    shown,
-    take_id,
-)
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, spread, system_blocks, tools_of
 from ismdata.convert.formats.speakers import alternating, turns
 from ismdata.convert.formats.training_flags import TRAINING_FLAGS
 from ismdata.convert.sources.blocks import TableBlock
+from ismdata.errors import Refused, shown
 
 #: Message fields that keep their names in all formats, and the Arrow type that the fast road takes them as.
 _OPTIONAL = {

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, kind_of, shown
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of
+from ismdata.errors import Refused, shown
 
 _TURN = re.compile(r"turn_([0-9]{1,9})")
 _OPENING = re.compile(r"\s*<\|(Human|Inner Thoughts|Commands|Tool Responses|Results|MOSS)\|>:?")

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.utterances import UTTERANCES
+from ismdata.errors import Refused, shown
 
 #: The two fields of one exchange, as corpora name them; the first ones present together are read.
 EXCHANGES = (

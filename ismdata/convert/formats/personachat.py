@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, Refused, Side, kind_of, shown
+from ismdata.choices import Side
+from ismdata.convert.formats.base import Block, Draft, Place, Reader, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.convert.sources.grouping import by_start
+from ismdata.errors import Refused, shown
 
 _NUMBERED = re.compile(r"([0-9]{1,9}) (.*)", re.DOTALL)
 _OWN, _PARTNER = "your persona: ", "partner's persona: "

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Preference, Reader, Refused, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.pairs import system_of
 from ismdata.convert.formats.separated import marked_turns
 from ismdata.convert.formats.speakers import spoken
+from ismdata.errors import Refused, shown
 
 #: The two answers, as corpora name them.
 _SIDES = (

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI
 from ismdata.convert.formats.pairs import exchange_of, messages_of, system_of
+from ismdata.errors import Refused
 
 #: Beside an instruction, what it is about: it follows after a line break, as Alpaca's `input` does.
 _CONTEXTS = ("input", "context")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, Refused, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.errors import Refused
 
 _STORIES = ("story", "context", "passage")
 _TEXTS = ("input_text", "text")

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Reader, Refused, Side, fields_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, take_id
 from ismdata.convert.formats.pairs import exchange_of, system_of
 from ismdata.convert.formats.speakers import played, spoken
 from ismdata.convert.formats.templated import templated_turns, with_calls
+from ismdata.errors import Refused, shown
 
 #: Where a record keeps its dialogue; the first one that holds a string is read.
 _FIELDS = ("conversation", "dialogue", "dialog", "chat", "text", "input", "plain_text")

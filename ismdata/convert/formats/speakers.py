@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.convert.formats.base import Refused, Side, shown
+from ismdata.choices import Side
+from ismdata.errors import Refused, shown
 
 #: One way to see a talk: what it is called among the ways to see the same talk, and the role of each speaker.
 Cast = tuple[str, dict[str, str]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.canonical import parse_json
-from ismdata.convert.formats.base import Refused, shown
+from ismdata.errors import Refused, shown
 
 #: The system prompt in the first question of Llama 2.
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>", re.DOTALL)

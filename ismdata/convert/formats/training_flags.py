@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ismdata.convert.formats.base import Refused, shown
+from ismdata.errors import Refused, shown
 
 #: Fields whose `true` says that the answer is trained, and fields whose `true` says that it is not.
 _TRAINED = ("train", "trainable", "training", "trained", "train_on_turn", "loss", "loss_mask", "step_loss_mask")

@@ -13,10 +13,12 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ismdata.choices import Paths
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Block, Draft, Paths, Place, Reader, Refused, fields_of, kind_of, shown
+from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of
 from ismdata.convert.sources.grouping import Group, GroupBlock, by_key, narrowed, number_of
+from ismdata.errors import Refused, shown
 
 #: The most that the paths of one tree may come to, in characters and `_MESSAGE_COST` for each message: the beginnings
 #: repeat, so that a small file can mean any amount of text.

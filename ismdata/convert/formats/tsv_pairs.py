@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, Refused, Side, kind_of
+from ismdata.choices import Side
+from ismdata.convert.formats.base import Block, Columns, Draft, Reader, kind_of
 from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, pieces_of
 from ismdata.convert.formats.speakers import alternating, spoken
+from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Reader, Refused, Side, fields_of, kind_of, shown, take_id
+from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI, SIDES
 from ismdata.convert.formats.speakers import alternating, played
+from ismdata.errors import Refused, shown
 
 #: Where a record keeps its utterances; the first one present is read.
 _LISTS = (

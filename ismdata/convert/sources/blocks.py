@@ -18,8 +18,8 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from ismdata.convert.canonical import parse_json
-from ismdata.convert.formats.base import ID_FIELDS, Refused, shown
-from ismdata.errors import DataError
+from ismdata.convert.formats.base import ID_FIELDS
+from ismdata.errors import DataError, Refused, shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ismdata.convert.formats.base import Refused
 from ismdata.convert.sources.blocks import Unread, ValueBlock
 from ismdata.convert.sources.framing import BLOCK_BYTES, MAX_RECORD_BYTES, ByteQueue, Framed
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Refused
 
 #: What cells are parted by, and what files of such rows are called.
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}

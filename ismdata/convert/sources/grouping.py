@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.convert.formats.base import Block, Place, Refused
+from ismdata.convert.formats.base import Block, Place
 from ismdata.convert.sources.blocks import TableBlock
+from ismdata.errors import Refused
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
 #: Rows in a block of groups, roughly: enough to share the work out, few enough to keep the results small.

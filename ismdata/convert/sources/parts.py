@@ -9,14 +9,14 @@ from itertools import chain, islice
 import numpy as np
 import pyarrow as pa
 
-from ismdata.convert.formats.base import Block, Choices, Place, Reader, Refused, following, shown
+from ismdata.convert.formats.base import Block, Choices, Place, Reader, following
 from ismdata.convert.formats.registry import READERS, detect
 from ismdata.convert.sources.archives import Part
 from ismdata.convert.sources.arguments import SavedDataset, Source
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, framing_of, skip_mark
 from ismdata.convert.sources.framing import ByteQueue, Framed
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Refused, shown
 
 Placed = tuple[Block, Place]
 

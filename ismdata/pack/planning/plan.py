@@ -27,6 +27,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
+from ismdata.arrays import offsets_of
 from ismdata.errors import UsageError
 from ismdata.memory import keep_freed_blocks
 from ismdata.pack.planning.best_fit import Bins
@@ -76,7 +77,7 @@ class Plan:
     @property
     def offsets(self) -> NDArray[np.int64]:
         """Where in `order` each row starts, int64[R + 1]; the last is D."""
-        return _starts(self.row_documents)
+        return offsets_of(self.row_documents)
 
 
 def lower_bound(lengths: ArrayLike, seq_len: int) -> int:
@@ -113,13 +114,6 @@ def _threads() -> int:
 
 def _random(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=stream)))
-
-
-def _starts(sizes: NDArray[Any]) -> NDArray[np.int64]:
-    """Where each of so many things begins when they are laid end to end, int64[N + 1]; the last is their sum."""
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    return starts
 
 
 def _piece(documents: int, seq_len: int) -> int:
@@ -200,7 +194,7 @@ def _sort_pieces(
     is how many there are. Raises UsageError for a length out of range.
     """
     before = np.zeros((len(pieces.sizes) + 1, seq_len + 1), np.uint32)
-    starts = _starts(pieces.sizes)
+    starts = offsets_of(pieces.sizes)
 
     def sort(number: int) -> None:
         own = pieces.take(number, lengths)
@@ -224,10 +218,10 @@ def _merge_pieces(
     `_sort_pieces` leaves them.
     """
     merged = np.empty(pieces.documents, np.uint32)
-    starts = _starts(pieces.sizes)
+    starts = offsets_of(pieces.sizes)
     total = before[-1]
     first = _random(seed, _OF_LENGTHS).integers(0, len(pieces.sizes), size=len(total))  # the piece each begins with
-    begins = _starts(total)[:-1] - before[first, np.arange(len(total))]
+    begins = offsets_of(total)[:-1] - before[first, np.arange(len(total))]
     inside = np.arange(pieces.sizes[0])
 
     def merge(number: int) -> None:
@@ -235,7 +229,7 @@ def _merge_pieces(
         # where a length goes on in `merged`, less where it begins in this piece
         shift = begins + before[number]
         shift += np.where(number < first, total, 0)
-        shift -= _starts(count)[:-1]
+        shift -= offsets_of(count)[:-1]
         places = np.repeat(shift, count)
         places += inside[: len(places)]
         merged[places] = by_length[starts[number] : starts[number + 1]]
@@ -260,7 +254,7 @@ class _Parts:
         parts = 1 << (most.bit_length() - 1)  # a power of two, as cores are: none is left without work at the end
         deals = -(-count // _BINS_DEALT_TOGETHER)
         owner = np.repeat(np.arange(len(count)), deals)
-        first = (np.arange(len(owner)) - _starts(deals)[owner]) * _BINS_DEALT_TOGETHER
+        first = (np.arange(len(owner)) - offsets_of(deals)[owner]) * _BINS_DEALT_TOGETHER
         part = _random(seed, _OF_ROWS).integers(0, parts, size=len(owner))
         by_part = np.argsort(part, kind="stable")
         owner, first = owner[by_part], first[by_part]
@@ -268,7 +262,7 @@ class _Parts:
             owner=owner,
             first=first,
             bins=np.minimum(count[owner] - first, _BINS_DEALT_TOGETHER),
-            starts=_starts(np.bincount(part, minlength=parts)),
+            starts=offsets_of(np.bincount(part, minlength=parts)),
         )
 
 
@@ -285,19 +279,19 @@ def _lay_down(
     most, first_order, kinds = _orders(bins, size, seed)
     rows_of = [_neighbours(order, kind.places.shape[1]) for kind in kinds]
     parts = _Parts.of(bins.count, seed)
-    first_row = _starts(parts.bins)[parts.starts]
-    first_document = _starts(parts.bins * size[parts.owner])[parts.starts]
+    first_row = offsets_of(parts.bins)[parts.starts]
+    first_document = offsets_of(parts.bins * size[parts.owner])[parts.starts]
     row_documents = np.empty(bins.rows, np.int32)
 
     def fill(part: int) -> None:
         # Rows are made class by class, which reads a few places of `grouped` at a time, and put where they belong.
         own = slice(parts.starts[part], parts.starts[part + 1])
         owner, count = parts.owner[own], parts.bins[own]
-        starts = _starts(count)
+        starts = offsets_of(count)
         position = _random(seed, _INSIDE_PARTS, part).permutation(starts[-1])
         sizes = row_documents[first_row[part] : first_row[part + 1]]
         sizes[position] = np.repeat(size[owner], count)
-        target = _starts(sizes).take(position)
+        target = offsets_of(sizes).take(position)
         target += first_document[part]
         nth = np.arange(starts[-1])
         nth += np.repeat(parts.first[own] - starts[:-1], count)
@@ -347,11 +341,11 @@ def _places(bins: Bins, size: NDArray[np.int64]) -> NDArray[np.int64]:
     by_length = np.argsort(bins.length, kind="stable")
     taken = (bins.count[bins.owner] * bins.times)[by_length]
     begin = np.empty(len(by_length), np.int64)
-    begin[by_length] = _starts(taken)[:-1]
+    begin[by_length] = offsets_of(taken)[:-1]
     by_class = np.argsort(bins.owner, kind="stable")
     times = bins.times[by_class]
     place = np.repeat(begin[by_class], times)
-    place += (np.arange(len(place)) - np.repeat(_starts(times)[:-1], times)) * np.repeat(bins.count, size)
+    place += (np.arange(len(place)) - np.repeat(offsets_of(times)[:-1], times)) * np.repeat(bins.count, size)
     return place
 
 
@@ -372,7 +366,7 @@ def _orders(bins: Bins, size: NDArray[np.int64], seed: int) -> tuple[int, NDArra
     them, only in which order their lengths come. Returns how many orders a class has, at most and where it has as many
     bins, a power of two; where among those of its kind the orders of a class begin, int64[C]; and the kinds.
     """
-    places, start = _places(bins, size), _starts(size)
+    places, start = _places(bins, size), offsets_of(size)
     most = _FEWEST_ORDERS
     while most < _MOST_ORDERS and 2 * most * len(places) <= _ORDERED_PLACES:
         most *= 2
@@ -384,7 +378,7 @@ def _orders(bins: Bins, size: NDArray[np.int64], seed: int) -> tuple[int, NDArra
         of_kind = places[start[first] : start[end]].reshape(end - first, -1)
         ordered = np.repeat(of_kind, orders[first:end], axis=0)
         random.permuted(ordered, axis=1, out=ordered)
-        first_order[first:end] = _starts(orders[first:end])[:-1]
+        first_order[first:end] = offsets_of(orders[first:end])[:-1]
         kinds.append(_Kind(first=first, end=end, places=ordered))
     return most, first_order, kinds
 

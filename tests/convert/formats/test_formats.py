@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import REASONS, ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, Place, Refused, following
+from ismdata.convert.formats.base import Choices, Place, following
 from ismdata.convert.formats.registry import READERS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.blocks import LineBlock
 from ismdata.convert.sources.framing import line_block
+from ismdata.errors import Refused
 from tests.conftest import DATA, needs_data
 from tests.support.paths import ROOT
 from tests.support.shapes import QA, SHAPES, A, Q, R, S, T, U, chat, spoken

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from ismdata.convert.canonical import Rules, canonical, role_table
 from ismdata.convert.formats import trees
-from ismdata.convert.formats.base import Choices, Place, Refused, following
+from ismdata.convert.formats.base import Choices, Place, following
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
 from ismdata.convert.read_block import read_records
 from ismdata.convert.sources.blocks import ValueBlock
+from ismdata.errors import Refused
 
 ROLES = role_table({})
 PLACE = Place(prefix="trees.jsonl:", stem="trees")

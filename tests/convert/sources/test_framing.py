@@ -14,7 +14,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ismdata.convert.formats.base import Refused
 from ismdata.convert.sources import delimited as rows
 from ismdata.convert.sources import framing
 from ismdata.convert.sources import yaml_files as yaml_lists
@@ -23,7 +22,7 @@ from ismdata.convert.sources.delimited import column_names, frame_rows
 from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, framing_of, skip_mark
 from ismdata.convert.sources.framing import ByteQueue, frame_entries, frame_splits
 from ismdata.convert.sources.yaml_files import documents, frame_yaml
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Refused
 
 yaml = pytest.importorskip("yaml")
 

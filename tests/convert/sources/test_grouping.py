@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.canonical import role_table
-from ismdata.convert.formats.base import Choices, Place, Refused, following
+from ismdata.convert.formats.base import Choices, Place, following
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.sources.framing import line_block
 from ismdata.convert.sources.grouping import by_key, by_start, in_order, narrowed
+from ismdata.errors import Refused
 
 PLACES = [Place(prefix="a.jsonl:", stem="a"), Place(prefix="b.jsonl:", stem="b")]
 

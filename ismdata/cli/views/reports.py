@@ -1,0 +1,147 @@
+"""What each command says when it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.text import Text
+
+from ismdata.data.verify import VerifyReport
+
+if TYPE_CHECKING:
+    from ismdata.convert.explain import Explanation
+    from ismdata.convert.pipeline import ConvertReport
+    from ismdata.pack.pipeline import PackReport
+    from ismdata.train.pipeline import TrainReport
+from ismdata.cli.views.folders import _LISTED
+from ismdata.display import View, heading, numbers, printable, quarantine, title
+
+
+def verify_report(report: VerifyReport) -> View:
+    """What `verify` found: the counts and that all is well, or every problem."""
+    facts = {
+        "folder": str(report.folder),
+        "format": report.format,
+        "ok": report.ok,
+        "counts": report.counts,
+        "problems": report.problems,
+    }
+    if report.ok:
+        counts = " · ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
+        return View(facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {report.folder}: {counts}"))
+    number = len(report.problems)
+    head = Text.assemble(
+        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
+    )
+    # A path is of use only whole: no wrapping inside it.
+    problems = [Text(f"  {printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
+    return View(facts=facts, drawing=Group(head, *problems))
+
+
+def convert_report(report: ConvertReport) -> View:
+    """What `convert` has read and written."""
+    first = {reason: {"source": one.source, "detail": one.detail} for reason, one in report.first.items()}
+    facts = {
+        "output": str(report.output),
+        "read": report.read,
+        "written": report.written,
+        "quarantined": report.quarantined,
+        "duplicates": report.duplicates,
+        "parts": report.parts,
+        "first_refusals": first,
+        "sources": [
+            {
+                "name": source.name,
+                "layout": source.layout,
+                "format": source.format,
+                "records": source.records,
+                "left_aside": list(source.left_aside),
+            }
+            for source in report.sources
+        ],
+        "notes": list(report.notes),
+        "ignored_fields": report.ignored_fields,
+        "shards": report.shards,
+        "seconds": report.seconds,
+    }
+    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED]]
+    if rest := report.sources[_LISTED:]:
+        sources.append((f"… and {len(rest):,} more sources", sum(one.records for one in rest), ""))
+    parts = [
+        title(str(report.output), f"{report.read:,} read, {report.written:,} written in {report.seconds:.1f} s"),
+        numbers(*sources),
+        *quarantine(facts),
+    ]
+    if report.parts:
+        parts.append(heading("parts", ", ".join(f"{name} {rows:,}" for name, rows in report.parts.items())))
+    if report.duplicates:
+        dropped = "" if {"duplicate", "near_duplicate"} & report.quarantined.keys() else "; --dedup exact drops them"
+        parts.append(heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
+    if left := [name for source in report.sources for name in source.left_aside]:
+        parts.append(
+            heading("files left aside", ", ".join(left[:8]) + (f" and {len(left) - 8:,} more" if len(left) > 8 else ""))
+        )
+    if report.ignored_fields:
+        names = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_fields.items())
+        parts.append(heading("fields left aside", names))
+    parts += [heading("note", text) for text in report.notes]
+    return View(facts=facts, drawing=Group(*parts))
+
+
+def explanation(found: Explanation) -> View:
+    """What a source would be taken for, its first record as it would be read, and a mapping to start from."""
+    return View(facts=found.as_json(), drawing=Text(found.text()))
+
+
+def pack_report(report: PackReport) -> View:
+    """What `pack` has made; `ismdata inspect` shows the rest."""
+    first = {one.reason: {"source": one.source, "detail": one.detail} for one in reversed(report.first_refusals)}
+    facts = {
+        "output": str(report.output),
+        **report.counts,
+        **report.totals,
+        "first_refusals": first,
+        "notes": list(report.notes),
+        "seconds": report.seconds,
+    }
+    bound = report.totals["lower_bound_sequences"]
+    names = ("conversations", "documents", "sequences", "tokens", "target_tokens", "padding_tokens")
+    notes = {"sequences": f"lower bound {bound:,}"}
+    drawing = Group(
+        title(str(report.output), f"packed in {report.seconds:.1f} s"),
+        numbers(*((name.replace("_", " "), report.totals[name], notes.get(name, "")) for name in names)),
+        *quarantine(facts),
+    )
+    return View(facts=facts, drawing=drawing)
+
+
+def train_report(report: TrainReport) -> View:
+    """What a training run did."""
+    facts = {
+        "output": str(report.output),
+        "mask": report.mask,
+        "backend": report.backend,
+        "parameters": report.parameters,
+        "steps": report.steps,
+        "first_loss": report.first_loss,
+        "last_loss": report.last_loss,
+        "tokens": report.tokens,
+        "target_tokens": report.target_tokens,
+        "seconds": report.seconds,
+        "device": report.device,
+        "dtype": report.dtype,
+    }
+    drawing = Group(
+        title(
+            str(report.output),
+            f"mask {report.mask} by {report.backend} · {report.device}, {report.dtype} · {report.seconds:.0f} s",
+        ),
+        numbers(
+            ("parameters", report.parameters, ""),
+            ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
+            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} a second"),
+            ("targets", report.target_tokens, ""),
+        ),
+    )
+    return View(facts=facts, drawing=drawing)
