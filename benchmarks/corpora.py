@@ -16,7 +16,7 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.verify import verify
 from ismdata.errors import DataError
 from ismdata.pack.pipeline import pack
-from ismdata.rendering.encoding import set_up
+from ismdata.rendering.encoding import load_encoding
 
 CORPORA: dict[str, list[str]] = {
     "dailydialog train": ["dailydialog/train.zip"],
@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--chat-template")
     parser.add_argument("--seq-len", type=int, default=2048)
     arguments = parser.parse_args()
-    set_up(arguments.tokenizer, chat_template=arguments.chat_template)  # imports, and a fault in the call, come first
+    load_encoding(
+        arguments.tokenizer, chat_template=arguments.chat_template
+    )  # imports, and a fault in the call, come first
     print(f"| {HEADINGS} |\n|{'---|' * (HEADINGS.count('|') + 1)}")
     with tempfile.TemporaryDirectory() as folder:
         for name, names in CORPORA.items():

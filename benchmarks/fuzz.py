@@ -62,8 +62,8 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
     from ismdata.conversation import REASONS, ROLE_NAMES
     from ismdata.convert.canonical import Rules, parse_json
     from ismdata.convert.explain import explain
-    from ismdata.convert.formats.base import Choices, following
-    from ismdata.convert.formats.registry import READERS
+    from ismdata.convert.formats.base import Choices, with_choices
+    from ismdata.convert.formats.registry import FORMATS
     from ismdata.convert.mapping_file import parse_mapping
     from ismdata.convert.sources.blocks import ValueBlock
     from ismdata.convert.sources.delimited import DELIMITERS, frame_rows
@@ -76,7 +76,7 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
         frame_values,
         line_block,
     )
-    from ismdata.convert.sources.parts import Format
+    from ismdata.convert.sources.parts import FormatChoice
     from ismdata.convert.sources.yaml_files import frame_yaml
     from ismdata.errors import DataError, Refused, UsageError
     from tests.support.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping
@@ -100,8 +100,8 @@ OTHER: Talk = ((U, ' "Hi",\u2028 {you} \\'), (A, "yes: <|im_end|>"), (U, "\U0001
 def read_format(data: bytes, *, name: str) -> None:
     chance = zlib.crc32(data)
     choices, rules = CHOICES[chance % 3], Rules(roles=ROLE_NAMES, join=chance % 5 == 0)
-    check_file(data, NAMES[chance % len(NAMES)], Format(name=name, choices=choices), rules)
-    reader = following(READERS[name], choices)
+    check_file(data, NAMES[chance % len(NAMES)], FormatChoice(name=name, choices=choices), rules)
+    reader = with_choices(FORMATS[name], choices)
     if reader.plain_text:
         values: Any = data.decode("utf-8", errors="replace").split("\n")
     else:
@@ -122,7 +122,7 @@ def read_format(data: bytes, *, name: str) -> None:
 def read_layout(data: bytes) -> None:
     chance = zlib.crc32(data)
     name = NAMES[chance % len(NAMES)]
-    check_file(data, name, Format(choices=CHOICES[chance % 3]), Rules(roles=ROLE_NAMES))
+    check_file(data, name, FormatChoice(choices=CHOICES[chance % 3]), Rules(roles=ROLE_NAMES))
 
 
 FRAMINGS: tuple[Callable[[ByteQueue], Iterator[Any]], ...] = (
@@ -185,7 +185,7 @@ def read_mapping(data: bytes) -> None:
         return
     values = _parsed(records)
     values = values if isinstance(values, list) else [values]
-    reader = following(mapped, Choices(roles={**ROLE_NAMES, **mapped.roles}))
+    reader = with_choices(mapped, Choices(roles={**ROLE_NAMES, **mapped.roles}))
     check_grouping(reader, values)
     block = ValueBlock(values=values, numbers=np.arange(1, len(values) + 1))
     for one, place in reader.regrouped(iter([(block, PLACE)])):
@@ -196,7 +196,7 @@ def read_guessing(data: bytes) -> None:
     chance = zlib.crc32(data)
     name = NAMES[chance % len(NAMES)]
     try:
-        found = explain(Memory(data=data, name=name), Format(choices=CHOICES[chance % 3]))  # type: ignore[arg-type]
+        found = explain(Memory(data=data, name=name), FormatChoice(choices=CHOICES[chance % 3]))  # type: ignore[arg-type]
     except DataError as error:
         assert str(error)
         return
@@ -217,7 +217,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "layout": read_layout,
     "framing": read_framing,
     "archives": read_layout,
-    **{name: partial(read_format, name=name) for name in READERS},
+    **{name: partial(read_format, name=name) for name in FORMATS},
     "mapping": read_mapping,
     "guessing": read_guessing,
 }

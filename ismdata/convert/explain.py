@@ -10,12 +10,12 @@ from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, Draft, Reader, following
+from ismdata.convert.formats.base import Choices, CorpusFormat, Draft, with_choices
 from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import Guessed, guessed, regrouped
 from ismdata.convert.mapping_file import mapping_text
 from ismdata.convert.sources.arguments import SavedDataset, Source
-from ismdata.convert.sources.parts import Format, Opened, opened
+from ismdata.convert.sources.parts import FormatChoice, SourcePart, opened
 from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.
@@ -96,7 +96,7 @@ def _drawn(conversation: Mapping[str, Any]) -> Iterator[str]:
         yield f"… and {len(messages) - _SHOWN_MESSAGES} messages more"
 
 
-def explain(source: Source | SavedDataset, format: Format) -> Explanation:
+def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
     """The first part of a source that holds a record. Raises DataError when a part is broken, or none holds any."""
     try:
         return _explained(source, format)
@@ -110,7 +110,7 @@ def explain(source: Source | SavedDataset, format: Format) -> Explanation:
     return explain_records(placed, name=part.name, layout=part.layout, format=None, reader=None, choices=format.choices)
 
 
-def _explained(source: Source | SavedDataset, format: Format) -> Explanation:
+def _explained(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
     found = _first_records(source, format)
     if found is None:
         raise DataError(f"{source.name}: empty, no record found; expected a corpus. See whether it is the right file")
@@ -120,7 +120,9 @@ def _explained(source: Source | SavedDataset, format: Format) -> Explanation:
     )
 
 
-def _first_records(source: Source | SavedDataset, format: Format) -> tuple[Opened, list[tuple[str, Any]]] | None:
+def _first_records(
+    source: Source | SavedDataset, format: FormatChoice
+) -> tuple[SourcePart, list[tuple[str, Any]]] | None:
     """The first part with records that can be read, and the first of these with their places."""
     for part in opened(source, format):
         placed = list(islice(_records(part), _LOOKED_AT))
@@ -129,7 +131,7 @@ def _first_records(source: Source | SavedDataset, format: Format) -> tuple[Opene
     return None
 
 
-def _records(part: Opened) -> Iterator[tuple[str, Any]]:
+def _records(part: SourcePart) -> Iterator[tuple[str, Any]]:
     for block, place in part.blocks:
         for row in range(len(block.numbers)):
             try:
@@ -145,7 +147,7 @@ def explain_records(
     name: str,
     layout: str,
     format: str | None,
-    reader: Reader | None,
+    reader: CorpusFormat | None,
     choices: Choices,
 ) -> Explanation:
     """What records are taken for: `placed` are places and records, as `reader` takes them apart; None where unknown."""
@@ -183,7 +185,7 @@ def _explanation(
     layout: str,
     format: str | None,
     looked_at: int,
-    reader: Reader | None,
+    reader: CorpusFormat | None,
     mapping: str | None,
     equivalent: bool,
     choices: Choices,
@@ -209,18 +211,18 @@ def _explanation(
     )
 
 
-def _rules(reader: Reader | None, choices: Choices) -> Rules:
+def _rules(reader: CorpusFormat | None, choices: Choices) -> Rules:
     return Rules(roles=reader.roles, join=reader.join) if isinstance(reader, Mapped) else Rules(roles=choices.roles)
 
 
 def _following(mapped: Mapped, choices: Choices) -> Mapped:
     """The reader with the role names of the choices; its own come first, for they are what the guess is about."""
-    return replace(following(mapped, choices), roles={**choices.roles, **mapped.roles})
+    return replace(with_choices(mapped, choices), roles={**choices.roles, **mapped.roles})
 
 
-def _are_rows(reader: Reader | None) -> bool:
+def _are_rows(reader: CorpusFormat | None) -> bool:
     """Whether records as the reader takes them are lists of what the source calls records."""
-    return reader is not None and type(reader).regrouped is not Reader.regrouped
+    return reader is not None and type(reader).regrouped is not CorpusFormat.regrouped
 
 
 def _variants(guess: Mapped | None) -> Iterator[Mapped]:
@@ -231,7 +233,7 @@ def _variants(guess: Mapped | None) -> Iterator[Mapped]:
                 yield replace(guess, roles=roles, strip=strip)
 
 
-def _alike(one: Mapped, rows: Sequence[Any], reader: Reader, records: Sequence[Any], choices: Choices) -> bool:
+def _alike(one: Mapped, rows: Sequence[Any], reader: CorpusFormat, records: Sequence[Any], choices: Choices) -> bool:
     """Whether a mapping reads the same messages as a format does, record by record, and any at all."""
     mapped = _following(one, choices)
     read = [_messages(mapped, record, choices) for record in regrouped(mapped, rows)]
@@ -239,7 +241,7 @@ def _alike(one: Mapped, rows: Sequence[Any], reader: Reader, records: Sequence[A
     return read == expected and any(expected)
 
 
-def _messages(reader: Reader, record: Any, choices: Choices) -> list[Any]:
+def _messages(reader: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
     """The messages of each conversation of a record; a reason where one is refused."""
     try:
         drafts: Sequence[Draft] = reader.drafts(record)

@@ -30,7 +30,7 @@ from ismdata.conversation import ASSISTANT, CONVERSATION_SCHEMA, FORMAT, ROLES, 
 from ismdata.convert.columnar import flat_list, mask
 from ismdata.convert.digests import Digests, DigestSet, digests, repeats
 from ismdata.convert.near_duplicates import MINIMA, NearIndex
-from ismdata.data.column_file import Column
+from ismdata.data.column_file import ColumnFile
 from ismdata.data.index import ShardFile, read_index
 from ismdata.errors import DataError, UsageError
 
@@ -97,11 +97,11 @@ class Cleaner:
             self._other = DigestSet()
             self._other.add(against)
         #: What a checkpoint has to sync and to record the `rows` of.
-        self.columns = {"digests": Column(folder / "digests", np.uint64, 2, keep=kept.get("digests", 0))}
+        self.columns = {"digests": ColumnFile(folder / "digests", np.uint64, 2, keep=kept.get("digests", 0))}
         if self._seen is not None:
             self._seen.add(self.columns["digests"].map())
         if self._near is not None:
-            column = Column(folder / "signatures", np.uint32, MINIMA, keep=kept.get("signatures", 0))
+            column = ColumnFile(folder / "signatures", np.uint32, MINIMA, keep=kept.get("signatures", 0))
             self.columns["signatures"] = column
             self._near.restore(column.map())
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import ID_FIELDS, Draft, Place, Reader
+from ismdata.convert.formats.base import ID_FIELDS, CorpusFormat, Draft, Place
 from ismdata.convert.formats.dialogue_rows import cell_id, columns_of
 from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Said, at
 from ismdata.convert.formats.speakers import casts
@@ -65,7 +65,7 @@ def _reads_some(mapped: Mapped, records: Sequence[Any]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guessed(Reader):
+class Guessed(CorpusFormat):
     """Each record as the mapping says that is guessed from it alone: what an unknown corpus is looked at with."""
 
     @property

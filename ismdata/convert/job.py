@@ -20,15 +20,15 @@ from ismdata.conversation import FORMAT, Quarantined
 from ismdata.convert.canonical import Rules
 from ismdata.convert.digests import digests
 from ismdata.convert.filters import Cleaner, Cleaning
-from ismdata.convert.formats.base import Reader
-from ismdata.convert.read_block import Reading, read_block
+from ismdata.convert.formats.base import CorpusFormat
+from ismdata.convert.read_block import BlockResult, read_block
 from ismdata.convert.sampling import SPLIT_NAMES, parse_split, sampled, split_of
 from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
 from ismdata.convert.sources.blocks import LineBlock
-from ismdata.convert.sources.parts import EMPTY, UNKNOWN, Format, Placed, UnknownFormat, opened
+from ismdata.convert.sources.parts import EMPTY, UNKNOWN, FormatChoice, Placed, UnknownFormat, opened
 from ismdata.convert.worker_pool import Workers
-from ismdata.data.column_file import Column
-from ismdata.data.conversations import QuarantineWriter, ShardWriter
+from ismdata.data.column_file import ColumnFile
+from ismdata.data.conversations import ConversationWriter, QuarantineWriter
 from ismdata.data.index import SPLIT_FORMAT, describe_file, entries, write_index
 from ismdata.data.journal import Journal
 from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME
@@ -75,7 +75,7 @@ class _Part:
 
     name: str
     folder: Path
-    writer: ShardWriter
+    writer: ConversationWriter
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ class _Mark:
         return cls(**{**state, "reports": reports, "ignored": Counter(state["ignored"])})
 
 
-class Conversion:
+class ConversionJob:
     """One conversion: the files that are written, and how far they are."""
 
     def __init__(
@@ -111,18 +111,18 @@ class Conversion:
         self.parts = []
         for name in SPLIT_NAMES[: len(self.fractions)] if selection.split else [""]:
             (folder / name).mkdir(exist_ok=True)
-            writer = ShardWriter(folder / name, state["parts"][name] if state else None)
+            writer = ConversationWriter(folder / name, state["parts"][name] if state else None)
             self.parts.append(_Part(name=name, folder=folder / name, writer=writer))
         self.quarantine = QuarantineWriter(self.parts[0].folder, state.get("quarantine"))
         scratch = folder / SCRATCH_NAME  # goes when the folder is in place
         scratch.mkdir(exist_ok=True)
         self.cleaner = Cleaner(selection.cleaning, scratch, against=against, keep=state.get("cleaner"))
-        self.candidates: ShardWriter | None = None
+        self.candidates: ConversationWriter | None = None
         if selection.sample is not None:
-            self.candidates = ShardWriter(scratch, state.get("candidates"))
-        self.sides = Column(scratch / "sides", np.int8, keep=state.get("sides", 0))
+            self.candidates = ConversationWriter(scratch, state.get("candidates"))
+        self.sides = ColumnFile(scratch / "sides", np.int8, keep=state.get("sides", 0))
         self.duplicates = 0
-        self._waiting: list[Reading] = []
+        self._waiting: list[BlockResult] = []
         self._waiting_bytes = 0
 
     @property
@@ -136,7 +136,7 @@ class Conversion:
     def read(
         self,
         sources: Sequence[Source | SavedDataset],
-        format: Format,
+        format: FormatChoice,
         rules: Rules,
         workers: Workers,
         progress: Callable[[int, int], None],
@@ -176,7 +176,7 @@ class Conversion:
     def _blocks(
         self,
         source: Source | SavedDataset,
-        format: Format,
+        format: FormatChoice,
         seen: list[tuple[str, str]],
         progress: Callable[[int], None],
     ) -> Iterator[_Sorted]:
@@ -220,7 +220,7 @@ class Conversion:
                 "What it had written is removed: run the command again"
             )
 
-    def _add(self, reading: Reading) -> None:
+    def _add(self, reading: BlockResult) -> None:
         """Take what came of a block; small blocks are gathered, so that many small files make no small batches."""
         self.mark.ignored.update(reading.ignored)
         self.mark.records += len(reading.rows) + len(reading.quarantined)
@@ -261,7 +261,7 @@ class Conversion:
     def _record(self) -> None:
         """Note in the journal how far everything is."""
         writers = [part.writer for part in self.parts] + ([self.candidates] if self.candidates else [])
-        files: list[Column | IO[bytes] | Path] = [file for writer in writers for file in writer.files()]
+        files: list[ColumnFile | IO[bytes] | Path] = [file for writer in writers for file in writer.files()]
         files += [*self.quarantine.files(), *self.cleaner.columns.values(), self.sides]
         self.journal.record(
             {
@@ -356,7 +356,7 @@ class Conversion:
 
 
 #: A block with the reader it is for.
-_Sorted = tuple[Reader, Placed]
+_Sorted = tuple[CorpusFormat, Placed]
 
 
 def _further(progress: Callable[[int, int], None], done: int, total: int, here: int) -> None:
@@ -367,7 +367,7 @@ def _further(progress: Callable[[int, int], None], done: int, total: int, here: 
 class _Read:
     """What came of a block, and the checksum of the block."""
 
-    reading: Reading
+    reading: BlockResult
     checksum: int
 
     @property

@@ -25,13 +25,13 @@ from ismdata.convert.digests import Digests, digests
 from ismdata.convert.explain import Explanation, explain
 from ismdata.convert.filters import against_digests
 from ismdata.convert.formats.base import Choices
-from ismdata.convert.formats.registry import READERS
-from ismdata.convert.job import Conversion, Selection, SourceReport
+from ismdata.convert.formats.registry import FORMATS
+from ismdata.convert.job import ConversionJob, Selection, SourceReport
 from ismdata.convert.mapping_file import load_mapping
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sampling import parse_split
 from ismdata.convert.sources.arguments import SavedDataset, Source, expand, told_apart
-from ismdata.convert.sources.parts import Format, opened
+from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.convert.worker_pool import Workers
 from ismdata.data.index import INDEX_NAME, describe_file
 from ismdata.data.journal import Journal
@@ -81,7 +81,7 @@ def convert(
 ) -> ConvertReport:
     """Read `sources` and write the folder `output`, complete or not at all.
 
-    `format` is "auto" or a key of READERS; `mapping` a TOML file that says how to read anything else. `roles` adds role
+    `format` is "auto" or a key of FORMATS; `mapping` a TOML file that says how to read anything else. `roles` adds role
     names to the usual ones. `assistant`, `tree` and `preference` decide what the data leave open (`base.Choices`);
     `join` makes one message of several in a row of one side. `workers` blocks are read side by side, 0 means one a
     core: in threads and, with `processes`, in processes where reading turns out to be slow (`workers.Workers`).
@@ -125,7 +125,7 @@ def convert(
         journal = Journal.open(folder, run, restart=overwrite)
         try:
             against = np.concatenate([other.digests(wanted, rules) for other in others]) if others else None
-            job = Conversion(folder, selection, against, journal)
+            job = ConversionJob(folder, selection, against, journal)
             job.read(expanded, wanted, rules, pool, progress or (lambda done, total: None))
             job.finish(options)
         finally:
@@ -166,8 +166,8 @@ def explained_sources(
 
 
 def _check_call(sources: Sequence[str], format: str, mapping: Path | None) -> None:
-    if format != "auto" and format not in READERS:
-        raise UsageError(f"--format {format}: no such format; expected auto, {', '.join(READERS)}")
+    if format != "auto" and format not in FORMATS:
+        raise UsageError(f"--format {format}: no such format; expected auto, {', '.join(FORMATS)}")
     if format != "auto" and mapping is not None:
         raise UsageError(f"--format {format} and --mapping exclude each other; leave one out")
     if not sources:
@@ -191,26 +191,26 @@ def _format(
     tree: Paths,
     preference: Preference | None,
     join: bool,
-) -> tuple[Format, Rules]:
+) -> tuple[FormatChoice, Rules]:
     """How records are read: by a mapping, a named format or the one they look like."""
     mapped = load_mapping(mapping) if mapping else None
     table = role_table({**(mapped.roles if mapped else {}), **roles})
     side = assistant or (mapped.assistant if mapped else "second")
     choices = Choices(roles=table, assistant=side, tree=tree, preference=preference)
     rules = Rules(roles=table, join=join or (mapped is not None and mapped.join))
-    return Format(name=str(mapping) if mapping else name, reader=mapped, choices=choices), rules
+    return FormatChoice(name=str(mapping) if mapping else name, reader=mapped, choices=choices), rules
 
 
 def _notes(
     reports: Sequence[SourceReport], assistant: Side | None, tree: Paths, preference: Preference | None
 ) -> tuple[str, ...]:
     """What the user should hear that is no error: choices that concern no format that was read."""
-    formats = {name for report in reports for name in report.format.split(", ")} & READERS.keys()
+    formats = {name for report in reports for name in report.format.split(", ")} & FORMATS.keys()
     asked = {"assistant": assistant is not None, "tree": tree != "all", "preference": preference is not None}
     return tuple(
         f"--{name} had no effect: {', '.join(sorted(formats))} leaves nothing open there"
         for name, given in asked.items()
-        if given and formats and not any(READERS[one].heeds(name) for one in formats)
+        if given and formats and not any(FORMATS[one].heeds(name) for one in formats)
     )
 
 
@@ -227,7 +227,7 @@ class _Other:
             return {"name": self.name, "sha256": describe_file(self.folder / INDEX_NAME, 0).sha256}
         return {"name": self.name, "sources": [source.identity() for source in self.sources]}
 
-    def digests(self, format: Format, rules: Rules) -> Digests:
+    def digests(self, format: FormatChoice, rules: Rules) -> Digests:
         """uint64[N, 2], one a conversation."""
         if self.folder is not None:
             return against_digests(self.folder)

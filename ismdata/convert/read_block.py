@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
 from ismdata.convert.canonical import Rules, canonical
 from ismdata.convert.columnar import assemble
-from ismdata.convert.formats.base import Block, Draft, Place, Reader
+from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place
 from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class BlockResult:
     """What came of a block: read = len(rows) + len(quarantined), in conversations.
 
     `kin` is string[len(rows)]: what a split must keep on one side with the row, null where it is the row alone.
@@ -31,7 +31,7 @@ class Reading:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def read_block(block: Block, reader: Reader, place: Place, rules: Rules) -> Reading:
+def read_block(block: Block, reader: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
     """Rows of CONVERSATION_SCHEMA and refusals, both in the order of the records."""
     columns = reader.columns(block)
     if columns is None:
@@ -42,12 +42,12 @@ def read_block(block: Block, reader: Reader, place: Place, rules: Rules) -> Read
     rows, care = assemble(columns, rules, sources=sources, own_ids=own_ids)
     ignored = +Counter({name: int(counts[~care].sum()) for name, counts in columns.ignored.items()})
     if not care.any():
-        return Reading(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[], ignored=ignored)
+        return BlockResult(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[], ignored=ignored)
     left = np.flatnonzero(care)
     special, counts = _read(block, reader, place, rules, left.tolist())
     rows = rows.append_column("kin", pa.nulls(len(rows), pa.string()))
     woven = _woven(rows, left.tolist(), counts, special.rows.append_column("kin", special.kin))
-    return Reading(
+    return BlockResult(
         rows=woven.drop_columns("kin"),
         kin=woven["kin"].combine_chunks(),
         quarantined=special.quarantined,
@@ -65,12 +65,14 @@ def _woven(rows: pa.Table, left: Sequence[int], counts: Sequence[int], special: 
     return pa.concat_tables([*pieces, rows.slice(done)]).combine_chunks()
 
 
-def read_records(block: Block, reader: Reader, place: Place, rules: Rules) -> Reading:
+def read_records(block: Block, reader: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
     """The general road for all records of a block."""
     return _read(block, reader, place, rules, range(len(block.numbers)))[0]
 
 
-def _read(block: Block, reader: Reader, place: Place, rules: Rules, chosen: Sequence[int]) -> tuple[Reading, list[int]]:
+def _read(
+    block: Block, reader: CorpusFormat, place: Place, rules: Rules, chosen: Sequence[int]
+) -> tuple[BlockResult, list[int]]:
     """The general road for the `chosen` records of a block, and how many rows came of each."""
     rows: list[dict[str, Any]] = []
     kin: list[str | None] = []
@@ -105,7 +107,7 @@ def _read(block: Block, reader: Reader, place: Place, rules: Rules, chosen: Sequ
             kin.append(draft.kin)
             ignored.update(draft.ignored)
         counts.append(len(rows) - before)
-    reading = Reading(
+    reading = BlockResult(
         rows=pa.Table.from_pylist(rows, CONVERSATION_SCHEMA),
         kin=pa.array(kin, pa.string()),
         quarantined=quarantined,

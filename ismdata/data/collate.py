@@ -116,7 +116,7 @@ def _widened(rows: list[NDArray[np.int32]]) -> NDArray[np.int64]:
     return wide
 
 
-def _intervals(rows: list[shards.Sequence], mask: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _intervals(rows: list[shards.PackedSequence], mask: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """doc_start and kv_end, int32[B, T], of all rows at once."""
     seq_len = len(rows[0].input_ids)
     tiling = masks.tile(

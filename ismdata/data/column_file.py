@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from ismdata.errors import DataError
 
 
-class Column:
+class ColumnFile:
     """One flat file of rows, each `width` values of `dtype`. `append` in order, then `close`, then `map` or `read`.
 
     keep: rows of an existing file to go on after; what follows them is cut off. Raises DataError where the file has

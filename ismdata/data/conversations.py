@@ -39,7 +39,7 @@ SHARD_BYTES = 256 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
-class ShardWriter:
+class ConversationWriter:
     """Conversations in, `conversations-00000.arrow …` out. `state` is what an earlier writer left."""
 
     def __init__(self, folder: Path, state: Mapping[str, Any] | None = None) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from ismdata.data.shards import PackedShards, Sequence
+from ismdata.data.shards import PackedSequence, PackedShards
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One sequence and the mask that its folder was packed for, which the Collator must know to build or refuse one."""
 
-    sequence: Sequence
+    sequence: PackedSequence
     mask: str
 
 
@@ -47,5 +47,5 @@ class PackedDataset(Dataset[Sample]):
         return len(self.shards)
 
     def __getitem__(self, row: int) -> Sample:
-        """Sequence `row` as numpy views. Raises IndexError beyond the folder's sequences."""
+        """PackedSequence `row` as numpy views. Raises IndexError beyond the folder's sequences."""
         return Sample(sequence=self.shards[row], mask=self.mask)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from ismdata.data.column_file import Column
+from ismdata.data.column_file import ColumnFile
 from ismdata.data.output_folder import JOURNAL_NAME, sync_path
 from ismdata.errors import DataError, UsageError
 
@@ -76,7 +76,7 @@ class Journal:
             self._next = time.monotonic() + _EVERY
         return time.monotonic() >= self._next
 
-    def record(self, state: Mapping[str, Any], files: Iterable[Column | IO[bytes] | Path]) -> None:
+    def record(self, state: Mapping[str, Any], files: Iterable[ColumnFile | IO[bytes] | Path]) -> None:
         """Remember `state`, which speaks of what stands in `files` now."""
         started = time.monotonic()
         self._append({"state": state}, files)
@@ -84,7 +84,7 @@ class Journal:
         ended = time.monotonic()
         self._next = ended + max(_EVERY, _SHARE * (ended - started))
 
-    def finish(self, entry: Mapping[str, Any], files: Iterable[Column | IO[bytes] | Path]) -> None:
+    def finish(self, entry: Mapping[str, Any], files: Iterable[ColumnFile | IO[bytes] | Path]) -> None:
         """Remember that a part is finished, which stands in `files`."""
         self._append({"finished": entry}, files)
         self.finished.append(dict(entry))
@@ -92,7 +92,7 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, line: Mapping[str, Any], files: Iterable[Column | IO[bytes] | Path]) -> None:
+    def _append(self, line: Mapping[str, Any], files: Iterable[ColumnFile | IO[bytes] | Path]) -> None:
         # Side by side: a disk brings several files to rest in little more time than one of them.
         with ThreadPoolExecutor(_SYNCED_AT_ONCE) as threads:
             named = list(threads.map(_sync, files))
@@ -106,9 +106,9 @@ class Journal:
         self._listed |= unlisted
 
 
-def _sync(file: Column | IO[bytes] | Path) -> Path:
+def _sync(file: ColumnFile | IO[bytes] | Path) -> Path:
     """Return, with its path, when the file is on the disk."""
-    if isinstance(file, Column):
+    if isinstance(file, ColumnFile):
         file.sync()
         return file.path
     if isinstance(file, Path):

@@ -60,7 +60,7 @@ def packed_schema(seq_len: int, *, weighted: bool, layout: str = "plain") -> pa.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class PackedSequence:
     """One packed row as numpy views into the memory map. T = seq_len, D documents, S spans."""
 
     input_ids: NDArray[np.int32]  # [T]
@@ -94,10 +94,10 @@ class _Batch:
         self.name_starts = names.offsets.to_numpy()
         self.names = names.values
 
-    def row(self, at: int) -> Sequence:
+    def row(self, at: int) -> PackedSequence:
         fixed = {name: values[at] for name, values in self.fixed.items()}
         names = self.names[self.name_starts[at] : self.name_starts[at + 1]]
-        return Sequence(
+        return PackedSequence(
             input_ids=fixed["input_ids"],
             position_ids=fixed["position_ids"],
             loss_mask=fixed["loss_mask"],
@@ -161,7 +161,7 @@ class PackedShards:
             self._tables[shard] = table
         return self._tables[shard]
 
-    def __getitem__(self, row: int) -> Sequence:
+    def __getitem__(self, row: int) -> PackedSequence:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {self.folder}; expected 0 to {len(self) - 1}")
         row %= len(self)

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ismdata.data.shards import PackedShards, Sequence
+from ismdata.data.shards import PackedSequence, PackedShards
 from ismdata.masks.intervals import ANSWER
 
 #: The id of a piece: `ID#k`. Ids that end so by themselves get a number of their own when they are packed.
@@ -103,7 +103,7 @@ def find_answers(shards: PackedShards) -> Answers:
     )
 
 
-def _documents(sequence: Sequence, row: int) -> Iterator[_Found]:
+def _documents(sequence: PackedSequence, row: int) -> Iterator[_Found]:
     ends = np.cumsum(sequence.seq_lens, dtype=np.int64)
     begins = ends - sequence.seq_lens
     spans = sequence.spans[sequence.spans[:, 2] == ANSWER].astype(np.int64)

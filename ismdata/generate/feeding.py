@@ -18,7 +18,7 @@ from ismdata.errors import DataError
 from ismdata.rendering import glm_tokens as glm_layout
 from ismdata.rendering.chat_template import CannotRender, Message
 from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import probe
+from ismdata.rendering.encoding import probe_encoding
 from ismdata.rendering.glm_tokens import GlmTokens
 from ismdata.rendering.renderer import ANY_ANSWER
 from ismdata.rendering.skeleton import Piece
@@ -82,7 +82,7 @@ def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase) -> Encoder:
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         name = tokenizer.name_or_path or type(tokenizer).__name__
-        return ConversationEncoder(probe(tokenizer, name=name))  # type: ignore[arg-type]
+        return ConversationEncoder(probe_encoding(tokenizer, name=name))  # type: ignore[arg-type]
     return tokenizer
 
 

@@ -21,7 +21,7 @@ from ismdata.masks.glm_positions import token_positions
 _STRIDE = 16
 
 
-class Held:
+class KVCache:
     """Tokens that were fed under `mask`, and the keys and values that came of them.
 
     ids: the tokens behind the cache, one each entry. size: the most entries; None for no limit. policy: who stays when

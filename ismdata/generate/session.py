@@ -26,7 +26,7 @@ from ismdata.errors import DataError, Refused, UsageError
 from ismdata.generate.chat_file import check_record, read_line, write_line
 from ismdata.generate.eviction import SINKS
 from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
-from ismdata.generate.kv_cache import Held
+from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.sampling import Sampling, can_show, chooser, message_text
 from ismdata.generate.transcript import Transcript
@@ -117,7 +117,7 @@ class Session:
         self.context = _context(model, self.window)
         if self.window.policy is not None:
             self._check_policy()
-        self._held = Held(
+        self._held = KVCache(
             model,
             mask=self.mask,
             size=self.context,

@@ -21,7 +21,7 @@ from ismdata.errors import DataError, IsmdataError, UsageError
 from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session, Window
 from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import SETTINGS_NAME, set_up
+from ismdata.rendering.encoding import SETTINGS_NAME, load_encoding
 
 #: What a line that begins with / may say, and what it does.
 COMMANDS = {
@@ -69,7 +69,7 @@ def _encoder(folder: Path) -> ConversationEncoder:
     """As `ismdata train` saved it; for a model from elsewhere with its tokenizer's own template."""
     if (folder / SETTINGS_NAME).is_file() or not (folder / "tokenizer.json").is_file():
         return ConversationEncoder.load(folder)
-    return ConversationEncoder(set_up(str(folder)))
+    return ConversationEncoder(load_encoding(str(folder)))
 
 
 def recorded_mask(folder: Path, *, override: str | None = None) -> str | None:

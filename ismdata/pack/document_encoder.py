@@ -41,15 +41,15 @@ from ismdata.pack.pieces import (
     request_keys,
     together,
 )
-from ismdata.pack.requests import Documents, Layout, Requests, without_tail
+from ismdata.pack.requests import PieceTable, Requests, TokenizedDocuments, without_tail
 from ismdata.pack.token_runs import RunTable, as_runs, taken_runs
 from ismdata.rendering.chat_template import CannotRender, TemplateRefused
 from ismdata.rendering.glm_tokens import GlmTokens, insert_markers
 from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import NotDecomposable, Piece, Slot, for_marked, render_document, skeleton
+from ismdata.rendering.skeleton import NotDecomposable, Piece, Slot, build_skeleton, for_marked, render_document
 from ismdata.rendering.tokenizer import Tokenizer
-from ismdata.rendering.tokenizer_backends import Backend
+from ismdata.rendering.tokenizer_backends import TokenizerEngine
 
 
 class DocumentEncoder:
@@ -67,7 +67,7 @@ class DocumentEncoder:
         history: History,
         *,
         use_skeletons: bool = True,
-        backend: Backend | None = None,
+        backend: TokenizerEngine | None = None,
         glm: GlmTokens | None = None,
         without_reasoning: bool = False,
     ) -> None:
@@ -89,7 +89,7 @@ class DocumentEncoder:
         ahead = batch if isinstance(batch, Ahead) else None
         self.batch: ConversationBatch = ahead.batch if ahead else batch  # type: ignore[assignment]
         self._begun: Ahead | None = None  # what `ahead` gave, every text in it encoded
-        self._latest: tuple[Requests, Layout] | None = None
+        self._latest: tuple[Requests, PieceTable] | None = None
         self._encoded = RunTable()
         self._joined: tuple[tuple[int, int], pa.LargeBinaryArray] | None = None
         self._rendered: dict[RequestKey, PieceBlock | Refusal] = {}
@@ -124,13 +124,13 @@ class DocumentEncoder:
             encoded=[thread.submit(self._ids, group.texts, group.opening) for group in groups],
         )
 
-    def lay_out(self, requests: Requests) -> Layout:
+    def lay_out(self, requests: Requests) -> PieceTable:
         """The pieces of the documents asked for, every text in them encoded."""
         if self._latest is None or not self._latest[0].equals(requests):
             self._latest = requests, self._lay_out(requests)
         return self._latest[1]
 
-    def _lay_out(self, requests: Requests) -> Layout:
+    def _lay_out(self, requests: Requests) -> PieceTable:
         batch = self.batch
         first = batch.first[requests.conversation]
         refused: dict[int, Refusal] = {}
@@ -169,9 +169,9 @@ class DocumentEncoder:
         if self.glm is not None:
             runs = self._static.share((self.glm.mask_id,)), self._static.share((self.glm.start_id,))
             columns = insert_markers(columns, runs, every_answer=self.glm.every_answer)
-        return without_tail(Layout(**columns, refused=refused), requests)
+        return without_tail(PieceTable(**columns, refused=refused), requests)
 
-    def documents(self, layout: Layout, requests: Requests) -> Documents:
+    def documents(self, layout: PieceTable, requests: Requests) -> TokenizedDocuments:
         """The tokens and spans of laid-out documents, in the order of the requests."""
         numbers = np.where(layout.run < 0, len(self._static) - 1 - layout.run, layout.run)
         input_ids = taken_runs(self._all_runs(), numbers)
@@ -198,7 +198,7 @@ class DocumentEncoder:
         weights = np.ones(len(group), np.float32)
         if self.batch.weight is not None:
             weights[answers] = self.batch.weight[message[answers]]
-        return Documents(
+        return TokenizedDocuments(
             input_ids=input_ids,
             lengths=lengths,
             span_counts=np.bincount(owner, minlength=count).astype(np.int64),
@@ -206,7 +206,7 @@ class DocumentEncoder:
             span_weights=weights,
         )
 
-    def stray_controls(self, layout: Layout, documents: Documents) -> IntArray:
+    def stray_controls(self, layout: PieceTable, documents: TokenizedDocuments) -> IntArray:
         """Requests in which text became a control token: more of them than the template wrote."""
         found = self.tokenizer.find_controls(documents.input_ids)
         requests = len(documents.lengths)
@@ -263,7 +263,7 @@ class DocumentEncoder:
             roles = [ROLES[code] for code in key]
             found: Skeleton | Refusal | None
             try:
-                pieces = skeleton(self._probing, self.tokenizer, roles, self.history)
+                pieces = build_skeleton(self._probing, self.tokenizer, roles, self.history)
             except NotDecomposable:
                 found = None
             except CannotRender as error:

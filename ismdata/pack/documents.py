@@ -18,16 +18,16 @@ from ismdata.errors import DataError
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.options import PackOptions
-from ismdata.pack.requests import Documents, Requests
+from ismdata.pack.requests import Requests, TokenizedDocuments
 from ismdata.pack.splitting import split
 from ismdata.rendering.skeleton import MOST_MESSAGES, TooManyMessages
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class BatchResult:
     """The documents of a batch, their conversation ids, the conversations refused by number, and counts."""
 
-    documents: Documents
+    documents: TokenizedDocuments
     names: list[str]
     refused: dict[int, Refusal]
     target_tokens: int
@@ -68,7 +68,7 @@ def wanted(batch: ConversationBatch, options: PackOptions) -> Requests:
     )
 
 
-def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: PackOptions) -> Made:
+def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: PackOptions) -> BatchResult:
     """The documents of a batch. `encoder` must have begun it. Raises DataError under `--over-long error`."""
     requests = wanted(batch, options)
     refused = _without_targets(batch, requests, options)
@@ -129,7 +129,7 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
     owner = requests.conversation[keep]
     # A document that lost all its targets is left out whole: it counts as truncated too.
     lost = np.where(keep, cut_tokens, layout.document_lengths(len(requests)))[packed]
-    return Made(
+    return BatchResult(
         documents=documents,
         names=_names(batch, owner, pieced | options.one_an_answer),
         refused=refused,
@@ -166,8 +166,8 @@ def _without_targets(batch: ConversationBatch, requests: Requests, options: Pack
     return {c: Refusal(reason="no_target", detail=detail) for c in np.flatnonzero(~trainable).tolist()}
 
 
-def _truncate(documents: Documents, seq_len: int) -> tuple[Documents, IntArray]:
-    """Documents cut to seq_len tokens, and how many tokens each lost."""
+def _truncate(documents: TokenizedDocuments, seq_len: int) -> tuple[TokenizedDocuments, IntArray]:
+    """TokenizedDocuments cut to seq_len tokens, and how many tokens each lost."""
     lengths = np.minimum(documents.lengths, seq_len)
     lost = documents.lengths - lengths
     starts = np.cumsum(documents.lengths) - documents.lengths
@@ -176,7 +176,7 @@ def _truncate(documents: Documents, seq_len: int) -> tuple[Documents, IntArray]:
     spans[:, 1] = np.minimum(spans[:, 1], seq_len)
     owner = np.repeat(np.arange(len(lengths)), documents.span_counts)[kept]
     return (
-        Documents(
+        TokenizedDocuments(
             input_ids=documents.input_ids[ragged_arange(starts, lengths)],
             lengths=lengths,
             span_counts=np.bincount(owner, minlength=len(lengths)).astype(np.int64),
@@ -187,7 +187,7 @@ def _truncate(documents: Documents, seq_len: int) -> tuple[Documents, IntArray]:
     )
 
 
-def _target_counts(documents: Documents) -> IntArray:
+def _target_counts(documents: TokenizedDocuments) -> IntArray:
     """Targets of each document: tokens of trained answers, less one that begins the document."""
     owner = np.repeat(np.arange(len(documents.lengths)), documents.span_counts)
     spans = documents.spans
@@ -195,13 +195,13 @@ def _target_counts(documents: Documents) -> IntArray:
     return np.bincount(owner, weights=tokens, minlength=len(documents.lengths)).astype(np.int64)
 
 
-def _select(documents: Documents, chosen: IntArray) -> Documents:
+def _select(documents: TokenizedDocuments, chosen: IntArray) -> TokenizedDocuments:
     if len(chosen) == len(documents.lengths):
         return documents
     starts = np.cumsum(documents.lengths) - documents.lengths
     span_starts = np.cumsum(documents.span_counts) - documents.span_counts
     rows = ragged_arange(span_starts[chosen], documents.span_counts[chosen])
-    return Documents(
+    return TokenizedDocuments(
         input_ids=documents.input_ids[ragged_arange(starts[chosen], documents.lengths[chosen])],
         lengths=documents.lengths[chosen],
         span_counts=documents.span_counts[chosen],

@@ -41,7 +41,7 @@ from ismdata.pack.sequences import sequences
 from ismdata.pack.spool import Spool
 from ismdata.pack.tokenize import Progress, Quarantine, sampled_texts, tokenize
 from ismdata.rendering.chat_template import DEFAULT_DATE
-from ismdata.rendering.encoding import Encoding, set_up
+from ismdata.rendering.encoding import Encoding, load_encoding
 from ismdata.rendering.template_report import cautions, shapes_in
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
@@ -122,7 +122,7 @@ def pack(
         # Read while the tokenizer is loaded.
         sample = beside.submit(sampled_texts, sources if tokenizer_backend != "hf" else [])
         shapes = beside.submit(_first_shapes, sources)
-        encoding = set_up(
+        encoding = load_encoding(
             tokenizer, chat_template=chat_template, history=history, arguments=template_arguments, date=template_date
         )
         if layout == "glm":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ismdata.pack.documents import Made
+from ismdata.pack.documents import BatchResult
 from ismdata.pack.planning.plan import lower_bound
 
 
@@ -24,7 +24,7 @@ class Tally:
     unwritten_reasoning: int = 0
     weighted: bool = False
 
-    def add(self, made: Made, *, conversations: int) -> None:
+    def add(self, made: BatchResult, *, conversations: int) -> None:
         self.conversations += conversations
         names = ("target_tokens", "split", "truncated", "truncated_tokens", "dropped", "unwritten_reasoning")
         for name in names:

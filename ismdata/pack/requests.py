@@ -1,4 +1,4 @@
-"""Documents of a batch as columns: as they are asked for, laid out in pieces, and made.
+"""TokenizedDocuments of a batch as columns: as they are asked for, laid out in pieces, and made.
 
 Shape legend: R requests (documents), P pieces, S spans.
 """
@@ -17,7 +17,7 @@ from ismdata.pack.conversation_batch import IntArray
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Documents to make. All arrays have length R; message numbers count within the conversation.
+    """TokenizedDocuments to make. All arrays have length R; message numbers count within the conversation.
 
     A document holds the conversation's first `head` messages (the system prompt, repeated in each piece) and then the
     messages lo to hi. Answers before message `target_from` are history. `cut`: it ends with its last answer.
@@ -42,7 +42,7 @@ class Requests:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class PieceTable:
     """Which runs of tokens each document is made of: P pieces, ordered by request."""
 
     request: IntArray  # [P]
@@ -59,7 +59,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Documents:
+class TokenizedDocuments:
     """Tokenised documents end to end."""
 
     input_ids: NDArray[np.int32]  # all tokens
@@ -69,7 +69,7 @@ class Documents:
     span_weights: NDArray[np.float32]  # [S]
 
 
-def without_tail(layout: Layout, requests: Requests) -> Layout:
+def without_tail(layout: PieceTable, requests: Requests) -> PieceTable:
     """Leave out what follows the last answer of documents that are to end with it."""
     last_answer = np.full(len(requests), -1, np.int64)
     answers = layout.message >= 0
@@ -78,4 +78,4 @@ def without_tail(layout: Layout, requests: Requests) -> Layout:
     if keep.all():
         return layout
     columns = ("request", "span", "kind", "message", "run", "length", "controls")
-    return Layout(**{name: getattr(layout, name)[keep] for name in columns}, refused=layout.refused)
+    return PieceTable(**{name: getattr(layout, name)[keep] for name in columns}, refused=layout.refused)

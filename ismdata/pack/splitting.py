@@ -15,7 +15,7 @@ from ismdata.conversation import USER, Refusal
 from ismdata.masks.intervals import PROMPT
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
-from ismdata.pack.requests import Layout, Requests
+from ismdata.pack.requests import PieceTable, Requests
 
 #: Laying a split out again settles after two or three rounds; this bounds a template that never settles.
 _MOST_ROUNDS = 8
@@ -115,7 +115,12 @@ class Split:
 
 
 def split(
-    encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests, layout: Layout, over: IntArray, seq_len: int
+    encoder: DocumentEncoder,
+    batch: ConversationBatch,
+    requests: Requests,
+    layout: PieceTable,
+    over: IntArray,
+    seq_len: int,
 ) -> Split:
     """Split the requests numbered in `over` so that every piece fits.
 
@@ -180,7 +185,7 @@ def split(
     )
 
 
-def _turns(batch: ConversationBatch, requests: Requests, layout: Layout, r: int) -> Turns:
+def _turns(batch: ConversationBatch, requests: Requests, layout: PieceTable, r: int) -> Turns:
     begin, end = np.searchsorted(layout.request, [r, r + 1])
     span, message = layout.span[begin:end], layout.message[begin:end]
     kind, length = layout.kind[begin:end], layout.length[begin:end]

@@ -1,4 +1,4 @@
-"""Documents on their way from tokenizing to packing: on disk, in flat files that are read back in any order.
+"""TokenizedDocuments on their way from tokenizing to packing: on disk, in flat files that are read back in any order.
 
 Nothing of a document stays in memory, and what an interrupted run spooled is gone on with.
 """
@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.data.column_file import Column
+from ismdata.data.column_file import ColumnFile
 from ismdata.pack.conversation_batch import IntArray
-from ismdata.pack.requests import Documents
+from ismdata.pack.requests import TokenizedDocuments
 
 #: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
 _FILES: dict[str, tuple[Any, int]] = {
@@ -37,7 +37,7 @@ _MAPPED = ("lengths", "span_counts", "name_lengths", "id_starts", "span_starts",
 
 
 class Spool:
-    """Documents in the order in which they were made. `append` while tokenizing, then `seal`, then `gather`.
+    """TokenizedDocuments in the order in which they were made. `append` while tokenizing, then `seal`, then `gather`.
 
     keep: the `rows` that an interrupted run recorded, to go on after them. Raises DataError where files have fewer.
     """
@@ -45,12 +45,12 @@ class Spool:
     def __init__(self, folder: Path, *, keep: Mapping[str, int] | None = None) -> None:
         folder.mkdir(exist_ok=True)
         self._columns = {
-            name: Column(folder / name, dtype, width, keep=keep[name] if keep else 0)
+            name: ColumnFile(folder / name, dtype, width, keep=keep[name] if keep else 0)
             for name, (dtype, width) in _FILES.items()
         }
 
     @property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[ColumnFile]:
         """All files of the spool."""
         return list(self._columns.values())
 
@@ -59,7 +59,7 @@ class Spool:
         """How many rows each file has."""
         return {name: column.rows for name, column in self._columns.items()}
 
-    def append(self, documents: Documents, names: list[str]) -> None:
+    def append(self, documents: TokenizedDocuments, names: list[str]) -> None:
         """Add documents and the conversation ids to write beside them."""
         encoded = [name.encode() for name in names]
         name_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
@@ -115,7 +115,7 @@ class Spool:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """Documents read back from the spool: the columns of tokens.Documents, and their conversation ids."""
+    """TokenizedDocuments read back from the spool: the columns of tokens.Documents, and their conversation ids."""
 
     input_ids: NDArray[np.int32]
     lengths: IntArray

@@ -28,7 +28,7 @@ from ismdata.memory import give_back
 from ismdata.pack import template_check as parity
 from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
-from ismdata.pack.documents import Made, make_documents, wanted
+from ismdata.pack.documents import BatchResult, make_documents, wanted
 from ismdata.pack.options import PackOptions
 from ismdata.pack.pieces import Ahead
 from ismdata.pack.report import Tally
@@ -36,10 +36,10 @@ from ismdata.pack.requests import Requests
 from ismdata.pack.spool import Spool
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.tokenizer_backends import (
-    Backend,
     BackendDiffers,
     BackendRefused,
-    choose,
+    TokenizerEngine,
+    choose_backend,
     disagreement,
     stratified,
 )
@@ -116,7 +116,7 @@ def tokenize(
     meanwhile = cache(meanwhile)
     reference = encoding.tokenizer.reference
     recorded = (journal.state or {}).get("backend")
-    chosen = choose(wanted, reference, sample, recorded=recorded)
+    chosen = choose_backend(wanted, reference, sample, recorded=recorded)
     for note in chosen.notes:
         notify(note)
     backend = chosen.backend
@@ -166,7 +166,7 @@ def _go_on(
     sources: Sequence[ConvertedFolder],
     encoding: Encoding,
     options: PackOptions,
-    backend: Backend,
+    backend: TokenizerEngine,
     folder: Path,
     journal: Journal,
     meanwhile: Callable[[], None],
@@ -243,7 +243,7 @@ class _Unchecked:
 
     batch: ConversationBatch
     requests: Requests
-    made: Made
+    made: BatchResult
     checks: Sequence[Future[Any]]
 
 

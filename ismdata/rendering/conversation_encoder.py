@@ -20,7 +20,7 @@ from ismdata.rendering.skeleton import compile_chunks
 
 if TYPE_CHECKING:
     pass
-from ismdata.rendering.encoding import SETTINGS_NAME, Encoding, set_up
+from ismdata.rendering.encoding import SETTINGS_NAME, Encoding, load_encoding
 
 
 class ConversationEncoder:
@@ -41,7 +41,7 @@ class ConversationEncoder:
             found = f"no {SETTINGS_NAME}" if Path(folder).is_dir() else "a file" if exists else "nothing"
             raise DataError(f"{folder}: found {found}; expected a model's folder, which `ismdata train` writes")
         settings = json.loads(path.read_text(encoding="utf-8"))
-        encoding = set_up(
+        encoding = load_encoding(
             str(folder),
             history=settings["history"],
             arguments=settings["arguments"],

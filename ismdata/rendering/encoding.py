@@ -80,7 +80,7 @@ class Encoding:
         (folder / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def set_up(
+def load_encoding(
     tokenizer: str,
     *,
     chat_template: str | None = None,
@@ -93,7 +93,7 @@ def set_up(
     tokenizer: a local folder, a GGUF file or a hub name. chat_template: a file, or the name of a built-in template;
     without it the tokenizer's own, or ChatML where it has none. Raises DataError, UsageError.
     """
-    return probe(
+    return probe_encoding(
         load_pretrained(tokenizer),
         name=tokenizer,
         chat_template=chat_template,
@@ -103,7 +103,7 @@ def set_up(
     )
 
 
-def probe(
+def probe_encoding(
     pretrained: PreTrainedTokenizerFast,
     *,
     name: str,
@@ -112,7 +112,7 @@ def probe(
     arguments: Mapping[str, Any] | None = None,
     date: datetime.date = DEFAULT_DATE,
 ) -> Encoding:
-    """As `set_up`, with a tokenizer that is loaded already; `name` is what errors call it."""
+    """As `load_encoding`, with a tokenizer that is loaded already; `name` is what errors call it."""
     notes: list[str] = []
     template_name, source = _choose_template(pretrained.chat_template, chat_template, name, notes)
     loaded = Tokenizer(pretrained, name=name, template=source)

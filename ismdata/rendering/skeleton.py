@@ -86,7 +86,9 @@ EM_SPACE = "\u2003"
 _MARKED = re.compile("(\u2003?)\ue000(\\d+)\ue001(\u2003?)")
 
 
-def skeleton(renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], history: History) -> tuple[Piece, ...]:
+def build_skeleton(
+    renderer: Renderer, tokenizer: Tokenizer, roles: Sequence[str], history: History
+) -> tuple[Piece, ...]:
     """The pieces of a document with messages of these roles; `renderer` is one of `for_marked`.
 
     Raises CannotRender, NotDecomposable.

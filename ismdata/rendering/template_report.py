@@ -17,7 +17,7 @@ from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
 from ismdata.rendering.chat_template import CannotRender, Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
-from ismdata.rendering.encoding import Encoding, probe
+from ismdata.rendering.encoding import Encoding, probe_encoding
 from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.skeleton import TooManyMessages, rendered_chunks
 from ismdata.rendering.tracing import REASONING_END
@@ -173,7 +173,7 @@ class TemplateReport:
     facts: dict[str, Any]
 
 
-def report(encoding: Encoding) -> TemplateReport:
+def template_report(encoding: Encoding) -> TemplateReport:
     """Try a probed template on conversations of all shapes."""
     template, found = encoding.renderer.template, encoding.renderer.profile
     shapes = {shape: {history: _said(refusal(encoding, shape, history)) for history in _HISTORIES} for shape in SHAPES}
@@ -278,14 +278,14 @@ def encoding_of(
     if not path.is_file() or path.suffix in (".gguf", ".json"):
         if tokenizer is not None:
             raise UsageError(f"{source} is no template file; expected one beside --tokenizer, or a tokenizer alone")
-        return probe(load_pretrained(source), name=source, history=history, arguments=arguments)
+        return probe_encoding(load_pretrained(source), name=source, history=history, arguments=arguments)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8 at byte {error.start}; expected a Jinja template as text") from error
     pretrained = _stand_in(text) if tokenizer is None else load_pretrained(tokenizer)
     name = "a stand-in that knows the template's markers" if tokenizer is None else tokenizer
-    return probe(pretrained, name=name, chat_template=source, history=history, arguments=arguments)
+    return probe_encoding(pretrained, name=name, chat_template=source, history=history, arguments=arguments)
 
 
 def _stand_in(template: str) -> Any:

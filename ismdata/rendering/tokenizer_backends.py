@@ -51,7 +51,7 @@ _REMEMBERED_BYTES = 192 << 20
 _SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
 
 
-class Backend(Protocol):
+class TokenizerEngine(Protocol):
     """Makes ids of plain text. `identity` names it with its version, as a journal records it."""
 
     name: Literal["hf", "gigatoken"]
@@ -246,12 +246,12 @@ def sampled(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
 class Chosen:
     """A backend, and what a user should be told about the choice. `may_leave`: whether the reference may take over."""
 
-    backend: Backend
+    backend: TokenizerEngine
     notes: tuple[str, ...] = ()
     may_leave: bool = False
 
 
-def choose(
+def choose_backend(
     wanted: TokenizerBackend,
     reference: Reference,
     sample: Callable[[], pa.LargeStringArray],

@@ -10,7 +10,7 @@ Shape legend: B samples, T = seq_len, N targets, H width of the model, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from ismdata.attention.models.glm import takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
 from ismdata.data.collate import IGNORE_INDEX, Collator
 from ismdata.data.dataset import Sample
-from ismdata.data.shards import Sequence
+from ismdata.data.shards import PackedSequence
 from ismdata.masks.intervals import ANSWER, BLOCK_SIZE
 
 #: Numbers that travel with a batch: items of the loss, tokens of documents, targets, and pairs of a row and a key that
@@ -36,7 +36,7 @@ COUNTS = "counts"
 _CHUNK_LOGITS = 1 << 26
 
 
-def target_weights(sequence: Sequence, weighting: str) -> tuple[NDArray[np.float32] | None, int]:
+def target_weights(sequence: PackedSequence, weighting: str) -> tuple[NDArray[np.float32] | None, int]:
     """What each token's loss is multiplied by, float32[T], and how many items the sequence has.
 
     The loss of a batch is the sum of weight x loss over its targets, divided by the sum of the items.
@@ -83,7 +83,7 @@ class TrainingCollator:
     def __post_init__(self) -> None:
         Collator(self.mask)  # which refuses an unknown mask
 
-    def __call__(self, samples: Several[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         batch = Collator(self.mask, tables=self.tables)(samples)
         weighed = [target_weights(sample.sequence, self.weighting) for sample in samples]
         weights = [weight for weight, _ in weighed if weight is not None]

@@ -98,7 +98,7 @@ def padding_sample(dataset: PackedDataset) -> Sample:
     doc_start, kv_end = masks.intervals([], nothing, seq_len=seq_len, mask=dataset.mask)
     return Sample(
         mask=dataset.mask,
-        sequence=shards.Sequence(
+        sequence=shards.PackedSequence(
             input_ids=np.full(seq_len, dataset.shards.index["tokenizer"].get("pad_id") or 0, np.int32),
             position_ids=np.zeros(seq_len, np.int32),
             position_ids_2=np.zeros(seq_len, np.int32) if dataset.layout == "glm" else None,

@@ -22,7 +22,7 @@ from ismdata.bench.latency.report import FlopsRow, TurnRow, latency_table, pictu
 from ismdata.bench.latency.run import MASKS, Conversation, Plan, Turn, run_latency_bench
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.generate.kv_cache import Held
+from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.session import Session
 from tests.support.scripted import END, OPEN, CharacterEncoder, ScriptedModel
 from tests.support.tiny import ANSWER, QUERY, SIZES, VOCABULARY, spans_of, tiny_model
@@ -97,7 +97,7 @@ def test_an_answer_in_one_piece_leaves_the_cache_of_one_token_by_token(mask, arc
         torch.manual_seed(0)
         model = attach(preset_model("glm-tiny", vocab_size=VOCABULARY, seq_len=128).double().eval())
     conversation = Conversation(model, mask, TURNS)
-    singly = Held(model, mask=mask, size=None)
+    singly = KVCache(model, mask=mask, size=None)
     for number, turn in enumerate(TURNS):
         conversation.first_token(number)
         conversation.take_back()

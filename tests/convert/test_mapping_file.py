@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from ismdata.conversation import ROLES
 from ismdata.convert.canonical import Rules, canonical, role_table
 from ismdata.convert.explain import explain, explain_records
-from ismdata.convert.formats.base import Choices, Reader, following
+from ismdata.convert.formats.base import Choices, CorpusFormat, with_choices
 from ismdata.convert.formats.mapped import Mapped, at, without
-from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.guess_mapping import guessed, regrouped
 from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
 from ismdata.convert.read_block import read_records
 from ismdata.convert.sources.arguments import expand
-from ismdata.convert.sources.parts import Format, opened
+from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.errors import DataError, Refused, UsageError
 from tests.conftest import DATA, needs_data
 from tests.support.paths import ROOT
@@ -32,12 +32,12 @@ CHOICES = Choices(roles=role_table({}))
 DOCS = ROOT / "docs" / "mapping.md"
 
 
-def with_choices(mapped: Mapped, **roles: str) -> Mapped:
+def with_roles(mapped: Mapped, **roles: str) -> Mapped:
     """As `convert` does it: the file's roles, then those of the command line."""
-    return following(mapped, Choices(roles=role_table({**mapped.roles, **roles}), assistant=mapped.assistant))
+    return with_choices(mapped, Choices(roles=role_table({**mapped.roles, **roles}), assistant=mapped.assistant))
 
 
-def conversations(reader: Reader, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
+def conversations(reader: CorpusFormat, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
     """The messages of each conversation as role and content; the reason where a record is refused."""
     found: list[Any] = []
     for record in regrouped(reader, records) if isinstance(reader, Mapped) else records:
@@ -52,7 +52,7 @@ def conversations(reader: Reader, records: Sequence[Any], roles: Any = CHOICES.r
 
 
 def read(text: str, *records: Any, **roles: str) -> list[Any]:
-    mapped = with_choices(parse_mapping(text, "my.toml"), **roles)
+    mapped = with_roles(parse_mapping(text, "my.toml"), **roles)
     return conversations(mapped, records, mapped.roles)
 
 
@@ -323,9 +323,9 @@ SAMPLES: dict[str, tuple[list[Any], str]] = {
 }  # fmt: skip
 
 
-def taken(reader: Reader, records: list[Any]) -> list[Any]:
+def taken(reader: CorpusFormat, records: list[Any]) -> list[Any]:
     """Records as the reader takes them: rows that belong together as one."""
-    if type(reader).regrouped is Reader.regrouped:
+    if type(reader).regrouped is CorpusFormat.regrouped:
         return records
     talks: dict[str, list[Any]] = {}
     for row in records:
@@ -336,7 +336,7 @@ def taken(reader: Reader, records: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_mapping_reads_as_the_format_does(name: str) -> None:
     records, text = SAMPLES[name]
-    reader = following(READERS[name], CHOICES)
+    reader = with_choices(FORMATS[name], CHOICES)
     assert detect(records[0]) == name
     expected = conversations(reader, taken(reader, records))
     assert len(expected) == 3
@@ -348,7 +348,7 @@ def test_a_mapping_reads_as_the_format_does(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_formats_are_explained_with_an_equivalent_mapping(name: str) -> None:
     records, _ = SAMPLES[name]
-    reader = following(READERS[name], CHOICES)
+    reader = with_choices(FORMATS[name], CHOICES)
     placed = [(f"a.json:{number}", record) for number, record in enumerate(taken(reader, records), 1)]
     found = explain_records(placed, name="a.json", layout="JSON", format=name, reader=reader, choices=CHOICES)
     assert found.equivalent
@@ -397,9 +397,9 @@ def test_guessing_stands_anything(records: list[Any]) -> None:
 def explained(path: Path, mapping: Mapped | None = None) -> Any:
     (source,) = expand(str(path))
     if mapping is None:
-        return explain(source, Format(choices=CHOICES))
+        return explain(source, FormatChoice(choices=CHOICES))
     choices = replace(CHOICES, roles=role_table(mapping.roles))
-    return explain(source, Format(name="my.toml", reader=mapping, choices=choices))
+    return explain(source, FormatChoice(name="my.toml", reader=mapping, choices=choices))
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -458,7 +458,7 @@ CORPORA = {
 }
 
 
-def all_of(path: Path, format: Format) -> tuple[list[Any], list[str]]:
+def all_of(path: Path, format: FormatChoice) -> tuple[list[Any], list[str]]:
     """Messages of all conversations, and the reasons of all refusals."""
     rules = Rules(roles=format.choices.roles)
     readings = [
@@ -475,7 +475,7 @@ def all_of(path: Path, format: Format) -> tuple[list[Any], list[str]]:
 @needs_data
 @pytest.mark.parametrize("name", CORPORA)
 def test_real_corpora_are_read_as_their_formats_read_them(name: str) -> None:
-    expected = all_of(DATA / name, Format(choices=CHOICES))
+    expected = all_of(DATA / name, FormatChoice(choices=CHOICES))
     mapped = parse_mapping(CORPORA[name], "my.toml")
     assert len(expected[0]) > 30
-    assert all_of(DATA / name, Format(name="my.toml", reader=mapped, choices=CHOICES)) == expected
+    assert all_of(DATA / name, FormatChoice(name="my.toml", reader=mapped, choices=CHOICES)) == expected

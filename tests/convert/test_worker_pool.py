@@ -21,7 +21,7 @@ from ismdata.convert.formats.base import Choices
 from ismdata.convert.pipeline import convert
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sources.arguments import expand
-from ismdata.convert.sources.parts import Format, opened
+from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.convert.worker_pool import Workers
 from ismdata.errors import DataError
 from tests.support.paths import ROOT
@@ -40,7 +40,7 @@ def test_a_block_can_be_handed_to_another_process(name: str, tmp_path: Path) -> 
         rules = Rules(roles=ROLE_NAMES)
         choices = Choices(roles=ROLE_NAMES, preference=form.options.get("preference"))
         blocks = 0
-        for part in opened(source, Format(name=name, choices=choices)):
+        for part in opened(source, FormatChoice(name=name, choices=choices)):
             for block, place in part.blocks:
                 reader, other_block, other_place = pickle.loads(pickle.dumps((part.reader, block, place)))
                 here = read_block(block, part.reader, place, rules)

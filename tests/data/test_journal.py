@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.data import lock
-from ismdata.data.column_file import Column
+from ismdata.data.column_file import ColumnFile
 from ismdata.data.journal import Journal
 from ismdata.data.output_folder import JOURNAL_NAME, output_folder, put_in_place
 from ismdata.errors import DataError, UsageError
@@ -42,7 +42,7 @@ def test_a_column_is_its_batches_end_to_end(
         np.array([[next(values) for _ in range(width)] for _ in range(n)], dtype).reshape(n, width) for n in batches
     ]
     parts = [part[:, 0] if width == 1 else part for part in parts]
-    column = Column(path, dtype, width)
+    column = ColumnFile(path, dtype, width)
     for part in parts:
         column.append(part)
     column.close()
@@ -61,10 +61,10 @@ def test_a_column_is_its_batches_end_to_end(
 
     if keep > len(expected):
         with pytest.raises(DataError, match=r"column: \d+ bytes; expected at least \d+"):
-            Column(path, dtype, width, keep=keep)
+            ColumnFile(path, dtype, width, keep=keep)
         assert path.stat().st_size == expected.nbytes
         return
-    resumed = Column(path, dtype, width, keep=keep)
+    resumed = ColumnFile(path, dtype, width, keep=keep)
     resumed.append(expected[keep:][::-1])
     resumed.close()
     assert np.array_equal(resumed.map(), np.concatenate([expected[:keep], expected[keep:][::-1]]))
@@ -72,11 +72,11 @@ def test_a_column_is_its_batches_end_to_end(
 
 def test_a_column_takes_whole_rows_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 values; expected whole rows of 2"):
-        Column(tmp_path / "column", np.int32, 2).append([1, 2, 3])
+        ColumnFile(tmp_path / "column", np.int32, 2).append([1, 2, 3])
 
 
 def test_a_column_that_has_become_shorter_is_told(tmp_path: Path) -> None:
-    column = Column(tmp_path / "column", np.int32, 2)
+    column = ColumnFile(tmp_path / "column", np.int32, 2)
     column.append(np.arange(20).reshape(10, 2))
     column.close()
     (tmp_path / "column").write_bytes((tmp_path / "column").read_bytes()[:50])
@@ -91,7 +91,7 @@ def test_a_column_that_has_become_shorter_is_told(tmp_path: Path) -> None:
 def test_a_journal_says_where_it_was(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path, RUN, restart=False)
     assert (journal.state, journal.finished) == (None, [])
-    column = Column(tmp_path / "column", np.int32)
+    column = ColumnFile(tmp_path / "column", np.int32)
     column.append([1, 2])
     part = tmp_path / "part"
     part.write_text("part")

@@ -34,7 +34,7 @@ from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
 from ismdata.pack.template_check import ColumnsDiffer, Comparison
-from ismdata.rendering.encoding import set_up
+from ismdata.rendering.encoding import load_encoding
 from tests.pack.test_pack import bytes_tokenizer as bytes_tokenizer
 
 SEQ_LEN = 256
@@ -96,8 +96,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     monkeypatch.setattr(ismdata.pack.pipeline, "_SHARD_TOKENS", 8 * SEQ_LEN)
     monkeypatch.setattr(ismdata.pack.pipeline, "_BATCH_TOKENS", 4 * SEQ_LEN)
     record_always(monkeypatch)
-    loaded = set_up(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
+    loaded = load_encoding(str(bytes_tokenizer))
+    monkeypatch.setattr(ismdata.pack.pipeline, "load_encoding", lambda *arguments, **options: loaded)
 
 
 def packed(converted: Path, output: Path, **options: Any) -> PackReport:
@@ -405,7 +405,7 @@ def test_a_source_and_a_tokenizer_that_changed(
             packed(converted, output)
         write_corpus(tmp_path / "chats.jsonl", 30)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
-        loaded = ismdata.pack.pipeline.set_up("bytes")
+        loaded = ismdata.pack.pipeline.load_encoding("bytes")
         with monkeypatch.context() as patch:
             patch.setitem(loaded.tokenizer.__dict__, "sha256", "another")
             with pytest.raises(UsageError, match=r"the tokenizer is .*another.*interrupted had"):

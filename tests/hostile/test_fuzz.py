@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.convert.canonical import Rules
 from ismdata.convert.explain import explain
+from ismdata.convert.formats import registry
 from ismdata.convert.formats.base import Choices
-from ismdata.convert.formats.registry import READERS
 from ismdata.convert.mapping_file import parse_mapping
 from ismdata.convert.pipeline import ConvertReport, convert
 from ismdata.convert.sources.parts import Format as Reading
@@ -113,7 +113,7 @@ def rows_of(report: ConvertReport) -> list[dict[str, Any]]:
 
 
 def test_there_is_a_writer_for_each_reader() -> None:
-    assert FORMATS.keys() == READERS.keys()
+    assert FORMATS.keys() == registry.FORMATS.keys()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -16,7 +16,7 @@ from ismdata.masks.intervals import ANSWER
 from ismdata.rendering.chat_template import CannotRender, ChatTemplate, TemplateRefused, parse_arguments
 from ismdata.rendering.control_tokens import ControlTokens
 from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import Encoding, set_up
+from ismdata.rendering.encoding import Encoding, load_encoding
 from ismdata.rendering.renderer import Chunk, HistoryRewritten
 from tests.conftest import TEMPLATES, conversations, encoding, template_named
 
@@ -294,7 +294,7 @@ def test_templates_that_act_on_what_is_said(expression: str, content: str, smoll
     source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ EXPRESSION }}<|im_end|>\n{% endfor %}"
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (tmp_path / "t.jinja").write_text(source.replace("EXPRESSION", expression), encoding="utf-8")
-    with_ = set_up(str(smollm2), chat_template=str(tmp_path / "t.jinja"))
+    with_ = load_encoding(str(smollm2), chat_template=str(tmp_path / "t.jinja"))
     found = with_.sensitivity
     assert found.everything or any(trigger in content for trigger in found.triggers)
     plain = encoding(smollm2).sensitivity
@@ -320,7 +320,7 @@ def test_tokenizers_that_put_a_blank_before_words(kind: str, tmp_path: Path) -> 
         "{% if add_generation_prompt %}<|a|>{% endif %}"
     )
     tokenizer.save_pretrained(str(tmp_path))
-    with_ = set_up(str(tmp_path))
+    with_ = load_encoding(str(tmp_path))
     messages = said((U, "hi there"), (A, "hello you"), (U, "bye"), (A, "so long"))
     ours = [id for piece in with_.document(messages) for id in piece.ids or ()]
     assert ours == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -386,7 +386,7 @@ def test_paired_markup_stays_what_it_is(deepseek: Path) -> None:
 def test_dates_are_fixed_and_can_be_chosen(smollm2: Path) -> None:
     template = template_named("llama3_2")
     default = encoding(smollm2, template)
-    other = set_up(str(smollm2), chat_template=str(template), date=datetime.date(2025, 1, 2))
+    other = load_encoding(str(smollm2), chat_template=str(template), date=datetime.date(2025, 1, 2))
     messages = said((U, "Hi"), (A, "Hello"))
     assert "26 Jul 2024" in default.renderer.append(messages)[0].text + default.renderer.append(messages)[1].text
     assert "02 Jan 2025" in "".join(chunk.text for chunk in other.renderer.append(messages))
@@ -395,25 +395,25 @@ def test_dates_are_fixed_and_can_be_chosen(smollm2: Path) -> None:
 
 def test_chatml_is_said_and_needs_its_tokens(smollm2: Path, deepseek: Path) -> None:
     with pytest.raises(DataError, match=r"lacks <\|im_start\|> and <\|im_end\|>.*--chat-template"):
-        set_up(str(deepseek))
-    assert set_up(str(smollm2), chat_template="chatml").renderer.template.name == "chatml"
+        load_encoding(str(deepseek))
+    assert load_encoding(str(smollm2), chat_template="chatml").renderer.template.name == "chatml"
 
 
 def test_template_errors(smollm2: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
-        set_up(str(smollm2), chat_template=str(tmp_path / "none.jinja"))
+        load_encoding(str(smollm2), chat_template=str(tmp_path / "none.jinja"))
     deaf = tmp_path / "deaf.jinja"
     deaf.write_text("nothing of what you say", encoding="utf-8")
     with pytest.raises(DataError, match="does not contain what user and assistant said"):
-        set_up(str(smollm2), chat_template=str(deaf))
+        load_encoding(str(smollm2), chat_template=str(deaf))
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for %}", encoding="utf-8")
     with pytest.raises(DataError, match="refuses one user message"):
-        set_up(str(smollm2), chat_template=str(broken))
+        load_encoding(str(smollm2), chat_template=str(broken))
     with pytest.raises(DataError, match=r"expected a folder with tokenizer\.json"):
-        set_up(str(deaf))
+        load_encoding(str(deaf))
     with pytest.raises(DataError, match=r"without tokenizer\.json"):
-        set_up(str(tmp_path))
+        load_encoding(str(tmp_path))
 
 
 def test_arguments() -> None:
@@ -434,7 +434,7 @@ def test_rewritten_history_that_cannot_be_followed(smollm2: Path, tmp_path: Path
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         encoding="utf-8",
     )
-    with_ = set_up(str(smollm2), chat_template=str(forgetful))
+    with_ = load_encoding(str(smollm2), chat_template=str(forgetful))
     with pytest.raises(HistoryRewritten, match="--history expand"):
         with_.renderer.append(said((U, "one"), (A, "two"), (U, "three"), (A, "four")))
 

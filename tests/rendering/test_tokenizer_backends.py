@@ -27,17 +27,17 @@ from ismdata.data.index import INDEX_NAME
 from ismdata.data.verify import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
-from ismdata.rendering.encoding import Encoding, set_up
+from ismdata.rendering.encoding import Encoding, load_encoding
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
 from ismdata.rendering.tokenizer_backends import (
-    Backend,
     BackendRefused,
     Compared,
     Gigatoken,
     Reference,
     Sampled,
+    TokenizerEngine,
     _slices,
-    choose,
+    choose_backend,
     sampled,
     stratified,
 )
@@ -84,7 +84,7 @@ def test_ids_are_those_of_each_text_alone(
     name: str, deepseek_encoding: Encoding, texts: list[str], cut: int, opening: bool, at_once: int
 ) -> None:
     reference = deepseek_encoding.tokenizer.reference
-    backend: Backend = reference if name == "hf" else gigatoken_for(reference)
+    backend: TokenizerEngine = reference if name == "hf" else gigatoken_for(reference)
     with patch("ismdata.rendering.tokenizer_backends._SLICE_BYTES", at_once):
         ids, lengths = backend.encode(large(["left out"] * cut + texts).slice(cut), opening=opening)
     one_by_one = [reference.inside.encode(text, add_special_tokens=False).ids for text in texts]
@@ -170,8 +170,8 @@ def packed(
     converted: Path, bytes_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[PackReport, list[str]]]:
     """Pack the corpus, in several batches; the report and the notes."""
-    loaded = set_up(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack.pipeline, "set_up", lambda *arguments, **options: loaded)
+    loaded = load_encoding(str(bytes_tokenizer))
+    monkeypatch.setattr(ismdata.pack.pipeline, "load_encoding", lambda *arguments, **options: loaded)
     monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 40)
 
     def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
@@ -301,7 +301,7 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
 ) -> None:
     """Also where another thread is at it: a batch is spooled when its own call returns."""
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
-    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    reference = load_encoding(str(bytes_tokenizer)).tokenizer.reference
     backend = Compared(Gigatoken(reference), reference)
     backend.encode(large(["text"]), opening=False)
     began, may_end = Event(), Event()
@@ -324,7 +324,7 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
 
 
 def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
-    reference = set_up(str(bytes_tokenizer)).tokenizer.reference
+    reference = load_encoding(str(bytes_tokenizer)).tokenizer.reference
     Compared(Gigatoken(reference), reference, sampled(large([]), reference)).compare()
 
 
@@ -361,11 +361,11 @@ def test_the_sample_that_is_compared_is_of_the_corpus(
 
 def test_what_gigatoken_refuses(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = encoding(smollm2).tokenizer.reference
-    chosen = choose("auto", reference, lambda: large(["text"]))
+    chosen = choose_backend("auto", reference, lambda: large(["text"]))
     assert chosen.backend is reference
     assert ["cannot be used with this tokenizer" in note for note in chosen.notes] == [True]
     with pytest.raises(UsageError, match="Choose --tokenizer-backend auto or hf"):
-        choose("gigatoken", reference, lambda: large([]))
+        choose_backend("gigatoken", reference, lambda: large([]))
 
 
 def test_gigatoken_is_not_installed(packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +409,7 @@ def test_a_failure_in_the_middle(
 def test_an_interrupt_is_no_failure(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gigatoken
 
-    backend = Gigatoken(set_up(str(bytes_tokenizer)).tokenizer.reference)
+    backend = Gigatoken(load_encoding(str(bytes_tokenizer)).tokenizer.reference)
 
     def interrupted(self: Any, texts: Any) -> Any:
         raise KeyboardInterrupt

@@ -16,19 +16,19 @@ import numpy as np
 from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLES
 from ismdata.convert.canonical import Rules, parse_json
 from ismdata.convert.digests import digests
-from ismdata.convert.formats.base import Block, Place, Reader
+from ismdata.convert.formats.base import Block, CorpusFormat, Place
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.archives import Part, parts_of
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
-from ismdata.convert.sources.parts import Format, opened
+from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.data.conversations import quarantine_line
 from ismdata.errors import DataError
 
 PLACE = Place(prefix="x:", stem="x")
 
 
-def check_block(block: Block, place: Place, reader: Reader, rules: Rules) -> None:
+def check_block(block: Block, place: Place, reader: CorpusFormat, rules: Rules) -> None:
     """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
     fast = read_block(block, reader, place, rules)
     general = read_records(block, reader, place, rules)
@@ -64,7 +64,7 @@ def check_row(row: dict[str, Any]) -> None:
             assert message["content"].strip()
 
 
-def check_grouping(reader: Reader, values: list[Any]) -> None:
+def check_grouping(reader: CorpusFormat, values: list[Any]) -> None:
     """Every row is in exactly one group, whichever blocks it comes in."""
     half = len(values) // 2
     blocks = [
@@ -96,7 +96,7 @@ class Memory:
         )
 
 
-def check_file(data: bytes, name: str, format: Format, rules: Rules) -> None:
+def check_file(data: bytes, name: str, format: FormatChoice, rules: Rules) -> None:
     try:
         for part in opened(Memory(data=data, name=name), format):  # type: ignore[arg-type]
             if part.reader is not None:

@@ -88,7 +88,7 @@ def sample(
     intervals = masks.intervals(seq_lens, spans, seq_len=seq_len, mask=mask)
     return Sample(
         mask=mask,
-        sequence=shards.Sequence(
+        sequence=shards.PackedSequence(
             input_ids=input_ids,
             position_ids=masks.position_ids(seq_lens, seq_len=seq_len),
             loss_mask=masks.targets(seq_lens, spans, seq_len=seq_len, mask=mask),
@@ -137,7 +137,7 @@ def write_packed(
     return folder
 
 
-def _as_row(sequence: shards.Sequence, weighted: bool) -> dict:
+def _as_row(sequence: shards.PackedSequence, weighted: bool) -> dict:
     row = {
         name: getattr(sequence, name).reshape(-1).tolist()
         for name in ("input_ids", "position_ids", "loss_mask", "seq_lens", "block_table")

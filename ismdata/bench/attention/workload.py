@@ -12,15 +12,14 @@ Shape legend: B rows, T = seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Several
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ismdata import masks
-from ismdata.data.shards import Sequence
+from ismdata.data.shards import PackedSequence
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 
 #: Mean and standard deviation of the logarithm, and the largest seen: answers a conversation, tokens of a question and
@@ -69,14 +68,14 @@ class Workload:
         doc_start, kv_end = self.intervals(mask)
         return int((kv_end.astype(np.int64) - doc_start).sum())
 
-    def sequences(self, mask: str, *, vocab_size: int, seed: int = 0) -> list[Sequence]:
+    def sequences(self, mask: str, *, vocab_size: int, seed: int = 0) -> list[PackedSequence]:
         """The rows as a packed folder would hold them for `mask`, with random tokens."""
         rng = np.random.Generator(np.random.PCG64(seed))
         rows = []
         for seq_lens, spans in zip(self.seq_lens, self.spans, strict=True):
             doc_start, kv_end = masks.intervals(seq_lens, spans, seq_len=self.seq_len, mask=mask)
             rows.append(
-                Sequence(
+                PackedSequence(
                     input_ids=rng.integers(0, vocab_size, self.seq_len).astype(np.int32),
                     position_ids=masks.position_ids(seq_lens, seq_len=self.seq_len),
                     loss_mask=masks.targets(seq_lens, spans, seq_len=self.seq_len, mask=mask),
@@ -90,7 +89,7 @@ class Workload:
         return rows
 
 
-def lay_out(rows: Several[Several[Document]], seq_len: int) -> Workload:
+def lay_out(rows: Sequence[Sequence[Document]], seq_len: int) -> Workload:
     """Documents end to end, row by row; what is left of a row is padding, what goes beyond it is cut off."""
     laid = [_row(documents, seq_len) for documents in rows]
     return Workload(seq_len=seq_len, seq_lens=tuple(lens for lens, _ in laid), spans=tuple(spans for _, spans in laid))
@@ -144,7 +143,7 @@ def _documents(rng: np.random.Generator) -> Iterator[Document]:
         yield spans
 
 
-def _row(documents: Several[Document], seq_len: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+def _row(documents: Sequence[Document], seq_len: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """seq_lens and spans of one row."""
     seq_lens: list[int] = []
     spans: list[tuple[int, int, int, int]] = []

@@ -245,11 +245,11 @@ def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArra
 
 def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend) -> Callable[[], object]:
     """What `pack` does before it reads: done once already, so that nothing is imported or cached in one job only."""
-    from ismdata.rendering.encoding import set_up
+    from ismdata.rendering.encoding import load_encoding
     from ismdata.rendering.tokenizer_backends import Gigatoken
 
     def setup() -> None:
-        reference = set_up(tokenizer, chat_template=chat_template).tokenizer.reference
+        reference = load_encoding(tokenizer, chat_template=chat_template).tokenizer.reference
         if backend == "gigatoken":
             Gigatoken(reference)
 

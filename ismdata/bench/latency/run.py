@@ -34,7 +34,7 @@ from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
 from ismdata.data.output_folder import output_folder
 from ismdata.errors import UsageError
-from ismdata.generate.kv_cache import Held
+from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.sampling import Sampling, chooser
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
@@ -99,7 +99,7 @@ class Conversation:
     def __init__(self, model: PreTrainedModel, mask: str, turns: Sequence[Turn]) -> None:
         self.mask = mask
         self.turns = turns
-        self.held = Held(model, mask=mask, size=None)
+        self.held = KVCache(model, mask=mask, size=None)
         self._choose = chooser(Sampling(), model.device)
         self._openings = 1 if takes_two_positions(model) else 0
         self._settled = 0

@@ -19,7 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ismdata.data.shards import PackedShards, Sequence
+from ismdata.data.shards import PackedSequence, PackedShards
 from ismdata.display import _PICTURES, printable
 from ismdata.masks.intervals import intervals
 
@@ -54,7 +54,7 @@ def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str])
     }
 
 
-def _span(sequence: Sequence, span: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _span(sequence: PackedSequence, span: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
     start, end, kind, train = span
     target = sequence.loss_mask[start:end] != 0
     borders = [0, *(np.flatnonzero(np.diff(target)) + 1).tolist(), end - start]
@@ -74,7 +74,7 @@ class RowDrawing:
     """Draws a row's facts, and its mask from its spans, on a rich console."""
 
     facts: dict[str, Any]
-    sequence: Sequence
+    sequence: PackedSequence
     mask: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -134,7 +134,7 @@ def _half_block(upper: str | None, lower: str | None, *, colours: bool) -> tuple
     return ("▄", Style(color=lower)) if lower else (" ", Style())
 
 
-def mask_cells(sequence: Sequence, *, mask: str, seq_len: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def mask_cells(sequence: PackedSequence, *, mask: str, seq_len: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The mask in at most 64 x 64 cells: which are mostly seen, and which of them mostly ahead of the token that sees.
 
     bool[N, N] each. A cell is N-th by N-th of the sequence; it counts where at least half of it does.

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ismdata.arrays import offsets_of
 from ismdata.convert.columnar import BLANKS, flat_list, held, mask, per_record
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import spoken
 from ismdata.errors import Refused, shown
 
@@ -28,7 +28,7 @@ _NAMES = pa.array(["system", "user", "assistant"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alpaca(Reader):
+class Alpaca(CorpusFormat):
     """`instruction` and `input` (joined by a line break) are the user's, `output` is the assistant's."""
 
     expects: str = "instruction/input/output, history, system"

@@ -109,7 +109,7 @@ class Block(Protocol):
         ...
 
 
-class Reader(ABC):
+class CorpusFormat(ABC):
     """One corpus format; the subclasses are frozen dataclasses, whose fields are what a format can vary in."""
 
     @property
@@ -143,10 +143,10 @@ class Reader(ABC):
         return None
 
 
-AnyReader = TypeVar("AnyReader", bound=Reader)
+AnyReader = TypeVar("AnyReader", bound=CorpusFormat)
 
 
-def following(reader: AnyReader, choices: Choices) -> AnyReader:
+def with_choices(reader: AnyReader, choices: Choices) -> AnyReader:
     """The reader with the choices that concern its format."""
     wanted = {one.name for one in fields(choices)} & {one.name for one in fields(reader)}  # type: ignore[arg-type]
     return replace(reader, **{name: getattr(choices, name) for name in wanted})  # type: ignore[type-var]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.errors import Refused, shown
 
 #: Content types that are no part of what was said: thoughts, settings.
@@ -15,7 +15,7 @@ _OTHER_BRANCHES = "messages of other branches"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatGptExport(Reader):
+class ChatGptExport(CorpusFormat):
     """A record is a chat: the messages from the root of `mapping` to `current_node`; other branches are left out."""
 
     expects: str = "mapping and current_node, as ChatGPT exports chats"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, take_id
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.errors import Refused, shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvAi(Reader):
+class ConvAi(CorpusFormat):
     """A record's last utterance holds the whole dialogue; the persona is of the one who answers."""
 
     expects: str = "personality, utterances[].history/candidates"

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ismdata.arrays import offsets_of
 from ismdata.choices import Side
 from ismdata.convert.columnar import BLANKS, flat_list, mask
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, kind_of
+from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken, turns
 from ismdata.errors import Refused, shown
 
@@ -24,7 +24,7 @@ _LABELS = re.compile(r"[0-9]+( [0-9]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DailyDialog(Reader):
+class DailyDialog(CorpusFormat):
     """Blanks around an utterance go, and so does the empty piece after a last `__eou__`.
 
     Columns of numbers after the text, set apart by tabs, are labels: they become the list `labels` in `meta`.

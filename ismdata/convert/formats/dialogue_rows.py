@@ -10,7 +10,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of
+from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of
 from ismdata.convert.formats.speakers import played
 from ismdata.convert.sources.grouping import by_key, in_order
 from ismdata.errors import Refused, shown
@@ -37,7 +37,7 @@ class RowColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialogueRows(Reader):
+class DialogueRows(CorpusFormat):
     """A record is the list of the rows of one dialogue."""
 
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)

@@ -8,18 +8,18 @@ from typing import Any
 
 from ismdata.choices import Preference
 from ismdata.convert.formats.alpaca import ALPACA
-from ismdata.convert.formats.base import Draft, Reader, fields_of
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
 from ismdata.errors import Refused, shown
 
 _LABELS = ("label", "kto_tag")
 #: What a record can be beside its label.
-_INNER: tuple[Reader, ...] = (OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)
+_INNER: tuple[CorpusFormat, ...] = (OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kto(Reader):
+class Kto(CorpusFormat):
     """Records marked as good are read, and under `preference` "rejected" the others; the rest is refused."""
 
     expects: str = "messages or prompt/completion, label: true or false"
@@ -51,7 +51,7 @@ def _label_of(fields: dict[str, Any]) -> str:
     return next((name for name in _LABELS if name in fields), _LABELS[0])
 
 
-def _inner(fields: dict[str, Any]) -> Reader | None:
+def _inner(fields: dict[str, Any]) -> CorpusFormat | None:
     return next((reader for reader in _INNER if reader.fits(fields)), None)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.columnar import flat_list, mask, per_record
-from ismdata.convert.formats.base import ID_FIELDS, Block, Columns, Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import ID_FIELDS, Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import alternating, played, spoken, turns
 from ismdata.errors import Refused
 
@@ -31,7 +31,7 @@ _SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lists(Reader):
+class Lists(CorpusFormat):
     """A record is a list of strings, or an object with such a list; the opener is the user."""
 
     expects: str = "[text, text, …], or an object with such a list as its dialog"

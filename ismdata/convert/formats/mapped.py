@@ -10,7 +10,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of, take_id
 from ismdata.convert.formats.dialogue_rows import cell_id, group_of, shared, speaker_of
 from ismdata.convert.formats.speakers import alternating, played
 from ismdata.convert.formats.training_flags import TRAINING_FLAGS
@@ -36,7 +36,7 @@ class Said:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mapped(Reader):
+class Mapped(CorpusFormat):
     """Exactly one of `messages`, `text` and `group` is set: a list, one string, or rows. Paths are dotted.
 
     `roles` maps role names in lower case to canonical roles; `ANYONE` among them stands for all other names.

@@ -15,7 +15,7 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import MOST_WEIGHT, parse_json
 from ismdata.convert.columnar import flat_list, held, mask, per_record
 from ismdata.convert.columnar_extras import Plain, apart, columns_of_records, ids_of, meta_of, rest_of
-from ismdata.convert.formats.base import Block, Columns, Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, spread, system_blocks, tools_of
 from ismdata.convert.formats.speakers import alternating, turns
 from ismdata.convert.formats.training_flags import TRAINING_FLAGS
@@ -48,7 +48,7 @@ SIDES = frozenset({"usr", "sys"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class MessageLists(Reader):
+class MessageLists(CorpusFormat):
     """A record is an object whose field `messages` lists objects with `role` and `content`.
 
     Without a `role` the speakers alternate and the opener is the user. `also` holds other names of the list, under

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of
 from ismdata.errors import Refused, shown
 
 _TURN = re.compile(r"turn_([0-9]{1,9})")
@@ -21,7 +21,7 @@ _API = re.compile(r"API: *(\w+)\((\w+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moss(Reader):
+class Moss(CorpusFormat):
     """The system prompt is `meta_instruction`; thoughts become the reasoning of the answer or of the call after them.
 
     `conversation_id` counts within a folder only, so it goes to `meta` and the id is made from the place.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.utterances import UTTERANCES
 from ismdata.errors import Refused, shown
 
@@ -47,7 +47,7 @@ SYSTEMS = ("system", "system_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Reader):
+class Pairs(CorpusFormat):
     """A record is an object with a list of pairs, or such a list: the first of each is the user's."""
 
     expects: str = "conversation[].human/assistant, history: [[question, answer], …]"

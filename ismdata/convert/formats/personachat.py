@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.choices import Side
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, kind_of
+from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.convert.sources.grouping import by_start
 from ismdata.errors import Refused, shown
@@ -18,7 +18,7 @@ _OWN, _PARTNER = "your persona: ", "partner's persona: "
 
 
 @dataclass(frozen=True, kw_only=True)
-class PersonaChat(Reader):
+class PersonaChat(CorpusFormat):
     """The persona of the side that is trained is the system prompt, a sentence a line; the other one's follows it with
     "partner's persona: " before each sentence. Candidates after a second tab are left out.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.pairs import system_of
 from ismdata.convert.formats.separated import marked_turns
@@ -33,7 +33,7 @@ _Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferencePairs(Reader):
+class PreferencePairs(CorpusFormat):
     """A record is an object with a chosen and a rejected side, each an answer or a whole conversation.
 
     A side is a text, a message or a list of messages. The side that is not read is counted among the ignored fields.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI
 from ismdata.convert.formats.pairs import exchange_of, messages_of, system_of
 from ismdata.errors import Refused
@@ -20,7 +20,7 @@ _CALLING = frozenset({"query", "answers", "tools"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptCompletion(Reader):
+class PromptCompletion(CorpusFormat):
     """A record is an object with a prompt and a completion under one of the usual pairs of names."""
 
     expects: str = "prompt/completion, question/answer and the like"

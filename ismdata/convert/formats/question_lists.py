@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.errors import Refused
 
 _STORIES = ("story", "context", "passage")
@@ -14,7 +14,7 @@ _TEXTS = ("input_text", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionLists(Reader):
+class QuestionLists(CorpusFormat):
     """A record has `questions` and as many `answers`; the story that they are about is the system prompt."""
 
     expects: str = "story, questions[], answers[]"

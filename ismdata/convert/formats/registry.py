@@ -1,11 +1,11 @@
-"""The corpus formats. To add one: a file with an object that is a `base.Reader`, and a line in `READERS`."""
+"""The corpus formats. To add one: a file with an object that is a `base.Reader`, and a line in `FORMATS`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ismdata.convert.formats.alpaca import ALPACA
-from ismdata.convert.formats.base import Reader
+from ismdata.convert.formats.base import CorpusFormat
 from ismdata.convert.formats.chatgpt import CHATGPT_EXPORT
 from ismdata.convert.formats.convai import CONVAI
 from ismdata.convert.formats.dailydialog import DAILYDIALOG
@@ -25,7 +25,7 @@ from ismdata.convert.formats.tsv_pairs import TSV_PAIRS
 from ismdata.convert.formats.utterances import UTTERANCES
 
 #: Format names, as `--format` takes them, in the order in which detection asks.
-READERS: dict[str, Reader] = {
+FORMATS: dict[str, CorpusFormat] = {
     "oasst": TREE_ROWS,
     "oasst_trees": NESTED_TREES,
     # Before `messages`: their records have such a list too, and more to say about it.
@@ -60,4 +60,4 @@ def detect(record: Any) -> str | None:
     >>> detect({"conversations": [{"from": "human", "value": "Hello!"}]})
     'sharegpt'
     """
-    return next((name for name, reader in READERS.items() if reader.fits(record)), None)
+    return next((name for name, reader in FORMATS.items() if reader.fits(record)), None)

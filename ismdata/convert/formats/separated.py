@@ -9,7 +9,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Reader, fields_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, take_id
 from ismdata.convert.formats.pairs import exchange_of, system_of
 from ismdata.convert.formats.speakers import played, spoken
 from ismdata.convert.formats.templated import templated_turns, with_calls
@@ -30,7 +30,7 @@ _OPENINGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separated(Reader):
+class Separated(CorpusFormat):
     """A record is an object with such a string; blanks around a turn's text go."""
 
     expects: str = "one string with |EOM| between turns `Name: text`, or with Human:/Assistant: before them"

@@ -16,7 +16,7 @@ from typing import Any
 from ismdata.choices import Paths
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Block, Draft, Place, Reader, fields_of, kind_of
+from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of
 from ismdata.convert.sources.grouping import Group, GroupBlock, by_key, narrowed, number_of
 from ismdata.errors import Refused, shown
 
@@ -54,7 +54,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreeRows(Reader):
+class TreeRows(CorpusFormat):
     """A record is the list of the rows of one tree; a row is a message with the id of its parent."""
 
     roles: Mapping[str, str] = field(default_factory=lambda: dict(ROLE_NAMES))
@@ -89,7 +89,7 @@ class TreeRows(Reader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NestedTrees(Reader):
+class NestedTrees(CorpusFormat):
     """A record is a tree: its `prompt` is a message with its `replies` inside of it."""
 
     roles: Mapping[str, str] = field(default_factory=lambda: dict(ROLE_NAMES))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Draft, Reader, fields_of, kind_of, take_id
+from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI, SIDES
 from ismdata.convert.formats.speakers import alternating, played
 from ismdata.errors import Refused, shown
@@ -62,7 +62,7 @@ class Names:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Utterances(Reader):
+class Utterances(CorpusFormat):
     """A record is an object with a list of `{speaker, text}` under the usual names of such fields."""
 
     expects: str = "utterances[].speaker/text and the like, log[].text"

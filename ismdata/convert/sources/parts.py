@@ -9,8 +9,8 @@ from itertools import chain, islice
 import numpy as np
 import pyarrow as pa
 
-from ismdata.convert.formats.base import Block, Choices, Place, Reader, following
-from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.formats.base import Block, Choices, CorpusFormat, Place, with_choices
+from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
 from ismdata.convert.sources.arguments import SavedDataset, Source
 from ismdata.convert.sources.blocks import TableBlock
@@ -35,11 +35,11 @@ class UnknownFormat(DataError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format:
-    """What parts are read as: `name` is "auto", a key of READERS, or what else to call `reader` where that is given."""
+class FormatChoice:
+    """What parts are read as: `name` is "auto", a key of FORMATS, or what else to call `reader` where that is given."""
 
     name: str = "auto"
-    reader: Reader | None = None
+    reader: CorpusFormat | None = None
     choices: Choices
 
     def is_record(self, record: object) -> bool:
@@ -48,30 +48,30 @@ class Format:
         return self._named.fits(record)
 
     @property
-    def _named(self) -> Reader:
-        return self.reader or READERS[self.name]
+    def _named(self) -> CorpusFormat:
+        return self.reader or FORMATS[self.name]
 
-    def reader_of(self, record: object) -> tuple[str, Reader] | None:
+    def reader_of(self, record: object) -> tuple[str, CorpusFormat] | None:
         """The format that a record is of and the reader for it; under a name, that one whatever the record is."""
         name = detect(record) if self.name == "auto" else self.name
         if name is None:
             return None
-        return name, following(READERS[name] if self.name == "auto" else self._named, self.choices)
+        return name, with_choices(FORMATS[name] if self.name == "auto" else self._named, self.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class SourcePart:
     """One part of a source. `format` is EMPTY and `reader` None where it holds no record."""
 
     name: str
     layout: str
     format: str
-    reader: Reader | None
+    reader: CorpusFormat | None
     blocks: Iterable[Placed]
     position: Callable[[], int]
 
 
-def opened(source: Source | SavedDataset, format: Format) -> Iterator[Opened]:
+def opened(source: Source | SavedDataset, format: FormatChoice) -> Iterator[SourcePart]:
     """The parts of a source, one after the other: each is to be read to its end before the next is asked for.
 
     Raises DataError when a part cannot be read, UnknownFormat when it is of no known format.
@@ -90,9 +90,9 @@ def opened(source: Source | SavedDataset, format: Format) -> Iterator[Opened]:
         yield _known(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
 
 
-def _check_layout(name: str, layout: str, format: Format, queue: ByteQueue) -> None:
-    if format.name in READERS and READERS[format.name].plain_text and layout != TEXT_LINES and queue.data:
-        expected = READERS[format.name].expects
+def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:
+    if format.name in FORMATS and FORMATS[format.name].plain_text and layout != TEXT_LINES and queue.data:
+        expected = FORMATS[format.name].expects
         raise DataError(f"{name}: found {layout}; expected {expected}. Leave out --format {format.name}")
 
 
@@ -123,17 +123,19 @@ def _check_table(table: pa.Table, place: str) -> None:
         raise DataError(f"{place}: {error}; expected texts in UTF-8. Write the file again from its source") from error
 
 
-def _known(blocks: Iterator[Placed], name: str, layout: str, format: Format, position: Callable[[], int]) -> Opened:
+def _known(
+    blocks: Iterator[Placed], name: str, layout: str, format: FormatChoice, position: Callable[[], int]
+) -> SourcePart:
     """The part with the format of its first record that is of one. Raises UnknownFormat when none is."""
     head = list(islice(blocks, 1))
     if not head:
-        return Opened(name=name, layout=layout, format=EMPTY, reader=None, blocks=(), position=position)
+        return SourcePart(name=name, layout=layout, format=EMPTY, reader=None, blocks=(), position=position)
     found = _detected(head[0], name, format)
     regrouped = found[1].regrouped(chain(head, blocks))
-    return Opened(name=name, layout=layout, format=found[0], reader=found[1], blocks=regrouped, position=position)
+    return SourcePart(name=name, layout=layout, format=found[0], reader=found[1], blocks=regrouped, position=position)
 
 
-def _detected(placed: Placed, name: str, format: Format) -> tuple[str, Reader]:
+def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, CorpusFormat]:
     if format.name != "auto":
         found = format.reader_of(None)
         assert found is not None
@@ -156,11 +158,11 @@ def _detected(placed: Placed, name: str, format: Format) -> tuple[str, Reader]:
     if isinstance(first, dict):
         for field, known_name in _EMPTY_LISTS.items():
             if first.get(field) == []:
-                return known_name, following(READERS[known_name], format.choices)
+                return known_name, with_choices(FORMATS[known_name], format.choices)
         seen = f"the first record has the fields {', '.join(map(repr, first)) or '(none)'}"
     else:
         seen = f"the first record is {shown(first)}"
-    known = "; ".join(f"{key} ({reader.expects})" for key, reader in READERS.items())
+    known = "; ".join(f"{key} ({reader.expects})" for key, reader in FORMATS.items())
     raise UnknownFormat(
         f"{name}: {seen}; expected one of {known}. Say how to read it with --mapping FILE: "
         f"`ismdata convert --explain {name}` writes one to start from"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import REASONS, ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, Place, following
-from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.formats.base import Choices, Place, with_choices
+from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.blocks import LineBlock
 from ismdata.convert.sources.framing import line_block
@@ -24,14 +24,14 @@ from tests.support.paths import ROOT
 from tests.support.shapes import QA, SHAPES, A, Q, R, S, T, U, chat, spoken
 
 PLACE = Place(prefix="corpus:", stem="corpus")
-FORMATS = ("preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated")
-FORMATS += ("prompt_completion", "personachat", "tsv_pairs", "gemini", "claude_export", "chatgpt_export")
-FORMATS += ("question_lists", "convai")
+FORMAT_NAMES = ("preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated")
+FORMAT_NAMES += ("prompt_completion", "personachat", "tsv_pairs", "gemini", "claude_export", "chatgpt_export")
+FORMAT_NAMES += ("question_lists", "convai")
 
 
 def conversations(name, record, **choices):
     """The canonical conversations of a record. Raises Refused."""
-    reader = following(READERS[name], Choices(roles=ROLE_NAMES, **choices))
+    reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, **choices))
     return [canonical(draft, Rules(roles=ROLE_NAMES)) for draft in reader.drafts(record)]
 
 
@@ -134,12 +134,12 @@ def test_what_a_record_becomes(name, record, expected, also):
 @pytest.mark.parametrize(("name", "record", "expected", "also"), RECORDS, ids=IDS)
 def test_a_record_is_taken_for_its_own_format_only(name, record, expected, also):
     assert detect(record) == name
-    assert {other for other, reader in READERS.items() if reader.fits(record)} == {name, *also}
+    assert {other for other, reader in FORMATS.items() if reader.fits(record)} == {name, *also}
 
 
 @pytest.mark.parametrize(("name", "record"), OTHERS, ids=[f"{name}-{at}" for at, (name, _) in enumerate(OTHERS)])
 def test_records_of_the_older_formats_fit_no_other(name, record):
-    assert [other for other, reader in READERS.items() if reader.fits(record)] == [name]
+    assert [other for other, reader in FORMATS.items() if reader.fits(record)] == [name]
 
 
 NOTHING = [
@@ -154,7 +154,7 @@ NOTHING = [
 
 @pytest.mark.parametrize("record", NOTHING, ids=repr)
 def test_what_is_no_conversation_is_taken_for_none(record):
-    assert [name for name in FORMATS if READERS[name].fits(record)] == []
+    assert [name for name in FORMAT_NAMES if FORMATS[name].fits(record)] == []
 
 
 # ---- what the documentation says ----
@@ -165,13 +165,13 @@ SECTION = re.compile(r"^### `(\w+)`.*?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.
 def test_the_documented_records_are_of_their_formats():
     text = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("\n## Roles")[0]
     found = SECTION.findall(text)
-    assert set(FORMATS) <= {name for name, *_ in found}
+    assert set(FORMAT_NAMES) <= {name for name, *_ in found}
     for name, language, body in found:
-        if language == "json" and name in {*FORMATS, "messages", "sharegpt", "alpaca", "kdconv"}:
+        if language == "json" and name in {*FORMAT_NAMES, "messages", "sharegpt", "alpaca", "kdconv"}:
             record = json.loads(body)
             whole = detect(record) == name
             assert whole or {detect(one) for one in record} == {name}, name
-        elif language == "text" and name in FORMATS:
+        elif language == "text" and name in FORMAT_NAMES:
             assert detect(body.partition("\n")[0]) == name
 
 
@@ -201,7 +201,7 @@ def test_the_assistant_is_whom_the_user_says(name, record):
     assert read(name, record) == [second]
     assert read(name, record, assistant="first") == [first]
     assert read(name, record, assistant="both") == [second, first]
-    reader = following(READERS[name], Choices(roles=ROLE_NAMES, assistant="both"))
+    reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant="both"))
     assert [draft.part for draft in reader.drafts(record)] == ["second", "first"]
 
 
@@ -210,7 +210,7 @@ def test_known_names_win_over_the_order_and_swapped_names_are_swapped_once():
     assert read("utterances", record) == [[(A, "a"), (U, "b")]]
     record = {"dialog": [{"speaker": "user", "text": "a"}, {"speaker": "assistant", "text": "b"}]}
     swapped = {**ROLE_NAMES, "user": "assistant", "assistant": "user"}
-    (draft,) = following(READERS["utterances"], Choices(roles=swapped)).drafts(record)
+    (draft,) = with_choices(FORMATS["utterances"], Choices(roles=swapped)).drafts(record)
     assert said(canonical(draft, Rules(roles=swapped))) == [(A, "a"), (U, "b")]
 
 
@@ -229,7 +229,7 @@ def test_annotations_are_counted_and_other_fields_kept():
         "goal": {"a": 1},
         "log": [{"text": "a", "metadata": {}}, {"text": "b", "x": None}],
     }
-    (draft,) = READERS["utterances"].drafts(record)
+    (draft,) = FORMATS["utterances"].drafts(record)
     assert (draft.id, draft.extra, list(draft.ignored)) == ("c", {"goal": {"a": 1}}, ["log[].metadata"])
 
 
@@ -248,7 +248,7 @@ def test_a_side_must_be_asked_for():
     reason, detail = refusal("preference", record)
     assert reason == "no_preference" and "--preference chosen" in detail
     assert read("preference", record, preference="rejected") == [[(U, "q"), (A, "bad")]]
-    (draft,) = following(READERS["preference"], Choices(roles=ROLE_NAMES, preference="chosen")).drafts(record)
+    (draft,) = with_choices(FORMATS["preference"], Choices(roles=ROLE_NAMES, preference="chosen")).drafts(record)
     assert list(draft.ignored) == ["rejected"]
 
 
@@ -373,7 +373,7 @@ def test_marks_go_at_the_ends_only():
 def dialogues(text, **choices):
     """The rows and refusals of a file of numbered lines."""
     block, _ = line_block(text.encode(), 1, plain_text=True)
-    reader = following(READERS["personachat"], Choices(roles=ROLE_NAMES, **choices))
+    reader = with_choices(FORMATS["personachat"], Choices(roles=ROLE_NAMES, **choices))
     readings = [
         read_block(group, reader, place, Rules(roles=ROLE_NAMES)) for group, place in reader.regrouped([(block, PLACE)])
     ]
@@ -492,11 +492,11 @@ def read_or_refused(reader, record):
 
 
 def check_any(record):
-    for name in FORMATS:
-        assert isinstance(READERS[name].fits(record), bool)
-        read_or_refused(following(READERS[name], Choices(roles=ROLE_NAMES)), record)
+    for name in FORMAT_NAMES:
+        assert isinstance(FORMATS[name].fits(record), bool)
+        read_or_refused(with_choices(FORMATS[name], Choices(roles=ROLE_NAMES)), record)
         both = Choices(roles=ROLE_NAMES, assistant="both", preference="chosen")
-        read_or_refused(following(READERS[name], both), record)
+        read_or_refused(with_choices(FORMATS[name], both), record)
 
 
 @settings(deadline=None, max_examples=400)
@@ -577,7 +577,7 @@ def test_both_roads_agree_on_lines_with_tabs(lines):
     assert isinstance(block, LineBlock)
     for name in ("tsv_pairs", "dailydialog"):
         for assistant in ("second", "first", "both"):
-            reader = following(READERS[name], Choices(roles=ROLE_NAMES, assistant=assistant))
+            reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant=assistant))
             fast = read_block(block, reader, PLACE, Rules(roles=ROLE_NAMES))
             general = read_records(block, reader, PLACE, Rules(roles=ROLE_NAMES))
             assert fast.rows.to_pylist() == general.rows.to_pylist()

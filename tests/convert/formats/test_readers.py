@@ -15,7 +15,7 @@ from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.convert.canonical import Rules
 from ismdata.convert.columnar import BLANKS
 from ismdata.convert.formats.base import Place
-from ismdata.convert.formats.registry import READERS, detect
+from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources import framing
 from ismdata.convert.sources.blocks import TableBlock
@@ -136,8 +136,8 @@ def assert_same(fast, general):
 
 
 def compare(block, name):
-    fast = read_block(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
-    general = read_records(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
+    fast = read_block(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
+    general = read_records(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
     assert_same(fast, general)
     assert len(fast.rows) + len(fast.quarantined) == len(block.numbers)
 
@@ -162,7 +162,7 @@ def test_both_roads_agree_on_a_hostile_line_among_sound_ones(name, hostile):
     sound = SOUND_LINES[name]
     block, _ = line_block(b"\n".join([sound, hostile, sound, hostile]), 1)
     compare(block, name)
-    fast = read_block(block, READERS[name], PLACE, Rules(roles=ROLE_NAMES))
+    fast = read_block(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
     assert {"corpus.jsonl:1", "corpus.jsonl:3"} <= set(fast.rows["source"].to_pylist())
 
 
@@ -172,7 +172,7 @@ def test_rows_and_lines_stay_together_when_values_and_lines_do_not():
     whole = b'{"messages":[' + turn + b"]}"
     block, _ = line_block(b'{"messages":[\n' + turn + b"]}\n" + whole + whole, 1)
     compare(block, "messages")
-    assert read_block(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES)).rows.num_rows == 0
+    assert read_block(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES)).rows.num_rows == 0
 
 
 @pytest.mark.parametrize("pair", [["q"], ["q", "a", "x"], [], ["q", None], None])
@@ -181,18 +181,18 @@ def test_a_ragged_history_does_not_shift_its_neighbours(pair):
     records.insert(1, {"instruction": "bad", "output": "a", "history": [["h", "b"], pair]})
     block, _ = line_block("\n".join(map(json.dumps, records)).encode(), 1)
     compare(block, "alpaca")
-    refused = read_block(block, READERS["alpaca"], PLACE, Rules(roles=ROLE_NAMES)).quarantined
+    refused = read_block(block, FORMATS["alpaca"], PLACE, Rules(roles=ROLE_NAMES)).quarantined
     assert [entry.source for entry in refused] == ["corpus.jsonl:2"]
 
 
 def test_a_sound_block_takes_the_fast_road():
     for name, sound in SOUND_LINES.items():
         block, _ = line_block(sound + b"\n" + sound + b"\n", 1)
-        columns = READERS[name].columns(block)
+        columns = FORMATS[name].columns(block)
         assert columns is not None and not columns.care.any(), name
         if name != "lists":
             rows = pa.Table.from_pylist([json.loads(sound)] * 2).slice(1)
-            columns = READERS[name].columns(TableBlock(rows=rows, numbers=np.array([2])))
+            columns = FORMATS[name].columns(TableBlock(rows=rows, numbers=np.array([2])))
             assert columns is not None and not columns.care.any(), name
 
 
@@ -204,10 +204,10 @@ def test_records_with_more_than_messages_take_the_fast_road(table):
         block = TableBlock(rows=pa.Table.from_pylist([record] * 3).slice(1), numbers=np.array([2, 3]))
     else:
         block, _ = line_block("\n".join([json.dumps(record)] * 2).encode(), 2)
-    columns = READERS["messages"].columns(block)
+    columns = FORMATS["messages"].columns(block)
     assert columns is not None and not columns.care.any()
-    fast = read_block(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES))
-    assert_same(fast, read_records(block, READERS["messages"], PLACE, Rules(roles=ROLE_NAMES)))
+    fast = read_block(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES))
+    assert_same(fast, read_records(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES)))
     assert fast.rows["id"].to_pylist() == ["c", "c"]
     assert json.loads(fast.rows["meta"][0].as_py()) == {"turn": 1, "language": "English"}
     assert fast.ignored == {"conversation[].toxic": 2}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ismdata.convert.canonical import Rules, canonical, role_table
 from ismdata.convert.formats import trees
-from ismdata.convert.formats.base import Choices, Place, following
+from ismdata.convert.formats.base import Choices, Place, with_choices
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
@@ -72,7 +72,7 @@ def naive_paths(rows: list[dict[str, Any]], best: bool = False) -> list[list[dic
 
 
 def drafts_of(rows: list[dict[str, Any]], tree: Any = "all") -> list[Any]:
-    reader = following(TREE_ROWS, Choices(roles=ROLES, tree=tree))
+    reader = with_choices(TREE_ROWS, Choices(roles=ROLES, tree=tree))
     try:
         return list(reader.drafts(rows))
     except Refused as refusal:
@@ -132,7 +132,7 @@ def test_nested_trees_are_the_same(rows: list[dict[str, Any]]) -> None:
     assert detect(record) == "oasst_trees"
     assert detect(rows[0]) == "oasst"
     for tree in ("all", "best"):
-        reader = following(NESTED_TREES, Choices(roles=ROLES, tree=tree))
+        reader = with_choices(NESTED_TREES, Choices(roles=ROLES, tree=tree))
         try:
             found = list(reader.drafts(record))
         except Refused as refusal:
@@ -238,7 +238,7 @@ def test_too_many_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Refused, match="--tree best") as caught:
         TREE_ROWS.drafts(rows)
     assert caught.value.reason == "too_many_paths"
-    assert len(following(TREE_ROWS, Choices(roles=ROLES, tree="best")).drafts(rows)) == 1
+    assert len(with_choices(TREE_ROWS, Choices(roles=ROLES, tree="best")).drafts(rows)) == 1
 
 
 def test_a_bad_message_spoils_its_own_paths_alone() -> None:
@@ -258,7 +258,7 @@ def test_role_names_of_the_user_decide_what_an_answer_is() -> None:
         {**message("a", None), "role": "asker"}, {**message("b", "a"), "role": "sage"},
         {**message("c", "b"), "role": "asker"}, {**message("d", "b"), "role": "asker"},
     ]  # fmt: skip
-    reader = following(TREE_ROWS, Choices(roles=role_table({"asker": "user", "sage": "assistant"})))
+    reader = with_choices(TREE_ROWS, Choices(roles=role_table({"asker": "user", "sage": "assistant"})))
     first, second = reader.drafts(rows)
     assert [one.get("train") for one in first.messages] == [None, None, None]
     assert [one.get("train") for one in second.messages] == [None, False, None]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.canonical import role_table
-from ismdata.convert.formats.base import Choices, Place, following
+from ismdata.convert.formats.base import Choices, Place, with_choices
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.sources.blocks import TableBlock
@@ -142,7 +142,7 @@ def rows_of(*said: tuple[str, str, str], turns: list[int] | None = None) -> list
 
 
 def messages(rows: list[dict[str, Any]], **choices: Any) -> list[list[tuple[str, str]]]:
-    reader = following(DIALOGUE_ROWS, Choices(roles=role_table(choices.pop("roles", {})), **choices))
+    reader = with_choices(DIALOGUE_ROWS, Choices(roles=role_table(choices.pop("roles", {})), **choices))
     return [[(one["role"], one["content"]) for one in draft.messages] for draft in reader.drafts(rows)]
 
 
