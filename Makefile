@@ -1,6 +1,6 @@
 # make demo     the whole road on the bundled sample: convert, pack, verify, inspect, train, chat
 # make test     the test suite
-# make check    formatting, lint and types, as CI runs them
+# make check    formatting, lint, types and the order of the packages, as CI runs them
 # make format   let ruff format and fix
 # make clean    back to a fresh clone
 #
@@ -31,6 +31,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 
 
 def flip(path: Path, bit: int) -> None:

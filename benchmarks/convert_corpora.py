@@ -17,7 +17,7 @@ from ismdata.choices import Preference
 from ismdata.cli.main import Side
 from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import convert
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError
 
 #: Sources below DATA and options, as the command line has them.

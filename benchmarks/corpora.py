@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ismdata.convert.pipeline import convert
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError
 from ismdata.pack.pipeline import pack
 from ismdata.rendering.encoding import load_encoding

@@ -61,10 +61,11 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
 
     from ismdata.conversation import REASONS, ROLE_NAMES
     from ismdata.convert.canonical import Rules, parse_json
+    from ismdata.convert.corpus_format import Choices, with_choices
     from ismdata.convert.explain import explain
-    from ismdata.convert.formats.base import Choices, with_choices
     from ismdata.convert.formats.registry import FORMATS
     from ismdata.convert.mapping_file import parse_mapping
+    from ismdata.convert.parts import FormatChoice
     from ismdata.convert.sources.blocks import ValueBlock
     from ismdata.convert.sources.delimited import DELIMITERS, frame_rows
     from ismdata.convert.sources.framing import (
@@ -76,7 +77,6 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
         frame_values,
         line_block,
     )
-    from ismdata.convert.sources.parts import FormatChoice
     from ismdata.convert.sources.yaml_files import frame_yaml
     from ismdata.errors import DataError, Refused, UsageError
     from tests.support.fuzz_checks import PLACE, Memory, check_block, check_file, check_grouping

@@ -1,18 +1,8 @@
-"""The mask inside decoders of Hugging Face."""
+"""The mask inside decoders of Hugging Face: `attach`, its backends, the checks that it works, models and presets.
 
-from __future__ import annotations
+The names that other packages use are listed in `__init__.pyi` and load on first use.
+"""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from ismdata.attention.attachment import attach, attached_backend, detach
-    from ismdata.attention.model_folder import load
-
-__all__ = ["attach", "attached_backend", "detach", "load"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("ismdata.attention.attachment"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,7 +27,7 @@ from ismdata.attention.backends.sdpa import dense_mask, plain_attention
 from ismdata.attention.models import glm
 from ismdata.attention.supported_models import check_parallelism
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.masks import ANSWER, PROMPT, QUERY
 
 IntArray = NDArray[np.int32]
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ismdata import masks
 from ismdata.attention.attachment import attach
+from ismdata.attention.models.loading import refuse_pickles
 from ismdata.errors import DataError, UsageError
 
 
@@ -39,13 +40,3 @@ def load(folder: str | Path, *, backend: str = "auto", mask: str | None = None, 
             "Name one: --mask causal for a model that was not trained with ismdata"
         )
     return attach(model, backend, mask)
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raise DataError where a folder has weights as pickles only, which could run any code when they are loaded."""
-    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise DataError(
-            f"{folder}: the weights are a pickle ({pickles[0]}), which may run any code and is not loaded; expected "
-            "model.safetensors. If you trust it, load it with transformers; its save_pretrained writes safetensors"
-        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ismdata.data.collate import IGNORE_INDEX
+from ismdata.data import IGNORE_INDEX
 from ismdata.errors import UnsupportedModelError
 
 

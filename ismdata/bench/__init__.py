@@ -1,6 +1,8 @@
-"""`ismdata bench`: what the package does beside its yardsticks and peers, measured in turn on this machine.
+"""`ismdata bench`: the package measured beside its yardsticks and peers, in turn, on this machine.
 
-`data`: `corpus` makes text of any size, `stages` are the measurements, each in a process of its own, `report` draws
-what came of them. `attention`: `workload` draws documents, `cases` and `yardstick` are what is timed (`timing`),
-`steps` are training steps, `attention_report` draws. `commands` has the command line of both.
+The names that other packages use are listed in `__init__.pyi` and load on first use.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

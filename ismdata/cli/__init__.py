@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: options in, one call, a view out."""
 
 from ismdata.cli.main import app, main
 

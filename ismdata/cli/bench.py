@@ -51,8 +51,7 @@ def bench_data(
 
     Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
     """
-    from ismdata.bench.data.run import run_data_bench
-    from ismdata.bench.report import table
+    from ismdata.bench import run_data_bench, table
 
     results = run_data_bench(
         output,
@@ -101,8 +100,7 @@ def bench_attention(
 
     What cannot run on this device is a row that says why. Exit code 1 where one failed for another reason.
     """
-    from ismdata.bench.attention.report import attention_table
-    from ismdata.bench.attention.run import run_attention_bench
+    from ismdata.bench import attention_table, run_attention_bench
 
     results = run_attention_bench(
         output, seq_lens=seq_len, rounds=rounds, only=only or [], device=device, overwrite=overwrite, say=note
@@ -130,8 +128,7 @@ def bench_latency(
     as_json: AsJson = False,
 ) -> None:
     """Measure the time to first token under each mask, turn by turn, and the operations that it takes."""
-    from ismdata.bench.latency.report import latency_table
-    from ismdata.bench.latency.run import run_latency_bench
+    from ismdata.bench import latency_table, run_latency_bench
 
     results = run_latency_bench(
         output,

@@ -42,9 +42,7 @@ def chat(
 
     /undo, /save FILE, /load FILE, /new, /help and /exit are commands; Ctrl-C ends an answer.
     """
-    from ismdata.generate.sampling import Sampling
-    from ismdata.generate.session import Window
-    from ismdata.generate.terminal import open_chat, recorded_mask, run_terminal
+    from ismdata.generate import Sampling, Window, open_chat, recorded_mask, run_terminal
 
     sampling = Sampling(
         temperature=temperature,

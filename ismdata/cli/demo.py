@@ -18,12 +18,11 @@ from rich.text import Text
 
 from ismdata.cli.views import folders as view
 from ismdata.cli.views import reports
-from ismdata.convert import pipeline as convert
-from ismdata.data import verify
-from ismdata.data.output_folder import output_folder
+from ismdata.convert import convert
+from ismdata.data import open_output, verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack import pipeline as pack
-from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.pack import pack
+from ismdata.rendering import ConversationEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,19 +100,19 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
 
     files = [str(_short(file)) for file in sample_files()]
     stage("Read the bundled sample, dirty records and all", "convert", *files, "-o", converted)
-    stage.show(reports.convert_report(convert.convert(files, converted, overwrite=overwrite)))
+    stage.show(reports.convert_report(convert(files, converted, overwrite=overwrite)))
 
-    with output_folder(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
+    with open_output(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
         train_tokenizer(texts(converted)).save_pretrained(str(folder))
     options = ("--tokenizer", tokenizer, "--chat-template", "chatml", "--seq-len", SEQ_LEN)
     stage("Pack it, with a tokenizer trained on it just now", "pack", converted, "-o", packed, *options)
-    packing = pack.pack(
+    packing = pack(
         [converted], packed, tokenizer=str(tokenizer), chat_template="chatml", seq_len=SEQ_LEN, overwrite=overwrite
     )
     stage.show(reports.pack_report(packing))
 
     stage("Check every row", "verify", packed)
-    verification = verify.verify(packed)
+    verification = verify(packed)
     stage.show(reports.verify_report(verification))
     if not verification.ok:
         raise DataError(f"{packed}: does not verify right after packing; this is a bug in ismdata. Please report it")
@@ -123,8 +122,8 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
     stage("Look at one sequence", "inspect", packed, "--row", 0)
     stage.show(view.row(packed, 0, decode=lambda: ConversationEncoder.load(packed / "tokenizer").decode))
 
-    from ismdata.generate.terminal import open_chat
-    from ismdata.train.pipeline import train
+    from ismdata.generate import open_chat
+    from ismdata.train import train
 
     training_options = ("--steps", steps, "--batch-size", BATCH_SIZE, "--learning-rate", LEARNING_RATE)
     title = "Train a model of a million parameters from scratch"

@@ -52,7 +52,7 @@ def eval_command(
     with intervals; generated answers; the difference to another evaluation.
     """
     from ismdata.cli.views.evaluation import eval_report
-    from ismdata.eval.pipeline import EvalOptions, run_eval
+    from ismdata.eval import EvalOptions, run_eval
 
     options = EvalOptions(
         mask=mask,

@@ -107,9 +107,7 @@ def convert(
     After a crash the same command goes on where it stopped.
     """
     from ismdata.cli.views import reports
-    from ismdata.convert.filters import Cleaning
-    from ismdata.convert.job import Selection
-    from ismdata.convert.pipeline import convert, explained_sources
+    from ismdata.convert import Cleaning, Selection, convert, explained_sources
 
     if explain:
         for explanation in explained_sources(
@@ -209,8 +207,8 @@ def pack(
     Conversations in = packed + quarantined. Every answer of a packed conversation is a target exactly once.
     """
     from ismdata.cli.views import reports
-    from ismdata.pack.pipeline import pack
-    from ismdata.rendering.chat_template import DEFAULT_DATE, parse_arguments
+    from ismdata.pack import pack
+    from ismdata.rendering import DEFAULT_DATE, parse_arguments
 
     with StageProgress() as progress:
         report = pack(
@@ -257,8 +255,8 @@ def verify(
     With --conversations also that no text of theirs was lost, and none trained that should not be.
     """
     from ismdata.cli.views import reports
-    from ismdata.data.verify import verify
-    from ismdata.pack.verify_texts import with_texts
+    from ismdata.data import verify
+    from ismdata.pack import with_texts
 
     report = verify(folder)
     if conversations and report.ok:
@@ -282,7 +280,7 @@ def inspect(
     if row is None:
         show(view.folder_summary(folder), as_json=as_json)
     else:
-        from ismdata.rendering.conversation_encoder import ConversationEncoder
+        from ismdata.rendering import ConversationEncoder
 
         show(
             view.row(folder, row, decode=lambda: ConversationEncoder.load(folder / "tokenizer").decode), as_json=as_json

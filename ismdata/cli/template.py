@@ -30,9 +30,8 @@ def template_command(
     """
     from ismdata.cli.views.template import drawing
     from ismdata.display import View
-    from ismdata.rendering.chat_template import parse_arguments
-    from ismdata.rendering.template_report import encoding_of, template_report
+    from ismdata.rendering import encoding_of, parse_arguments, report_template
 
     encoding = encoding_of(source, tokenizer=tokenizer, history=history, arguments=parse_arguments(template_arg or []))
-    facts = template_report(encoding).facts
+    facts = report_template(encoding).facts
     show(View(facts=facts, drawing=drawing(facts)), as_json=as_json)

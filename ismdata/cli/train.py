@@ -114,12 +114,12 @@ def train_command(
         del flags[name]
     flags["report_to"] = tuple(report_to or ())
 
-    from ismdata.train.options import read_options
+    from ismdata.train import read_options
 
     options = read_options(config, flags)
 
     from ismdata.cli.views import reports
-    from ismdata.train.pipeline import train
+    from ismdata.train import train
 
     show(
         reports.train_report(train(packed, output=output, overwrite=overwrite, say=note, options=options)),

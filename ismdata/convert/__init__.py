@@ -1,17 +1,8 @@
-"""Raw corpora to conversations."""
+"""Raw corpora to conversations: sources to blocks of records, records to conversations by format, then filters.
 
-from __future__ import annotations
+The names that other packages use are listed in `__init__.pyi` and load on first use.
+"""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from ismdata.convert.pipeline import ConvertReport, convert
-
-__all__ = ["ConvertReport", "convert"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("ismdata.convert.pipeline"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
-from ismdata.convert.formats.base import Draft, kind_of
-from ismdata.convert.formats.training_flags import refuse_flags, train_flag
+from ismdata.convert.corpus_format import Draft, kind_of
+from ismdata.convert.training_flags import refuse_flags, train_flag
 from ismdata.errors import Refused, UsageError, shown
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
@@ -44,7 +44,7 @@ class Rules:
     join: bool = False
 
 
-def canonical(draft: Draft, rules: Rules) -> dict[str, Any]:
+def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
     """The row of `conversation.CONVERSATION_SCHEMA` without its `source`; `id` may be None. Raises Refused."""
     if not draft.messages:
         raise Refused("no_messages", "the conversation has no messages")

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ismdata.arrays import offsets_of
 from ismdata.conversation import CONVERSATION_SCHEMA, MESSAGE_TYPE
 from ismdata.convert.canonical import JOINED, Rules
-from ismdata.convert.formats.base import Columns
-from ismdata.convert.formats.training_flags import is_flag
+from ismdata.convert.corpus_format import Columns
+from ismdata.convert.training_flags import is_flag
 
 #: All characters that `str.strip` takes away: the one definition of "blank" for both roads.
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x110000))))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ismdata.arrays import offsets_of
 from ismdata.convert.canonical import MEDIA, meta_text
 from ismdata.convert.columnar import flat_list, mask, per_record
-from ismdata.convert.formats.base import Block, Columns, take_id
+from ismdata.convert.corpus_format import Block, Columns, take_id
 from ismdata.convert.sources.blocks import TableBlock, plain_value
 from ismdata.errors import Refused
 

@@ -9,13 +9,13 @@ from itertools import islice
 from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, CorpusFormat, Draft, with_choices
+from ismdata.convert.canonical import Rules, canonicalize
+from ismdata.convert.corpus_format import Choices, CorpusFormat, Draft, with_choices
 from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import Guessed, guessed, regrouped
 from ismdata.convert.mapping_file import mapping_text
+from ismdata.convert.parts import FormatChoice, SourcePart, opened
 from ismdata.convert.sources.arguments import SavedDataset, Source
-from ismdata.convert.sources.parts import FormatChoice, SourcePart, opened
 from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.
@@ -195,7 +195,7 @@ def _explanation(
     refused = None
     try:
         drafts = reader.drafts(record) if reader is not None else ()
-        conversations = [canonical(draft, _rules(reader, choices)) for draft in drafts]
+        conversations = [canonicalize(draft, _rules(reader, choices)) for draft in drafts]
     except Refused as refusal:
         refused = refusal.detail
     return Explanation(
@@ -253,7 +253,7 @@ def _messages(reader: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
 
 def _outcome(draft: Draft, rules: Rules) -> Any:
     try:
-        return canonical(draft, rules)["messages"]
+        return canonicalize(draft, rules)["messages"]
     except Refused as refusal:
         return refusal.reason
 

@@ -30,8 +30,7 @@ from ismdata.conversation import ASSISTANT, CONVERSATION_SCHEMA, FORMAT, ROLES, 
 from ismdata.convert.columnar import flat_list, mask
 from ismdata.convert.digests import Digests, DigestSet, digests, repeats
 from ismdata.convert.near_duplicates import MINIMA, NearIndex
-from ismdata.data.column_file import ColumnFile
-from ismdata.data.index import ShardFile, read_index
+from ismdata.data import ColumnFile, ShardFile, read_index
 from ismdata.errors import DataError, UsageError
 
 #: Patterns that mean the same to RE2, which searches a column at once, as to `re`: texts, `.` and `|`.

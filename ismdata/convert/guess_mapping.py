@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import ID_FIELDS, CorpusFormat, Draft, Place
+from ismdata.convert.corpus_format import ID_FIELDS, CorpusFormat, Draft, Place
 from ismdata.convert.formats.dialogue_rows import cell_id, columns_of
 from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Said, at
 from ismdata.convert.formats.speakers import casts

@@ -18,20 +18,27 @@ from numpy.typing import NDArray
 from ismdata import __version__
 from ismdata.conversation import FORMAT, Quarantined
 from ismdata.convert.canonical import Rules
+from ismdata.convert.corpus_format import CorpusFormat
 from ismdata.convert.digests import digests
 from ismdata.convert.filters import Cleaner, Cleaning
-from ismdata.convert.formats.base import CorpusFormat
+from ismdata.convert.parts import EMPTY, UNKNOWN, FormatChoice, Placed, UnknownFormat, opened
 from ismdata.convert.read_block import BlockResult, read_block
 from ismdata.convert.sampling import SPLIT_NAMES, parse_split, sampled, split_of
 from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
 from ismdata.convert.sources.blocks import LineBlock
-from ismdata.convert.sources.parts import EMPTY, UNKNOWN, FormatChoice, Placed, UnknownFormat, opened
 from ismdata.convert.worker_pool import Workers
-from ismdata.data.column_file import ColumnFile
-from ismdata.data.conversations import ConversationWriter, QuarantineWriter
-from ismdata.data.index import SPLIT_FORMAT, describe_file, entries, write_index
-from ismdata.data.journal import Journal
-from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME
+from ismdata.data import (
+    QUARANTINE_NAME,
+    SCRATCH_NAME,
+    SPLIT_FORMAT,
+    ColumnFile,
+    ConversationWriter,
+    Journal,
+    QuarantineWriter,
+    describe_file,
+    entries,
+    write_index,
+)
 from ismdata.errors import DataError
 
 #: What is gathered before it is cleaned and written: bytes of rows, or blocks. The shards' batches follow from these.

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLES
-from ismdata.convert.formats.base import kind_of
+from ismdata.convert.corpus_format import kind_of
 from ismdata.convert.formats.mapped import Mapped
 from ismdata.errors import UsageError, shown
 

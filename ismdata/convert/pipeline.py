@@ -21,21 +21,19 @@ from ismdata import __version__
 from ismdata.choices import Paths, Preference, Side
 from ismdata.conversation import Quarantined
 from ismdata.convert.canonical import Rules, role_table
+from ismdata.convert.corpus_format import Choices
 from ismdata.convert.digests import Digests, digests
 from ismdata.convert.explain import Explanation, explain
 from ismdata.convert.filters import against_digests
-from ismdata.convert.formats.base import Choices
 from ismdata.convert.formats.registry import FORMATS
 from ismdata.convert.job import ConversionJob, Selection, SourceReport
 from ismdata.convert.mapping_file import load_mapping
+from ismdata.convert.parts import FormatChoice, opened
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sampling import parse_split
 from ismdata.convert.sources.arguments import SavedDataset, Source, expand, told_apart
-from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.convert.worker_pool import Workers
-from ismdata.data.index import INDEX_NAME, describe_file
-from ismdata.data.journal import Journal
-from ismdata.data.output_folder import output_folder
+from ismdata.data import INDEX_NAME, Journal, describe_file, open_output
 from ismdata.errors import UsageError
 from ismdata.memory import kept_memory
 
@@ -95,7 +93,7 @@ def convert(
     _check_selection(selection, workers)
     wanted, rules = _format(format, mapping, roles, assistant, tree, preference, join)
     with (
-        output_folder(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
+        open_output(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
         Workers(workers or os.cpu_count() or 1, processes=processes) as pool,
         kept_memory(),
     ):

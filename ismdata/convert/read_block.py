@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
-from ismdata.convert.canonical import Rules, canonical
+from ismdata.convert.canonical import Rules, canonicalize
 from ismdata.convert.columnar import assemble
-from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place
+from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place
 from ismdata.errors import Refused
 
 
@@ -97,7 +97,7 @@ def _read(
             refuse(refusal)
         for draft in drafts:
             try:
-                conversation = canonical(draft, rules)
+                conversation = canonicalize(draft, rules)
             except Refused as refusal:
                 refuse(refusal)
                 continue

@@ -22,8 +22,16 @@ from numpy.typing import NDArray
 from ismdata.data import shards
 from ismdata.data.problems import Problems
 from ismdata.errors import DataError
-from ismdata.masks.glm_positions import opened_runs, tiled_positions
-from ismdata.masks.intervals import BLOCK_SIZE, Tiling, block_table, tile, tiled_intervals, tiled_targets
+from ismdata.masks import (
+    BLOCK_SIZE,
+    Tiling,
+    block_table,
+    opened_runs,
+    tile,
+    tiled_intervals,
+    tiled_positions,
+    tiled_targets,
+)
 
 #: What rows add to the totals of an index.
 ROW_TOTALS = ("documents", "sequences", "tokens", "target_tokens", "padding_tokens")

@@ -109,7 +109,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def output_folder(
+def open_output(
     final: Path,
     *,
     overwrite: bool,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ismdata.data.index import INDEX_NAME, ShardFile, read_index
 from ismdata.errors import DataError
-from ismdata.masks.intervals import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE
 
 #: Format identifier of a packed folder's `index.json`.
 FORMAT = "ismdata.packed/1"

@@ -18,8 +18,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ismdata.data.shards import PackedSequence, PackedShards
-from ismdata.masks.intervals import ANSWER
+from ismdata.data import PackedSequence, PackedShards
+from ismdata.masks import ANSWER
 
 #: The id of a piece: `ID#k`. Ids that end so by themselves get a number of their own when they are packed.
 _PIECE = re.compile(r"(.*)#([0-9]+)", re.DOTALL)

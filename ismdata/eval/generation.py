@@ -11,14 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel
 
-from ismdata.data.dataset import PackedDataset
+from ismdata.data import PackedDataset
 from ismdata.errors import UsageError
 from ismdata.eval.answers import Answers
 from ismdata.eval.likelihood import Progress
-from ismdata.generate.feeding import Encoder
-from ismdata.generate.greedy import Prompt, greedy_answers
-from ismdata.generate.model_facts import end_of_turn, positions_of
-from ismdata.masks.intervals import intervals
+from ismdata.generate import Encoder, Prompt, end_of_turn, greedy_answers, positions_of
+from ismdata.masks import intervals
 
 
 def generate_answers(

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ismdata.data.collate import IGNORE_INDEX, Collator, check_serves
-from ismdata.data.dataset import PackedDataset
+from ismdata.data import IGNORE_INDEX, Collator, PackedDataset, check_serves
 from ismdata.errors import DataError
 from ismdata.eval.answers import Answers
 from ismdata.eval.bootstrap import Bootstrap, Estimate, FloatArray, estimate, ratio

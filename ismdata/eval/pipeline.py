@@ -20,13 +20,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ismdata import __version__
-from ismdata.attention.attachment import attach
-from ismdata.attention.models.loading import TOKENIZER_NAME, open_model
-from ismdata.attention.models.presets import PRESETS
+from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model
 from ismdata.choices import BleuTokenizer, Precision, check_choice
-from ismdata.data.collate import check_serves
-from ismdata.data.dataset import PackedDataset
-from ismdata.data.output_folder import output_folder
+from ismdata.data import PackedDataset, check_serves, open_output
 from ismdata.errors import DataError, UsageError
 from ismdata.eval.answers import Answers, find_answers
 from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate
@@ -34,8 +30,8 @@ from ismdata.eval.generation import generate_answers
 from ismdata.eval.likelihood import answer_losses, conversation_numbers, group_sums, likelihood
 from ismdata.eval.results import EVAL_NAME, FORMAT, check_same_answers, compare, read_results, write_results
 from ismdata.eval.text_scores import bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
-from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.train.checkpoints import weights_digest
+from ismdata.rendering import ConversationEncoder
+from ismdata.train import weights_digest
 
 #: Called with a stage, how much of it is done, and the total.
 Stages = Callable[[str, int, int], None]
@@ -105,7 +101,7 @@ def run_eval(
 
     inputs = [packed, *([] if compare_with is None else [compare_with])]
     writing = (
-        nullcontext() if output is None else output_folder(output, overwrite=overwrite, marker=EVAL_NAME, inputs=inputs)
+        nullcontext() if output is None else open_output(output, overwrite=overwrite, marker=EVAL_NAME, inputs=inputs)
     )
     with writing as folder:
         model, mask, described = _ready_model(name, dataset, options, say)

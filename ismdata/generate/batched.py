@@ -15,9 +15,8 @@ from ismdata.generate.greedy import Prompt, greedy_answers
 from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.sampling import message_text
 from ismdata.generate.transcript import Transcript
-from ismdata.masks.glm_positions import block_positions
-from ismdata.rendering.chat_template import Message
-from ismdata.rendering.glm_tokens import GlmTokens
+from ismdata.masks import block_positions
+from ismdata.rendering import GlmTokens, Message
 
 
 def answer_many(

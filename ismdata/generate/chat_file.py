@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ismdata.convert.canonical import Rules, canonical, parse_json, role_table
-from ismdata.convert.formats.messages import OPENAI
+from ismdata.convert import OPENAI, Rules, canonicalize, parse_json, role_table
 from ismdata.errors import DataError, Refused
-from ismdata.rendering.chat_template import Message
-from ismdata.rendering.messages import InvalidArguments, as_template_messages
+from ismdata.rendering import InvalidArguments, Message, as_template_messages
 
 
 def write_line(path: Path, messages: Sequence[Message], tools: list[Any] | None) -> None:
@@ -65,4 +63,4 @@ def check_record(record: Any) -> dict[str, Any]:
     """A record of messages as a canonical conversation, by the rules of `convert`. Raises readers.base.Refused."""
     if not OPENAI.fits(record):
         raise Refused("missing_field", 'no messages found; expected {"messages": [{"role": …, "content": …}]}')
-    return canonical(OPENAI.drafts(record)[0], Rules(roles=role_table({})))
+    return canonicalize(OPENAI.drafts(record)[0], Rules(roles=role_table({})))

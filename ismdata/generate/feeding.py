@@ -15,13 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ismdata.errors import DataError
+from ismdata.rendering import ANY_ANSWER, CannotRender, ConversationEncoder, GlmTokens, Message, Piece, probe_encoding
 from ismdata.rendering import glm_tokens as glm_layout
-from ismdata.rendering.chat_template import CannotRender, Message
-from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import probe_encoding
-from ismdata.rendering.glm_tokens import GlmTokens
-from ismdata.rendering.renderer import ANY_ANSWER
-from ismdata.rendering.skeleton import Piece
 
 
 class Block(NamedTuple):

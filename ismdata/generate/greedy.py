@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ismdata.attention.models.glm import takes_two_positions
+from ismdata.attention import takes_two_positions
 from ismdata.generate.sampling import EndOfTurn
 
 #: Tokens of a batch's prompts and answers together: what bounds its cache.

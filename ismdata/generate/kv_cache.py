@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ismdata.attention.models.glm import takes_two_positions
+from ismdata.attention import takes_two_positions
 from ismdata.generate.eviction import SINKS, KeyRotation, compact, crop, kept
 from ismdata.generate.feeding import feed, feed_scored
-from ismdata.masks.glm_positions import token_positions
+from ismdata.masks import token_positions
 
 #: The share of the cache that leaves at once while an answer is written, so that keys are not turned at each token.
 _STRIDE = 16

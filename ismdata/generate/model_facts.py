@@ -6,13 +6,12 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from ismdata.attention.backends.registry import BACKENDS
-from ismdata.attention.models.glm import takes_two_positions
+from ismdata.attention import BACKENDS, takes_two_positions
 from ismdata.choices import check_mask
 from ismdata.errors import UsageError
 from ismdata.generate.feeding import Encoder
 from ismdata.generate.sampling import EndOfTurn
-from ismdata.rendering.glm_tokens import GlmTokens
+from ismdata.rendering import GlmTokens
 
 
 def checked_mask(model: PreTrainedModel, mask: str | None) -> str:

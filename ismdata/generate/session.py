@@ -30,8 +30,7 @@ from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.sampling import Sampling, can_show, chooser, message_text
 from ismdata.generate.transcript import Transcript
-from ismdata.rendering.chat_template import Message
-from ismdata.rendering.messages import InvalidArguments, as_template_messages
+from ismdata.rendering import InvalidArguments, Message, as_template_messages
 
 #: What `sirllm` multiplies entropies by after each turn.
 DECAY = 0.9

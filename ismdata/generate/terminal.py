@@ -20,8 +20,7 @@ from ismdata.attention import model_folder
 from ismdata.errors import DataError, IsmdataError, UsageError
 from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session, Window
-from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.encoding import SETTINGS_NAME, load_encoding
+from ismdata.rendering import SETTINGS_NAME, ConversationEncoder, load_encoding
 
 #: What a line that begins with / may say, and what it does.
 COMMANDS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ismdata.generate.feeding import Block, Encoder, conversation_blocks, refusals_explained
-from ismdata.rendering.chat_template import Message
+from ismdata.rendering import Message
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,8 @@
-"""Conversations to packed shards."""
+"""Conversations to packed shards: render and tokenize, split what is too long, plan the sequences, write them.
 
-from __future__ import annotations
+The names that other packages use are listed in `__init__.pyi` and load on first use.
+"""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from ismdata.pack.pipeline import PackReport, pack
-
-__all__ = ["PackReport", "pack"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("ismdata.pack.pipeline"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from ismdata.choices import TrainOn
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM
-from ismdata.rendering.messages import _SPECIAL_FIELDS
-from ismdata.rendering.sensitivity import Sensitivity
-from ismdata.rendering.tracing import REASONING_END
+from ismdata.rendering import REASONING_END, SPECIAL_FIELDS, Sensitivity
 
 IntArray = NDArray[np.int64]
 
@@ -62,7 +60,7 @@ def conversation_batch(rows: pa.RecordBatch, sensitive: Sensitivity, train_on: T
     roles = codes.astype(np.uint8)
 
     special = np.zeros(len(roles), bool)
-    for name in _SPECIAL_FIELDS:
+    for name in SPECIAL_FIELDS:
         if fields.field(name).null_count < len(fields):
             special |= fields.field(name).is_valid().to_numpy(zero_copy_only=False)
     if sensitive.blank:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ismdata.arrays import ragged_arange
 from ismdata.choices import History
 from ismdata.conversation import ROLES, Refusal
-from ismdata.masks.intervals import ANSWER
+from ismdata.masks import ANSWER
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.pieces import (
     NO_PIECES,
@@ -43,13 +43,22 @@ from ismdata.pack.pieces import (
 )
 from ismdata.pack.requests import PieceTable, Requests, TokenizedDocuments, without_tail
 from ismdata.pack.token_runs import RunTable, as_runs, taken_runs
-from ismdata.rendering.chat_template import CannotRender, TemplateRefused
-from ismdata.rendering.glm_tokens import GlmTokens, insert_markers
-from ismdata.rendering.messages import as_template_messages
-from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import NotDecomposable, Piece, Slot, build_skeleton, for_marked, render_document
-from ismdata.rendering.tokenizer import Tokenizer
-from ismdata.rendering.tokenizer_backends import TokenizerEngine
+from ismdata.rendering import (
+    CannotRender,
+    GlmTokens,
+    NotDecomposable,
+    Piece,
+    Renderer,
+    Slot,
+    TemplateRefused,
+    Tokenizer,
+    TokenizerEngine,
+    as_template_messages,
+    build_skeleton,
+    for_marked,
+    insert_markers,
+    render_document,
+)
 
 
 class DocumentEncoder:

@@ -20,7 +20,7 @@ from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.options import PackOptions
 from ismdata.pack.requests import Requests, TokenizedDocuments
 from ismdata.pack.splitting import split
-from ismdata.rendering.skeleton import MOST_MESSAGES, TooManyMessages
+from ismdata.rendering import MOST_MESSAGES, TooManyMessages
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from ismdata.arrays import ragged_arange
 from ismdata.conversation import Refusal
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.requests import Requests
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering import Piece
 
 
 @dataclass(frozen=True, kw_only=True)

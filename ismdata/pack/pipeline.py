@@ -26,13 +26,22 @@ import ismdata
 from ismdata.choices import History, Layout, OverLong, TokenizerBackend, TrainOn, check_choice, check_mask
 from ismdata.concurrency import BehindThread, side_by_side
 from ismdata.conversation import Quarantined
-from ismdata.data.conversations import ConvertedFolder
-from ismdata.data.index import GrowingFile, ShardFile, describe_file, entries, write_index
-from ismdata.data.journal import Journal
-from ismdata.data.output_folder import QUARANTINE_NAME, output_folder, sync_path
-from ismdata.data.shards import FORMAT, packed_schema
+from ismdata.data import (
+    FORMAT,
+    QUARANTINE_NAME,
+    ConvertedFolder,
+    GrowingFile,
+    Journal,
+    ShardFile,
+    describe_file,
+    entries,
+    open_output,
+    packed_schema,
+    sync_path,
+    write_index,
+)
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE
 from ismdata.memory import give_back, kept_memory
 from ismdata.pack.options import PackOptions
 from ismdata.pack.planning.plan import Plan, plan
@@ -40,9 +49,7 @@ from ismdata.pack.report import Tally
 from ismdata.pack.sequences import sequences
 from ismdata.pack.spool import Spool
 from ismdata.pack.tokenize import Progress, Quarantine, sampled_texts, tokenize
-from ismdata.rendering.chat_template import DEFAULT_DATE
-from ismdata.rendering.encoding import Encoding, load_encoding
-from ismdata.rendering.template_report import cautions, shapes_in
+from ismdata.rendering import DEFAULT_DATE, Encoding, cautions, load_encoding, shapes_in
 
 #: Tokens of a shard, and of the record batches inside it: what is in memory at a time while writing.
 _SHARD_TOKENS = 1 << 24
@@ -115,7 +122,7 @@ def pack(
         os.environ["RAYON_NUM_THREADS"] = str(workers)
     sources = [ConvertedFolder(folder) for folder in converted]
     with (
-        output_folder(output, overwrite=overwrite, inputs=converted, resumable=True) as partial,
+        open_output(output, overwrite=overwrite, inputs=converted, resumable=True) as partial,
         ThreadPoolExecutor(1) as beside,
         kept_memory(),
     ):

@@ -12,8 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.arrays import ragged_arange
-from ismdata.masks.glm_positions import tiled_positions
-from ismdata.masks.intervals import block_table, tile, tiled_intervals, tiled_targets
+from ismdata.masks import block_table, tile, tiled_intervals, tiled_positions, tiled_targets
 from ismdata.pack.conversation_batch import IntArray
 from ismdata.pack.spool import Gathered
 

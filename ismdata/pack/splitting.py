@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ismdata.conversation import USER, Refusal
-from ismdata.masks.intervals import PROMPT
+from ismdata.masks import PROMPT
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import PieceTable, Requests

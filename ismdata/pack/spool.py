@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.data.column_file import ColumnFile
+from ismdata.data import ColumnFile
 from ismdata.pack.conversation_batch import IntArray
 from ismdata.pack.requests import TokenizedDocuments
 

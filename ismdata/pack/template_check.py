@@ -18,13 +18,17 @@ from ismdata.errors import DataError
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
-from ismdata.rendering.chat_template import CannotRender
-from ismdata.rendering.control_tokens import AddedToken
-from ismdata.rendering.encoding import Encoding
-from ismdata.rendering.glm_tokens import marked_pieces
-from ismdata.rendering.messages import as_template_messages
-from ismdata.rendering.renderer import Chunk
-from ismdata.rendering.skeleton import Piece, compile_chunks, rendered_chunks
+from ismdata.rendering import (
+    AddedToken,
+    CannotRender,
+    Chunk,
+    Encoding,
+    Piece,
+    as_template_messages,
+    compile_chunks,
+    marked_pieces,
+    rendered_chunks,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

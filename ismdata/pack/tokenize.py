@@ -20,9 +20,7 @@ import pyarrow.compute as pc
 
 from ismdata.choices import TokenizerBackend
 from ismdata.conversation import Quarantined, Refusal
-from ismdata.data.conversations import ConvertedFolder
-from ismdata.data.journal import Journal
-from ismdata.data.output_folder import QUARANTINE_NAME, SCRATCH_NAME
+from ismdata.data import QUARANTINE_NAME, SCRATCH_NAME, ConvertedFolder, Journal
 from ismdata.errors import DataError
 from ismdata.memory import give_back
 from ismdata.pack import template_check as parity
@@ -34,10 +32,10 @@ from ismdata.pack.pieces import Ahead
 from ismdata.pack.report import Tally
 from ismdata.pack.requests import Requests
 from ismdata.pack.spool import Spool
-from ismdata.rendering.encoding import Encoding
-from ismdata.rendering.tokenizer_backends import (
+from ismdata.rendering import (
     BackendDiffers,
     BackendRefused,
+    Encoding,
     TokenizerEngine,
     choose_backend,
     disagreement,

@@ -19,15 +19,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata import conversation
+from ismdata.data import QUARANTINE_NAME, PackedShards, Problems, ShardFile, VerifyReport, read_index
 from ismdata.data import shards as packed_shards
-from ismdata.data.index import ShardFile, read_index
-from ismdata.data.output_folder import QUARANTINE_NAME
-from ismdata.data.problems import Problems
-from ismdata.data.shards import PackedShards
-from ismdata.data.verify import VerifyReport
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import ANSWER
-from ismdata.rendering.tracing import reasoning_length
+from ismdata.masks import ANSWER
+from ismdata.rendering import reasoning_length
 
 _WORD = re.compile(r"\w+")
 _PIECE = re.compile(r"(.*)#[0-9]+", re.DOTALL)
@@ -210,7 +206,7 @@ def _check_counts(
 
 
 def _decoder(folder: Path) -> Callable[[list[list[int]]], list[str]]:
-    from ismdata.rendering.tokenizer import load_pretrained
+    from ismdata.rendering import load_pretrained
 
     pretrained = load_pretrained(str(folder))
 

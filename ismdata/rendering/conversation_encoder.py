@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ismdata.choices import History
 from ismdata.errors import DataError
-from ismdata.masks.intervals import ANSWER, QUERY
+from ismdata.masks import ANSWER, QUERY
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, Escapes
 from ismdata.rendering.glm_tokens import GlmTokens

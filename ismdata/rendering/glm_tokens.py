@@ -26,8 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ismdata.errors import UsageError
-from ismdata.masks.glm_positions import Block
-from ismdata.masks.intervals import ANSWER, QUERY, IntArray
+from ismdata.masks import ANSWER, QUERY, Block, IntArray
 from ismdata.rendering.control_tokens import AddedToken
 from ismdata.rendering.skeleton import Piece
 

@@ -9,7 +9,7 @@ from typing import Any
 from ismdata.rendering.chat_template import CannotRender, Message
 
 #: Fields of a message that only a rendering of the conversation by itself takes into account.
-_SPECIAL_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+SPECIAL_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 class InvalidArguments(CannotRender):
@@ -25,7 +25,7 @@ def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message]
     """
     messages = []
     for number, message in enumerate(conversation["messages"], 1):
-        shaped = {key: message[key] for key in ("role", "content", *_SPECIAL_FIELDS) if message.get(key) is not None}
+        shaped = {key: message[key] for key in ("role", "content", *SPECIAL_FIELDS) if message.get(key) is not None}
         if "tool_calls" in shaped:
             shaped["tool_calls"] = json.loads(shaped["tool_calls"])
             for call in shaped["tool_calls"]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.masks import ANSWER, PROMPT, QUERY
 from ismdata.rendering.chat_template import ChatTemplate, Message
 from ismdata.rendering.conservation import (
     HistoryRewritten,

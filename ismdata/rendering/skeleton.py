@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 from ismdata.choices import History
-from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.masks import ANSWER, PROMPT, QUERY
 from ismdata.rendering.chat_template import CannotRender, ChatTemplate, Message, TemplateRefused
 from ismdata.rendering.control_tokens import AddedToken, Escapes
 from ismdata.rendering.renderer import Chunk, Renderer

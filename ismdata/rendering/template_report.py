@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ismdata.choices import History
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM, USER
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import ANSWER
+from ismdata.masks import ANSWER
 from ismdata.rendering.chat_template import CannotRender, Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
 from ismdata.rendering.encoding import Encoding, probe_encoding
@@ -173,7 +173,7 @@ class TemplateReport:
     facts: dict[str, Any]
 
 
-def template_report(encoding: Encoding) -> TemplateReport:
+def report_template(encoding: Encoding) -> TemplateReport:
     """Try a probed template on conversations of all shapes."""
     template, found = encoding.renderer.template, encoding.renderer.profile
     shapes = {shape: {history: _said(refusal(encoding, shape, history)) for history in _HISTORIES} for shape in SHAPES}

@@ -19,9 +19,19 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from ismdata.data.index import INDEX_NAME, ShardFile, describe_file, entries, load_index, write_index
-from ismdata.data.lock import locked
-from ismdata.data.output_folder import check_output, make_partial, put_in_place, sync_path
+from ismdata.data import (
+    INDEX_NAME,
+    ShardFile,
+    check_output,
+    describe_file,
+    entries,
+    load_index,
+    locked,
+    make_partial,
+    put_in_place,
+    sync_path,
+    write_index,
+)
 from ismdata.errors import DataError, IsmdataError, Terminated, UsageError
 from ismdata.train.metrics import METRICS_NAME
 from ismdata.train.options import flag

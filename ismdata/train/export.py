@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ismdata import __version__
-from ismdata.data.dataset import PackedDataset
-from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.data import PackedDataset
+from ismdata.rendering import ConversationEncoder
 from ismdata.train.metrics import CURVES_NAME
 from ismdata.train.options import TrainOptions
 

@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ismdata.attention.models.glm import takes_two_positions
+from ismdata.attention import takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
-from ismdata.data.collate import IGNORE_INDEX, Collator
-from ismdata.data.dataset import Sample
-from ismdata.data.shards import PackedSequence
-from ismdata.masks.intervals import ANSWER, BLOCK_SIZE
+from ismdata.data import IGNORE_INDEX, Collator, PackedSequence, Sample
+from ismdata.masks import ANSWER, BLOCK_SIZE
 
 #: Numbers that travel with a batch: items of the loss, tokens of documents, targets, and pairs of a row and a key that
 #: it sees. int64[4].

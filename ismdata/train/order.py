@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from ismdata import masks
-from ismdata.data import shards
-from ismdata.data.dataset import PackedDataset, Sample
+from ismdata.data import PackedDataset, Sample, shards
 
 #: Stands for no sequence: what fills the last step, where the passes asked for end inside it.
 NOTHING = -1

@@ -31,12 +31,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from transformers.utils import logging
 
 from ismdata import __version__
-from ismdata.attention.attachment import attach, attached_backend
-from ismdata.attention.canary import check_training
-from ismdata.attention.models.glm import check_layout
-from ismdata.attention.models.loading import open_model, tokenizer_files
-from ismdata.data.collate import check_serves
-from ismdata.data.dataset import PackedDataset
+from ismdata.attention import attach, attached_backend, check_layout, check_training, open_model, tokenizer_files
+from ismdata.data import PackedDataset, check_serves
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, go_on, partial_folder, step_of, training_folder, weights_digest

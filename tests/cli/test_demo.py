@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from ismdata.cli.demo import run_demo, sample_files, train_tokenizer
 from ismdata.cli.main import app
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import UsageError
 
 SAMPLE_TEXTS = [file.read_text(encoding="utf-8") for file in sample_files()]

@@ -13,7 +13,7 @@ import pytest
 
 from ismdata.cli.demo import SAMPLE, sample_files
 from ismdata.convert.pipeline import ConvertReport, convert
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 
 README = (SAMPLE / "README.md").read_text(encoding="utf-8")
 

@@ -17,7 +17,7 @@ from ismdata.cli.views import folders as view
 from ismdata.cli.views import reports
 from ismdata.cli.views import row as row_view
 from ismdata.data.shards import PackedShards
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from tests.support import oracle
 from tests.support.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import ROLES
-from ismdata.convert.canonical import Rules, canonical, role_table
+from ismdata.convert.canonical import Rules, canonicalize, role_table
+from ismdata.convert.corpus_format import Choices, CorpusFormat, with_choices
 from ismdata.convert.explain import explain, explain_records
-from ismdata.convert.formats.base import Choices, CorpusFormat, with_choices
 from ismdata.convert.formats.mapped import Mapped, at, without
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.guess_mapping import guessed, regrouped
 from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
+from ismdata.convert.parts import FormatChoice, opened
 from ismdata.convert.read_block import read_records
 from ismdata.convert.sources.arguments import expand
-from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.errors import DataError, Refused, UsageError
 from tests.conftest import DATA, needs_data
 from tests.support.paths import ROOT
@@ -43,7 +43,7 @@ def conversations(reader: CorpusFormat, records: Sequence[Any], roles: Any = CHO
     for record in regrouped(reader, records) if isinstance(reader, Mapped) else records:
         try:
             drafts = reader.drafts(record)
-            rows = [canonical(draft, Rules(roles=roles)) for draft in drafts]
+            rows = [canonicalize(draft, Rules(roles=roles)) for draft in drafts]
         except Refused as refusal:
             found.append(refusal.reason)
             continue

@@ -17,11 +17,11 @@ import pytest
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert import worker_pool as workers
 from ismdata.convert.canonical import Rules
-from ismdata.convert.formats.base import Choices
+from ismdata.convert.corpus_format import Choices
+from ismdata.convert.parts import FormatChoice, opened
 from ismdata.convert.pipeline import convert
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sources.arguments import expand
-from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.convert.worker_pool import Workers
 from ismdata.errors import DataError
 from tests.support.paths import ROOT

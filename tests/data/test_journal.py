@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ismdata.data import lock
 from ismdata.data.column_file import ColumnFile
 from ismdata.data.journal import Journal
-from ismdata.data.output_folder import JOURNAL_NAME, output_folder, put_in_place
+from ismdata.data.output_folder import JOURNAL_NAME, open_output, put_in_place
 from ismdata.errors import DataError, UsageError
 
 RUN: dict[str, Any] = {
@@ -299,7 +299,7 @@ def test_death_at_each_step_of_putting_in_place(
         died = False
         with monkeypatch.context() as patch:
             try:
-                with output_folder(final, overwrite=True, resumable=True) as folder:
+                with open_output(final, overwrite=True, resumable=True) as folder:
                     Journal.open(folder, RUN, restart=True).close()
                     (folder / "index.json").write_text("new")
                     for name in ("replace", "unlink"):
@@ -314,7 +314,7 @@ def test_death_at_each_step_of_putting_in_place(
         if before and not (final / "index.json").exists():
             assert "old" in kept
         resumed = not (final / "index.json").exists() or (final / "index.json").read_text() == "old"
-        with output_folder(final, overwrite=True, resumable=True) as folder:
+        with open_output(final, overwrite=True, resumable=True) as folder:
             assert ((folder / "index.json").exists() and (folder / JOURNAL_NAME).exists()) == resumed
             if before and resumed:
                 assert (final / "index.json").read_text() == "old"
@@ -348,7 +348,7 @@ def test_what_is_kept_after_each_end(error: type[BaseException], kept: bool, tmp
     for resumable in (True, False):
         with (
             pytest.raises(DataError if error is OSError else error),
-            output_folder(tmp_path / "out", overwrite=False, resumable=resumable) as folder,
+            open_output(tmp_path / "out", overwrite=False, resumable=resumable) as folder,
         ):
             Journal.open(folder, RUN, restart=False).close()
             raise error
@@ -357,18 +357,18 @@ def test_what_is_kept_after_each_end(error: type[BaseException], kept: bool, tmp
         if kept and resumable:  # a refusal leaves it alone, a run that takes over and fails does not
             with (
                 pytest.raises(UsageError, match="--format is not given"),
-                output_folder(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
             ):
                 Journal.open(folder, {**RUN, "options": {}}, restart=False)
             with (
                 pytest.raises(KeyboardInterrupt),
-                output_folder(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
             ):
                 raise KeyboardInterrupt
             assert (tmp_path / ".out.partial" / JOURNAL_NAME).exists()
             with (
                 pytest.raises(DataError, match="broken"),
-                output_folder(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
             ):
                 Journal.open(folder, RUN, restart=False).close()
                 raise DataError("broken")

@@ -12,7 +12,7 @@ import pytest
 from ismdata.choices import MASKS
 from ismdata.data import shards
 from ismdata.data.index import write_index
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError
 from tests.support.handmade import PACKED, SEQ_LEN, ConvertedFolder, PackedFolder, write_stream
 
@@ -156,7 +156,7 @@ def test_many_rows_at_once_equal_each_alone(tmp_path, monkeypatch):
     packed.rows[0][11]["block_table"][2] = 77
     packed.write()
     together = verify(packed.folder)
-    monkeypatch.setattr("ismdata.data.verify._TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("ismdata.data.verification._TOKENS_AT_ONCE", 1)
     assert verify(packed.folder) == together
     assert ["row 7, token 9" in together.problems[0], "row 11, token 0" in together.problems[1]] == [True, True]
 

@@ -13,7 +13,7 @@ from ismdata import conversation
 from ismdata.data import shards
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import INDEX_NAME, leaves_folder, load_index, read_index, sealed, write_index
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError
 from tests.support.handmade import ConvertedFolder, PackedFolder
 

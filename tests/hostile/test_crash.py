@@ -30,7 +30,7 @@ from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
 from ismdata.data.index import GrowingFile
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
 from ismdata.pack.template_check import ColumnsDiffer, Comparison

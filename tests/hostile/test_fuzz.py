@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.convert.canonical import Rules
+from ismdata.convert.corpus_format import Choices
 from ismdata.convert.explain import explain
 from ismdata.convert.formats import registry
-from ismdata.convert.formats.base import Choices
 from ismdata.convert.mapping_file import parse_mapping
+from ismdata.convert.parts import Format as Reading
 from ismdata.convert.pipeline import ConvertReport, convert
-from ismdata.convert.sources.parts import Format as Reading
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError
 from ismdata.pack.pipeline import pack
 from tests.pack.test_pack import bytes_tokenizer as bytes_tokenizer  # a fixture

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from ismdata.convert.pipeline import convert
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 
 SOUND = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
 

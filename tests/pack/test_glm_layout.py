@@ -26,7 +26,7 @@ from ismdata.data.index import write_index
 from ismdata.data.invariants import Rows, Terms, check_rows
 from ismdata.data.problems import Problems
 from ismdata.data.shards import PackedShards, packed_schema
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.masks.glm_positions import block_positions, positions, token_positions
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY

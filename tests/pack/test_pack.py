@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ismdata import masks
 from ismdata.convert.pipeline import convert
 from ismdata.data.shards import PackedShards, packed_schema
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, _say_resumed, pack
 from ismdata.pack.template_check import ColumnsDiffer

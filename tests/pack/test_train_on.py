@@ -10,7 +10,7 @@ import pytest
 
 from ismdata.convert.pipeline import convert
 from ismdata.data.shards import PackedShards
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
 from ismdata.rendering.tokenizer import load_pretrained

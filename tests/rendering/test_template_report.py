@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import UsageError
 from ismdata.pack.pipeline import pack
 from ismdata.pack.verify_texts import verify_texts, with_texts, words_of
-from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, shapes_in, template_report
+from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, report_template, shapes_in
 from tests.conftest import TEMPLATES, encoding, template_named
 
 CHATML = (
@@ -28,13 +28,13 @@ CHATML = (
 
 def said_by(source: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
     (tmp_path / "t.jinja").write_text(source, encoding="utf-8")
-    return template_report(encoding_of(str(tmp_path / "t.jinja"), **options)).facts
+    return report_template(encoding_of(str(tmp_path / "t.jinja"), **options)).facts
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gptoss", "glm4moe", "phi3", "gemma3", "cohere2"])
 def test_what_is_reported_is_what_pack_does(name: str, smollm2: Path, tmp_path: Path) -> None:
     """Each shape as a corpus of one conversation: packed where the report says so, refused for its reason elsewhere."""
-    facts = template_report(encoding(smollm2, template_named(name), markers=True)).facts
+    facts = report_template(encoding(smollm2, template_named(name), markers=True)).facts
     assert set(facts["shapes"]) == set(SHAPES)
     folder = tmp_path / "tokenizer"
     encoding(smollm2, template_named(name), markers=True).tokenizer.pretrained.save_pretrained(str(folder))
@@ -69,10 +69,10 @@ def test_the_facts_of_some_templates(tmp_path: Path, smollm2: Path) -> None:
     assert (plain["reasoning_field"], plain["reasoning_in_text"]) == ("left out", "kept")
     assert plain["shapes"]["several turns"] == {"append": None, "expand": None}
     assert plain["shapes"]["a tool call"]["append"]["reason"] == "not_rendered"
-    qwen3 = template_report(encoding(smollm2, template_named("qwen3"), markers=True)).facts
+    qwen3 = report_template(encoding(smollm2, template_named("qwen3"), markers=True)).facts
     assert not qwen3["prefix_stable"]
     assert qwen3["reasoning_field"] == qwen3["reasoning_in_text"] == "cut"
-    glm = template_report(encoding(smollm2, template_named("glm4moe"), markers=True)).facts
+    glm = report_template(encoding(smollm2, template_named("glm4moe"), markers=True)).facts
     assert (glm["end_of_turn"], glm["end_of_turn_trained"]) == ("", "followed")
     assert glm["next_turn_ends"] == ["<|user|>", "<|observation|>"]
 

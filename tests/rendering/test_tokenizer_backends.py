@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import ismdata.pack.tokenize
 from ismdata.convert.pipeline import convert
 from ismdata.data.index import INDEX_NAME
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import PackReport, pack
 from ismdata.rendering.encoding import Encoding, load_encoding

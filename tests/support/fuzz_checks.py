@@ -15,13 +15,13 @@ import numpy as np
 
 from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLES
 from ismdata.convert.canonical import Rules, parse_json
+from ismdata.convert.corpus_format import Block, CorpusFormat, Place
 from ismdata.convert.digests import digests
-from ismdata.convert.formats.base import Block, CorpusFormat, Place
+from ismdata.convert.parts import FormatChoice, opened
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.archives import Part, parts_of
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
-from ismdata.convert.sources.parts import FormatChoice, opened
 from ismdata.data.conversations import quarantine_line
 from ismdata.errors import DataError
 

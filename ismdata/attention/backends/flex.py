@@ -32,7 +32,7 @@ from ismdata.attention.backends.base import (
 )
 from ismdata.attention.backends.sdpa import dense_attention, plain_attention, prepare_dense
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.masks.intervals import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

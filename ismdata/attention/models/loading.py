@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ismdata.attention.model_folder import refuse_pickles
 from ismdata.attention.models.presets import PRESETS, preset_model
-from ismdata.data.dataset import PackedDataset
+from ismdata.data import PackedDataset
 from ismdata.errors import DataError
-from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
+from ismdata.rendering import Tokenizer, load_pretrained
 
 TOKENIZER_NAME = "tokenizer"
 
@@ -138,3 +137,13 @@ def tokenizer_files(packed: Path) -> list[Path]:
             f"{folder}: no tokenizer files; expected those that `ismdata pack` saves. Pack the corpus again"
         )
     return files
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise DataError where a folder has weights as pickles only, which could run any code when they are loaded."""
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"{folder}: the weights are a pickle ({pickles[0]}), which may run any code and is not loaded; expected "
+            "model.safetensors. If you trust it, load it with transformers; its save_pretrained writes safetensors"
+        )

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ismdata.attention.backends.registry import BACKENDS, Intervals
+from ismdata.attention import BACKENDS, Intervals
 from ismdata.bench.attention import yardstick
 from ismdata.bench.attention.workload import Workload
-from ismdata.masks import varlen_tables
-from ismdata.masks.intervals import block_table
+from ismdata.masks import block_table, varlen_tables
 
 #: The name of plain causal attention beside those of the backends.
 YARDSTICK = "yardstick"

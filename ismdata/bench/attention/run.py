@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ismdata.attention.backends.registry import BACKENDS
+from ismdata.attention import BACKENDS
 from ismdata.bench.attention import yardstick
 from ismdata.bench.attention.cases import YARDSTICK, Case, Heads, case, missing, random_inputs
 from ismdata.bench.attention.report import AttentionRow, StepRow, picture
@@ -27,9 +27,9 @@ from ismdata.bench.attention.workload import Workload, sharegpt_like
 from ismdata.bench.report import machine
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
 from ismdata.choices import MASKS
-from ismdata.data.output_folder import output_folder
+from ismdata.data import open_output
 from ismdata.errors import UsageError
-from ismdata.masks.intervals import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 PARTS = ("attention", "step")
@@ -244,7 +244,7 @@ def run_attention_bench(
     parts = [part for part in PARTS if part in only] or list(PARTS)
     backends = [name for name in BACKENDS if name in only] or list(BACKENDS)
     rows: list[AttentionRow | StepRow] = []
-    with output_folder(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
         for row in _rows(parts, lengths, backends=backends, device=where, rounds=rounds):
             rows.append(row)
             say(row.line())

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from ismdata.attention.attachment import attach, detach
-from ismdata.attention.backends.registry import BACKENDS
-from ismdata.attention.models.presets import preset_config
+from ismdata.attention import BACKENDS, attach, detach, preset_config
 from ismdata.bench.attention.report import StepRow
 from ismdata.bench.attention.workload import Workload, sharegpt_like
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
 from ismdata.choices import MASKS
-from ismdata.data.collate import Collator
-from ismdata.data.dataset import Sample
+from ismdata.data import Collator, Sample
 
 #: Causal first: the others are compared with it.
 _MASKS_IN_TURN = sorted(MASKS, key=lambda mask: mask != "causal")

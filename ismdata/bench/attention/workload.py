@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ismdata import masks
-from ismdata.data.shards import PackedSequence
-from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
+from ismdata.data import PackedSequence
+from ismdata.masks import ANSWER, PROMPT, QUERY
 
 #: Mean and standard deviation of the logarithm, and the largest seen: answers a conversation, tokens of a question and
 #: of an answer.

@@ -19,7 +19,7 @@ from typing import Any
 
 from ismdata.bench.data.corpus import parse_size, write_corpus
 from ismdata.bench.report import Row, machine, picture
-from ismdata.data.output_folder import output_folder
+from ismdata.data import open_output
 from ismdata.errors import DataError, UsageError
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
@@ -331,7 +331,7 @@ def run_data_bench(
             raise DataError(f"{path}: no such file; expected JSON Lines of messages")
     size = parse_size(synthetic)
     tokenizer = tokenizer or _default_tokenizer()
-    with output_folder(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
         bench = Bench(
             corpora=tuple(path.resolve() for path in corpora) or (folder / "scratch" / "generated.jsonl",),
             scratch=folder / "scratch",

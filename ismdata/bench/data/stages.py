@@ -26,7 +26,7 @@ import pyarrow as pa
 
 if TYPE_CHECKING:
     from ismdata.choices import TokenizerBackend
-    from ismdata.pack.pipeline import PackReport
+    from ismdata.pack import PackReport
 
 #: Texts and bytes that yardsticks get at a time, about what `pack` gives a tokenizer.
 _TEXTS_AT_ONCE = 32_768
@@ -57,7 +57,7 @@ def convert(corpus: str, scratch: str, rounds: int) -> dict[str, Any]:
     """`convert` against `pyarrow.json.read_json`, which only parses."""
     from pyarrow import json as pa_json
 
-    from ismdata.convert.pipeline import convert
+    from ismdata.convert import convert
 
     output = Path(scratch) / "converted"
     with open(corpus, "rb") as lines:  # noqa: PTH123
@@ -118,7 +118,7 @@ def road(
     backend: TokenizerBackend,
 ) -> dict[str, Any]:
     """`convert` and `pack` one after the other; `setup` as in `pack`."""
-    from ismdata.convert.pipeline import convert
+    from ismdata.convert import convert
 
     converted = Path(scratch) / "converted"
     pack = _packing(converted, scratch, tokenizer, chat_template, seq_len, backend)
@@ -132,7 +132,7 @@ def road(
 
 def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
     """Planning so many log-normal lengths; the peak holds the lengths, the plan and what it takes on the way."""
-    from ismdata.pack.planning.plan import lower_bound, plan
+    from ismdata.pack import lower_bound, plan
 
     rng = np.random.Generator(np.random.PCG64(0))
     lengths = np.empty(documents, np.int32)
@@ -158,8 +158,7 @@ def loader(packed: str, rounds: int, batch_size: int) -> dict[str, Any]:
     import torch
     from torch.utils.data import DataLoader
 
-    from ismdata.data.collate import Collator
-    from ismdata.data.dataset import PackedDataset
+    from ismdata.data import Collator, PackedDataset
 
     torch.set_num_threads(1)
     dataset = PackedDataset(packed)
@@ -176,7 +175,7 @@ def loader(packed: str, rounds: int, batch_size: int) -> dict[str, Any]:
 
 def verify(packed: str, rounds: int) -> dict[str, Any]:
     """`verify` of a packed folder: files, hashes and every invariant of every row."""
-    from ismdata.data.verify import verify
+    from ismdata.data import verify
 
     counts = verify(Path(packed)).counts
     return in_turn(rounds, ours=lambda: verify(Path(packed))) | {"tokens": counts["tokens"]}
@@ -191,7 +190,7 @@ def _packing(
     converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: TokenizerBackend
 ) -> Callable[[], PackReport]:
     """The call of `pack` that is measured, imported already."""
-    from ismdata.pack.pipeline import pack
+    from ismdata.pack import pack
 
     return lambda: pack(
         [converted],
@@ -218,7 +217,7 @@ def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
 
 def _texts_encoded(run: Callable[[], object], backend: TokenizerBackend) -> list[pa.LargeStringArray]:
     """The texts that a run gives to its tokenizer, in no certain order."""
-    from ismdata.rendering.tokenizer_backends import Gigatoken, Reference
+    from ismdata.rendering import Gigatoken, Reference
 
     kind: type[Gigatoken | Reference] = Gigatoken if backend == "gigatoken" else Reference
     encode = kind.encode
@@ -245,8 +244,7 @@ def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArra
 
 def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend) -> Callable[[], object]:
     """What `pack` does before it reads: done once already, so that nothing is imported or cached in one job only."""
-    from ismdata.rendering.encoding import load_encoding
-    from ismdata.rendering.tokenizer_backends import Gigatoken
+    from ismdata.rendering import Gigatoken, load_encoding
 
     def setup() -> None:
         reference = load_encoding(tokenizer, chat_template=chat_template).tokenizer.reference
@@ -261,7 +259,7 @@ def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend)
 
 def _encoder(tokenizer: str, backend: TokenizerBackend) -> Callable[[Any], object]:
     """A tokenizer alone, texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
-    from ismdata.rendering.tokenizer import load_pretrained
+    from ismdata.rendering import load_pretrained
 
     reference = load_pretrained(tokenizer).backend_tokenizer
     if backend == "hf":

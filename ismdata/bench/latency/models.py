@@ -13,12 +13,10 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from ismdata.attention.attachment import attach
-from ismdata.attention.models.loading import pretrained
-from ismdata.attention.models.presets import PRESETS, preset_model
+from ismdata.attention import PRESETS, attach, preset_model, pretrained
 from ismdata.bench.attention.training_steps import one_billion_config
 from ismdata.errors import DataError, UsageError
-from ismdata.generate.model_facts import positions_of
+from ismdata.generate import positions_of
 
 #: The vocabulary of a preset, whose own comes from a tokenizer elsewhere.
 PRESET_VOCABULARY = 32_000

@@ -27,15 +27,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ismdata.attention.models.glm import takes_two_positions
+from ismdata.attention import takes_two_positions
 from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
 from ismdata.bench.latency.models import default_model, device_named, open_model, tokens_known
 from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
-from ismdata.data.output_folder import output_folder
+from ismdata.data import open_output
 from ismdata.errors import UsageError
-from ismdata.generate.kv_cache import KVCache
-from ismdata.generate.sampling import Sampling, chooser
+from ismdata.generate import KVCache, Sampling, chooser
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 
@@ -216,7 +215,7 @@ def run_latency_bench(
     if prefix_rounds is None:
         prefix_rounds = rounds if where.type == "cuda" else min(rounds, PREFIX_ROUNDS_ON_CPU)
     plan = Plan(turns=turns, query=query, answer=answer, rounds=rounds, prefix_rounds=prefix_rounds, seed=seed)
-    with output_folder(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(threads):
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(threads):
         opened = open_model(name, where, tokens=plan.tokens, seed=seed)
         shape = shape_of(opened)
         measured = _measure(opened, shape, plan, say)

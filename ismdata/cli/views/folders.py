@@ -20,11 +20,10 @@ from rich.console import Group, RenderableType
 
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
-from ismdata.data import shards
-from ismdata.data.index import INDEX_NAME, ShardFile, load_index, read_index
+from ismdata.data import INDEX_NAME, ShardFile, load_index, read_index, shards
 from ismdata.display import View, histogram_bars, numbers, quarantine, share_bar, title
 from ismdata.errors import DataError, UsageError
-from ismdata.masks.intervals import ANSWER
+from ismdata.masks import ANSWER
 
 if TYPE_CHECKING:
     pass

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from ismdata.data.verify import VerifyReport
+from ismdata.data import VerifyReport
 
 if TYPE_CHECKING:
-    from ismdata.convert.explain import Explanation
-    from ismdata.convert.pipeline import ConvertReport
-    from ismdata.pack.pipeline import PackReport
-    from ismdata.train.pipeline import TrainReport
+    from ismdata.convert import ConvertReport, Explanation
+    from ismdata.pack import PackReport
+    from ismdata.train import TrainReport
 from ismdata.cli.views.folders import _LISTED
 from ismdata.display import View, heading, numbers, printable, quarantine, title
 

@@ -19,9 +19,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ismdata.data.shards import PackedSequence, PackedShards
+from ismdata.data import PackedSequence, PackedShards
 from ismdata.display import _PICTURES, printable
-from ismdata.masks.intervals import intervals
+from ismdata.masks import intervals
 
 KINDS = ("prompt", "query", "answer")
 _STYLES = {"prompt": "magenta", "query": "blue", "answer": "green"}

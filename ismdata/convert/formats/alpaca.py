@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ismdata.arrays import offsets_of
 from ismdata.convert.columnar import BLANKS, flat_list, held, mask, per_record
-from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import spoken
 from ismdata.errors import Refused, shown
 

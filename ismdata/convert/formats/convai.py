@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, take_id
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.errors import Refused, shown
 

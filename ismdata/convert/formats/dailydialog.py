@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ismdata.arrays import offsets_of
 from ismdata.choices import Side
 from ismdata.convert.columnar import BLANKS, flat_list, mask
-from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, kind_of
+from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken, turns
 from ismdata.errors import Refused, shown
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of
+from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of
 from ismdata.convert.formats.speakers import played
 from ismdata.convert.sources.grouping import by_key, in_order
 from ismdata.errors import Refused, shown

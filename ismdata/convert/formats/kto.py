@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.choices import Preference
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of
 from ismdata.convert.formats.alpaca import ALPACA
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
 from ismdata.errors import Refused, shown

@@ -12,7 +12,7 @@ import pyarrow as pa
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.columnar import flat_list, mask, per_record
-from ismdata.convert.formats.base import ID_FIELDS, Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import ID_FIELDS, Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.speakers import alternating, played, spoken, turns
 from ismdata.errors import Refused
 

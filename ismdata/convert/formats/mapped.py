@@ -10,11 +10,11 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
-from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of, take_id
 from ismdata.convert.formats.dialogue_rows import cell_id, group_of, shared, speaker_of
 from ismdata.convert.formats.speakers import alternating, played
-from ismdata.convert.formats.training_flags import TRAINING_FLAGS
 from ismdata.convert.sources.grouping import by_key, in_order
+from ismdata.convert.training_flags import TRAINING_FLAGS
 from ismdata.errors import Refused, shown
 
 #: The path of a record itself.

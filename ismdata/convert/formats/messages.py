@@ -15,11 +15,11 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import MOST_WEIGHT, parse_json
 from ismdata.convert.columnar import flat_list, held, mask, per_record
 from ismdata.convert.columnar_extras import Plain, apart, columns_of_records, ids_of, meta_of, rest_of
-from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, spread, system_blocks, tools_of
 from ismdata.convert.formats.speakers import alternating, turns
-from ismdata.convert.formats.training_flags import TRAINING_FLAGS
 from ismdata.convert.sources.blocks import TableBlock
+from ismdata.convert.training_flags import TRAINING_FLAGS
 from ismdata.errors import Refused, shown
 
 #: Message fields that keep their names in all formats, and the Arrow type that the fast road takes them as.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of
 from ismdata.errors import Refused, shown
 
 _TURN = re.compile(r"turn_([0-9]{1,9})")

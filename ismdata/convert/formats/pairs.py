@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.utterances import UTTERANCES
 from ismdata.errors import Refused, shown
 

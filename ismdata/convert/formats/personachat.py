@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.choices import Side
-from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, kind_of
+from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, kind_of
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.convert.sources.grouping import by_start
 from ismdata.errors import Refused, shown

@@ -8,7 +8,7 @@ from typing import Any
 
 from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
 from ismdata.convert.formats.pairs import system_of
 from ismdata.convert.formats.separated import marked_turns

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.messages import OPENAI
 from ismdata.convert.formats.pairs import exchange_of, messages_of, system_of
 from ismdata.errors import Refused

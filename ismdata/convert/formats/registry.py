@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ismdata.convert.corpus_format import CorpusFormat
 from ismdata.convert.formats.alpaca import ALPACA
-from ismdata.convert.formats.base import CorpusFormat
 from ismdata.convert.formats.chatgpt import CHATGPT_EXPORT
 from ismdata.convert.formats.convai import CONVAI
 from ismdata.convert.formats.dailydialog import DAILYDIALOG

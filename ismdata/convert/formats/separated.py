@@ -9,7 +9,7 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.formats.base import CorpusFormat, Draft, fields_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, take_id
 from ismdata.convert.formats.pairs import exchange_of, system_of
 from ismdata.convert.formats.speakers import played, spoken
 from ismdata.convert.formats.templated import templated_turns, with_calls

@@ -15,8 +15,8 @@ from typing import Any
 
 from ismdata.choices import Paths
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Block, CorpusFormat, Draft, Place, fields_of, kind_of
+from ismdata.convert.canonical import Rules, canonicalize
+from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of
 from ismdata.convert.sources.grouping import Group, GroupBlock, by_key, narrowed, number_of
 from ismdata.errors import Refused, shown
 
@@ -222,7 +222,7 @@ def _in_path(node: Node, roles: Mapping[str, str]) -> dict[str, Any]:
 
 def _is_sound(node: Node, rules: Rules) -> bool:
     try:
-        canonical(Draft(messages=[node.message], id=_id(node.fields.get("message_id"))), rules)
+        canonicalize(Draft(messages=[node.message], id=_id(node.fields.get("message_id"))), rules)
     except Refused:
         return False
     return True

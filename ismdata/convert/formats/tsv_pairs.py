@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.choices import Side
-from ismdata.convert.formats.base import Block, Columns, CorpusFormat, Draft, kind_of
+from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
 from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, pieces_of
 from ismdata.convert.formats.speakers import alternating, spoken
 from ismdata.errors import Refused

@@ -18,7 +18,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from ismdata.convert.canonical import parse_json
-from ismdata.convert.formats.base import ID_FIELDS
+from ismdata.convert.corpus_format import ID_FIELDS
 from ismdata.errors import DataError, Refused, shown
 
 

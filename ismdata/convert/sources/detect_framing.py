@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ismdata.convert.canonical import parse_json
-from ismdata.convert.formats.base import ID_FIELDS
+from ismdata.convert.corpus_format import ID_FIELDS
 from ismdata.convert.sources.blocks import with_key
 from ismdata.convert.sources.delimited import DELIMITERS, delimiter_of, frame_rows
 from ismdata.convert.sources.framing import (

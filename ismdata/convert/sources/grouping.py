@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.convert.formats.base import Block, Place
+from ismdata.convert.corpus_format import Block, Place
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.errors import Refused
 

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ismdata.conversation import REASONS, ROLE_NAMES
-from ismdata.convert.canonical import Rules, canonical
-from ismdata.convert.formats.base import Choices, Place, with_choices
+from ismdata.convert.canonical import Rules, canonicalize
+from ismdata.convert.corpus_format import Choices, Place, with_choices
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.blocks import LineBlock
@@ -32,7 +32,7 @@ FORMAT_NAMES += ("question_lists", "convai")
 def conversations(name, record, **choices):
     """The canonical conversations of a record. Raises Refused."""
     reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, **choices))
-    return [canonical(draft, Rules(roles=ROLE_NAMES)) for draft in reader.drafts(record)]
+    return [canonicalize(draft, Rules(roles=ROLE_NAMES)) for draft in reader.drafts(record)]
 
 
 def said(conversation):
@@ -211,7 +211,7 @@ def test_known_names_win_over_the_order_and_swapped_names_are_swapped_once():
     record = {"dialog": [{"speaker": "user", "text": "a"}, {"speaker": "assistant", "text": "b"}]}
     swapped = {**ROLE_NAMES, "user": "assistant", "assistant": "user"}
     (draft,) = with_choices(FORMATS["utterances"], Choices(roles=swapped)).drafts(record)
-    assert said(canonical(draft, Rules(roles=swapped))) == [(A, "a"), (U, "b")]
+    assert said(canonicalize(draft, Rules(roles=swapped))) == [(A, "a"), (U, "b")]
 
 
 def test_more_than_two_speakers_are_refused_with_the_way_out():
@@ -486,7 +486,7 @@ def mutated(draw):
 def read_or_refused(reader, record):
     try:
         for draft in reader.drafts(record):
-            canonical(draft, Rules(roles=ROLE_NAMES))
+            canonicalize(draft, Rules(roles=ROLE_NAMES))
     except Refused as refused:
         assert refused.reason in REASONS and refused.detail
 

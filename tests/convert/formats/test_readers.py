@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.convert.canonical import Rules
 from ismdata.convert.columnar import BLANKS
-from ismdata.convert.formats.base import Place
+from ismdata.convert.corpus_format import Place
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources import framing

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.convert.canonical import Rules, canonical, role_table
+from ismdata.convert.canonical import Rules, canonicalize, role_table
+from ismdata.convert.corpus_format import Choices, Place, with_choices
 from ismdata.convert.formats import trees
-from ismdata.convert.formats.base import Choices, Place, with_choices
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
@@ -82,7 +82,7 @@ def drafts_of(rows: list[dict[str, Any]], tree: Any = "all") -> list[Any]:
 
 def usable(draft: Any) -> bool:
     try:
-        canonical(draft, Rules(roles=ROLES))
+        canonicalize(draft, Rules(roles=ROLES))
     except Refused:
         return False
     return True

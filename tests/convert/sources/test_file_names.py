@@ -16,7 +16,7 @@ import pytest
 from ismdata.convert.filters import Cleaning
 from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import ConvertReport, convert, explained_sources
-from ismdata.data.verify import verify
+from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
 from tests.support.paths import SCHEMAS

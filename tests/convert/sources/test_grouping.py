@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.canonical import role_table
-from ismdata.convert.formats.base import Choices, Place, with_choices
+from ismdata.convert.corpus_format import Choices, Place, with_choices
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.sources.blocks import TableBlock

@@ -9,7 +9,7 @@ from itertools import chain, islice
 import numpy as np
 import pyarrow as pa
 
-from ismdata.convert.formats.base import Block, Choices, CorpusFormat, Place, with_choices
+from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, with_choices
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
 from ismdata.convert.sources.arguments import SavedDataset, Source

@@ -28,7 +28,7 @@ from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
 from ismdata.errors import DataError
-from ismdata.masks.intervals import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE
 
 #: Rows are looked at together until they hold this many tokens: enough for numpy, few enough for the processor's cache.
 _TOKENS_AT_ONCE = 1 << 19

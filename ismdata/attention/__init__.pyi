@@ -1,0 +1,17 @@
+from . import model_folder as model_folder
+from .attachment import attach as attach
+from .attachment import attached_backend as attached_backend
+from .attachment import detach as detach
+from .backends.registry import BACKENDS as BACKENDS
+from .backends.registry import Intervals as Intervals
+from .canary import check_training as check_training
+from .model_folder import load as load
+from .models.glm import check_layout as check_layout
+from .models.glm import takes_two_positions as takes_two_positions
+from .models.loading import TOKENIZER_NAME as TOKENIZER_NAME
+from .models.loading import open_model as open_model
+from .models.loading import pretrained as pretrained
+from .models.loading import tokenizer_files as tokenizer_files
+from .models.presets import PRESETS as PRESETS
+from .models.presets import preset_config as preset_config
+from .models.presets import preset_model as preset_model

@@ -1,0 +1,2 @@
+from .pipeline import EvalOptions as EvalOptions
+from .pipeline import run_eval as run_eval

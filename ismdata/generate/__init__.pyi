@@ -1,0 +1,14 @@
+from .batched import answer_many as answer_many
+from .feeding import Encoder as Encoder
+from .greedy import Prompt as Prompt
+from .greedy import greedy_answers as greedy_answers
+from .kv_cache import KVCache as KVCache
+from .model_facts import end_of_turn as end_of_turn
+from .model_facts import positions_of as positions_of
+from .sampling import Sampling as Sampling
+from .sampling import chooser as chooser
+from .session import Session as Session
+from .session import Window as Window
+from .terminal import open_chat as open_chat
+from .terminal import recorded_mask as recorded_mask
+from .terminal import run_terminal as run_terminal
