@@ -1,12 +1,17 @@
-"""What the commands say while they work: a progress bar on a terminal, plain lines elsewhere; all of it on stderr."""
+"""How work and results are shown: reporters of progress and notes, and the parts that views are drawn with.
+
+Library functions take a `Reporter` and never print. `LogReporter`, their default, writes notes to the log
+`ismdata`; the command line passes a `TerminalReporter`, which draws on stderr.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -27,24 +32,57 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_LOG = logging.getLogger("ismdata")
+
 #: Seconds between two plain lines of one stage.
 _LINE_EVERY = 10.0
 
 
+class Reporter(Protocol):
+    """Receives what a long computation tells while it runs."""
+
+    def note(self, text: str) -> None:
+        """Receive one line that the user should read."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Receive how far a stage is, in units of its own; `total` is 0 where it is not known."""
+
+
+class LogReporter:
+    """The library's default: notes go to the log `ismdata`, progress is not reported.
+
+    Example:
+        >>> LogReporter().note("nothing is printed")
+    """
+
+    def note(self, text: str) -> None:
+        _LOG.info(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        pass
+
+
+#: Stateless, so that functions share it as their default.
+LOGGED = LogReporter()
+
+
 def note(text: str) -> None:
-    """One line for the user, beside the output."""
+    """Print one line for the user on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-class StageProgress:
-    """Progress over named stages. Call it with a stage, how much is done, and the total (0 where it is not known)."""
+class TerminalReporter:
+    """The command line's reporter: a progress bar on a terminal, plain lines elsewhere; all of it on stderr.
+
+    A context manager: the bar is removed at the end.
+    """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._tasks: dict[str, int] = {}
         self._lined: dict[str, float] = {}
 
-    def __enter__(self) -> StageProgress:
+    def __enter__(self) -> TerminalReporter:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -60,7 +98,10 @@ class StageProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def note(self, text: str) -> None:
+        note(text)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
         if self._bar is not None:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bar.add_task(stage, total=total or None)

@@ -9,7 +9,7 @@ import typer
 
 from ismdata.choices import BleuTokenizer, Mask, Precision
 from ismdata.cli.common import show
-from ismdata.display import StageProgress, note
+from ismdata.display import TerminalReporter, note
 
 
 def eval_command(
@@ -64,7 +64,7 @@ def eval_command(
         resamples=resamples,
         seed=seed,
     )
-    with StageProgress() as progress:
+    with TerminalReporter() as reporter:
         facts = run_eval(
             model,
             packed,
@@ -72,7 +72,7 @@ def eval_command(
             compare_with=compare,
             overwrite=overwrite,
             say=note,
-            progress=progress,
+            progress=reporter.progress,
             options=options,
         )
     show(eval_report(facts, None if output is None else str(output)), as_json=as_json)

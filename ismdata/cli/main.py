@@ -19,7 +19,7 @@ from ismdata.cli.common import AsJson, Output, Overwrite, Workers, explained, sh
 from ismdata.cli.eval import eval_command
 from ismdata.cli.template import template_command
 from ismdata.cli.train import train_command
-from ismdata.display import StageProgress, note
+from ismdata.display import TerminalReporter, note
 from ismdata.errors import Terminated, UsageError
 
 app = typer.Typer(
@@ -124,7 +124,7 @@ def convert(
         seed=seed,
         split=split,
     )
-    with StageProgress() as progress:
+    with TerminalReporter() as reporter:
         report = convert(
             sources,
             output,
@@ -139,7 +139,7 @@ def convert(
             workers=workers,
             processes=True,
             overwrite=overwrite,
-            progress=lambda done, total: progress("convert", done, total),
+            progress=lambda done, total: reporter.progress("convert", done, total),
         )
     show(reports.convert_report(report), as_json=as_json)
 
@@ -210,7 +210,7 @@ def pack(
     from ismdata.pack import pack
     from ismdata.rendering import DEFAULT_DATE, parse_arguments
 
-    with StageProgress() as progress:
+    with TerminalReporter() as reporter:
         report = pack(
             converted,
             output,
@@ -232,7 +232,7 @@ def pack(
             seed=seed,
             overwrite=overwrite,
             notify=note,
-            progress=progress,
+            progress=reporter.progress,
         )
     show(reports.pack_report(report), as_json=as_json)
 
@@ -260,8 +260,8 @@ def verify(
 
     report = verify(folder)
     if conversations and report.ok:
-        with StageProgress() as progress:
-            report = with_texts(report, conversations, progress=progress)
+        with TerminalReporter() as reporter:
+            report = with_texts(report, conversations, progress=reporter.progress)
     show(reports.verify_report(report), as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)
