@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ismdata.data import IGNORE_INDEX
 from ismdata.errors import UnsupportedModelError
+from ismdata.masks import IGNORE_INDEX
 
 
 def weighted_loss(

@@ -1,5 +1,4 @@
 from . import shards as shards
-from .collate import IGNORE_INDEX as IGNORE_INDEX
 from .collate import Collator as Collator
 from .collate import check_serves as check_serves
 from .column_file import ColumnFile as ColumnFile

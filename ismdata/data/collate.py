@@ -18,10 +18,9 @@ from ismdata.choices import check_mask
 from ismdata.data import shards
 from ismdata.data.dataset import Sample
 from ismdata.errors import UsageError
-from ismdata.masks import varlen_tables
+from ismdata.masks import IGNORE_INDEX, varlen_tables
 
 #: The label of a token that is no target, as torch.nn.functional.cross_entropy has it.
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ismdata.data import IGNORE_INDEX, Collator, PackedDataset, check_serves
+from ismdata.data import Collator, PackedDataset, check_serves
 from ismdata.errors import DataError
 from ismdata.eval.answers import Answers
 from ismdata.eval.bootstrap import Bootstrap, Estimate, FloatArray, estimate, ratio
+from ismdata.masks import IGNORE_INDEX
 
 #: The most logits made at once: a quarter of a GiB in float32.
 _CHUNK_LOGITS = 1 << 26

@@ -31,6 +31,12 @@ from ismdata.errors import DataError, UsageError
 #: Span kinds as stored in shards.
 PROMPT, QUERY, ANSWER = 0, 1, 2
 
+#: Columns of a table of spans, int[S, 4].
+START, END, KIND, TRAIN = 0, 1, 2, 3
+
+#: The label of a token that is no target; PyTorch's losses leave it out.
+IGNORE_INDEX = -100
+
 #: Block size of the stored block tables; sequence lengths are multiples of it.
 BLOCK_SIZE = 128
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from ismdata.attention import takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
-from ismdata.data import IGNORE_INDEX, Collator, PackedSequence, Sample
-from ismdata.masks import ANSWER, BLOCK_SIZE
+from ismdata.data import Collator, PackedSequence, Sample
+from ismdata.masks import ANSWER, BLOCK_SIZE, IGNORE_INDEX
 
 #: Numbers that travel with a batch: items of the loss, tokens of documents, targets, and pairs of a row and a key that
 #: it sees. int64[4].

@@ -21,8 +21,9 @@ from ismdata.attention.backends.base import Intervals, PerWindow
 from ismdata.attention.backends.registry import BACKENDS, choose
 from ismdata.attention.backends.sdpa import dense_attention, dense_mask
 from ismdata.attention.model_folder import load
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
+from ismdata.masks import IGNORE_INDEX
 from tests.support.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model
 
 DOCUMENTS = [

@@ -15,9 +15,10 @@ from ismdata.attention import model_folder
 from ismdata.attention.attachment import attach
 from ismdata.attention.models.glm import GlmRotaryEmbedding, IsmdataGlmConfig, IsmdataGlmForCausalLM
 from ismdata.convert.pipeline import convert
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
+from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.glm_positions import block_positions, positions, token_positions
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 import ismdata
 from ismdata import masks
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import write_index
 from ismdata.errors import DataError, UsageError
-from ismdata.masks import varlen_tables
+from ismdata.masks import IGNORE_INDEX, varlen_tables
 from tests.support.paths import SHARED
 from tests.support.tiny import ANSWER, PROMPT, QUERY, sample, write_packed
 

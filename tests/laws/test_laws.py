@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ismdata import masks
 from ismdata.attention.attachment import attach
 from ismdata.attention.backends.registry import BACKENDS
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
+from ismdata.masks import IGNORE_INDEX
 from tests.support.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, sample, tiny_model
 
 THREE_ANSWERS = [(PROMPT, 2), (QUERY, 3), (ANSWER, 4), (QUERY, 1), (QUERY, 2), (ANSWER, 1), (QUERY, 5), (ANSWER, 6)]

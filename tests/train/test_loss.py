@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ismdata.attention.attachment import attach
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.errors import UsageError
+from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.intervals import ANSWER as ANSWER_KIND
 from ismdata.train import loss as losses
 from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets, target_loss, target_weights

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
+from ismdata.masks import IGNORE_INDEX
 from ismdata.train.order import NOTHING, Order, OrderedDataset, OrderSampler
 from tests.support.tiny import ANSWER, QUERY, sample, write_packed
 

@@ -14,10 +14,11 @@ from ismdata.attention import attachment as attention
 from ismdata.attention import model_folder
 from ismdata.attention.models import loading as base_model
 from ismdata.attention.models.presets import PRESETS, preset_model
-from ismdata.data.collate import IGNORE_INDEX, Collator
+from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import write_index
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
+from ismdata.masks import IGNORE_INDEX
 from ismdata.train.pipeline import METRICS, train
 from tests.support.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, run, weights, word_tokenizer
