@@ -8,10 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
 
 try:
     __version__ = version("ismdata")
 except PackageNotFoundError:  # a source tree on the path that was never installed
     __version__ = "0+uninstalled"
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import ismdata
 from ismdata import masks
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
@@ -268,14 +265,3 @@ def test_nulls_in_a_shard_are_told(packed, tmp_path):
     write_index(folder, index)
     with pytest.raises(DataError, match=r"shard-00000\.arrow: null where a value is expected"):
         PackedDataset(folder)[0]
-
-
-def test_the_package_gives_its_names_lazily():
-    assert ismdata.PackedDataset is PackedDataset
-    assert ismdata.Collator is Collator
-    assert {"Collator", "PackedDataset", "attach", "__version__"} <= set(dir(ismdata))
-    with pytest.raises(AttributeError, match="no attribute 'Packer'"):
-        ismdata.Packer  # noqa: B018
-    code = "import sys, ismdata; ismdata.__version__; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
