@@ -13,8 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ismdata.choices import Preference
-from ismdata.cli.main import Side
+from ismdata.choices import Preference, Side
 from ismdata.convert.job import Selection
 from ismdata.convert.pipeline import convert
 from ismdata.data.verification import verify

@@ -10,7 +10,7 @@ import typer
 from ismdata.choices import Mask
 
 
-def chat(
+def chat_command(
     model: Annotated[
         Path, typer.Argument(help="A folder that `ismdata train` wrote, or a model of transformers with --mask.")
     ],

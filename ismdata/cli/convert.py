@@ -1,0 +1,132 @@
+"""`ismdata convert`: raw corpora to one folder of conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ismdata.choices import Dedup, Paths, Preference, Side
+from ismdata.cli.common import AsJson, Overwrite, Workers, show
+from ismdata.display import TerminalReporter
+from ismdata.errors import UsageError
+
+
+def convert_command(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, globs, hub names or - (standard input): JSON Lines, JSON, CSV, TSV, YAML, Parquet, "
+            "text; plain, compressed (gz, zst, bz2, xz) or in archives (zip, tar)."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="The corpus format, or auto to detect it from the content.")
+    ] = "auto",
+    mapping: Annotated[
+        Path | None, typer.Option(help="A TOML file that says how to read any other shape; --explain writes one.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Write nothing: show the format, the first record, and a mapping.")
+    ] = False,
+    role: Annotated[
+        list[str] | None, typer.Option(help="Map a role name, as in bot=assistant. May be given several times.")
+    ] = None,
+    assistant: Annotated[
+        Side | None,
+        typer.Option(
+            help="Who is trained where two people talk and no one is the assistant: the second speaker (default), the "
+            "first, or both, a conversation for each."
+        ),
+    ] = None,
+    tree: Annotated[
+        Paths, typer.Option(help="Trees of messages: every path to a leaf, or the best-ranked one.")
+    ] = "all",
+    preference: Annotated[
+        Preference | None, typer.Option(help="Which side of preference data (DPO, KTO) to read.")
+    ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Make one message of several that one side sends in a row.")
+    ] = False,
+    dedup: Annotated[
+        Dedup | None,
+        typer.Option(help="Drop conversations that repeat an earlier one: word for word, or nearly (MinHash)."),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Drop conversations that also stand in this corpus. Several times.")
+    ] = None,
+    min_turns: Annotated[int, typer.Option(help="Drop conversations with fewer user and assistant messages.")] = 0,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Drop conversations in which a message matches.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Keep this many conversations, drawn at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides what --sample draws.")] = 0,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARES",
+            help="Write train and validation (and test) as folders inside the output, as in 0.98/0.02. Equal "
+            "conversations fall to one side.",
+        ),
+    ] = None,
+    workers: Workers = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read raw corpora into one folder of conversations.
+
+    Each record becomes a conversation, or a line of quarantine.jsonl that says why not: read = written + quarantined.
+    After a crash the same command goes on where it stopped.
+    """
+    from ismdata.cli.views import reports
+    from ismdata.convert import Cleaning, Selection, convert, explained_sources
+
+    if explain:
+        for explanation in explained_sources(
+            sources, format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant
+        ):
+            show(reports.explanation(explanation), as_json=as_json)
+        return
+    if output is None:
+        raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")
+    selection = Selection(
+        cleaning=Cleaning(dedup=dedup, min_turns=min_turns, exclude=tuple(exclude or ())),
+        against=tuple(against or ()),
+        sample=sample,
+        seed=seed,
+        split=split,
+    )
+    with TerminalReporter() as reporter:
+        report = convert(
+            sources,
+            output,
+            format=format_,
+            mapping=mapping,
+            roles=_roles(role or []),
+            assistant=assistant,
+            tree=tree,
+            preference=preference,
+            join=join,
+            selection=selection,
+            workers=workers,
+            processes=True,
+            overwrite=overwrite,
+            progress=lambda done, total: reporter.progress("convert", done, total),
+        )
+    show(reports.convert_report(report), as_json=as_json)
+
+
+def _roles(pairs: list[str]) -> dict[str, str]:
+    roles: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, role = pair.partition("=")
+        if not separator or not name:
+            raise UsageError(f"--role {pair}: expected NAME=ROLE, as in bot=assistant")
+        if roles.get(name, role) != role:
+            raise UsageError(f"--role {pair}: {name} was given as {roles[name]} before; expected one role a name")
+        roles[name] = role
+    return roles

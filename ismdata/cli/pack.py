@@ -1,0 +1,112 @@
+"""`ismdata pack`: conversations to packed sequences."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ismdata.choices import History, Layout, Mask, OverLong, TokenizerBackend, TrainOn
+from ismdata.cli.common import AsJson, Output, Overwrite, Workers, show
+from ismdata.display import TerminalReporter, note
+from ismdata.errors import UsageError
+
+
+def pack_command(
+    converted: Annotated[list[Path], typer.Argument(help="Folders that `ismdata convert` wrote.")],
+    output: Output,
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer: local folder, GGUF file or hub name.")],
+    chat_template: Annotated[
+        str | None, typer.Option(help="A Jinja file, or chatml. Default: the tokenizer's own template.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
+    mask: Annotated[Mask, typer.Option(help="The mask that block tables and targets are made for.")] = "ism",
+    over_long: Annotated[
+        OverLong,
+        typer.Option(help="Conversations longer than a sequence: split at turn borders, drop, truncate, or stop."),
+    ] = "split",
+    history: Annotated[
+        History,
+        typer.Option(
+            help="Templates that rewrite earlier turns: append keeps what was fed, as a KV cache does; "
+            "expand makes one document an answer, each exactly as rendered."
+        ),
+    ] = "append",
+    template_arg: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the template, as in enable_thinking=false.")
+    ] = None,
+    template_date: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
+    ] = None,
+    prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    train_on: Annotated[
+        TrainOn,
+        typer.Option(
+            help="Of the answers that messages' own flags leave: train all, the last one of each conversation, or all "
+            "without their reasoning."
+        ),
+    ] = "all",
+    layout: Annotated[
+        Layout,
+        typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
+    ] = "plain",
+    glm_mask_token: Annotated[
+        str | None, typer.Option(help="The control token that is [MASK]. Default: the tokenizer's own.")
+    ] = None,
+    glm_start_token: Annotated[
+        str | None, typer.Option(help="The control token that is [START]. Default: the tokenizer's own.")
+    ] = None,
+    tokenizer_backend: Annotated[
+        TokenizerBackend,
+        typer.Option(
+            help="auto: gigatoken (pip install 'ismdata[fast]') where it gives the ids of Hugging Face tokenizers on a "
+            "sample of the corpus, else those (hf)."
+        ),
+    ] = "auto",
+    workers: Workers = 0,
+    seed: Annotated[int, typer.Option(help="Decides which documents share a sequence, and the order.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenize conversations and pack them into sequences: tokens, spans, targets, positions, block tables.
+
+    Conversations in = packed + quarantined. Every answer of a packed conversation is a target exactly once.
+    """
+    from ismdata.cli.views import reports
+    from ismdata.pack import pack
+    from ismdata.rendering import DEFAULT_DATE, parse_arguments
+
+    with TerminalReporter() as reporter:
+        report = pack(
+            converted,
+            output,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            seq_len=seq_len,
+            mask=mask,
+            over_long=over_long,
+            history=history,
+            template_arguments=parse_arguments(template_arg or []),
+            template_date=_date(template_date) if template_date else DEFAULT_DATE,
+            prefix_every=prefix_every,
+            train_on=train_on,
+            layout=layout,
+            glm_mask_token=glm_mask_token,
+            glm_start_token=glm_start_token,
+            tokenizer_backend=tokenizer_backend,
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+            notify=note,
+            progress=reporter.progress,
+        )
+    show(reports.pack_report(report), as_json=as_json)
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"--template-date {text}: expected YYYY-MM-DD, as in 2024-07-26") from error
