@@ -101,22 +101,22 @@ def read_format(data: bytes, *, name: str) -> None:
     chance = zlib.crc32(data)
     choices, rules = CHOICES[chance % 3], Rules(roles=ROLE_NAMES, join=chance % 5 == 0)
     check_file(data, NAMES[chance % len(NAMES)], FormatChoice(name=name, choices=choices), rules)
-    reader = with_choices(FORMATS[name], choices)
-    if reader.plain_text:
+    corpus_format = with_choices(FORMATS[name], choices)
+    if corpus_format.plain_text:
         values: Any = data.decode("utf-8", errors="replace").split("\n")
     else:
         values = _parsed(data)
         if not isinstance(values, list):
             values = [values]
         lines = "\n".join(map(json.dumps, values)).encode()
-        check_block(line_block(lines, 1)[0], PLACE, reader, rules)
+        check_block(line_block(lines, 1)[0], PLACE, corpus_format, rules)
     for value in values:
-        reader.fits(value)
+        corpus_format.matches(value)
         try:
-            reader.drafts(value)
+            corpus_format.parse_record(value)
         except Refused as refusal:
             assert refusal.reason in REASONS
-    check_grouping(reader, values)
+    check_grouping(corpus_format, values)
 
 
 def read_layout(data: bytes) -> None:
@@ -185,11 +185,11 @@ def read_mapping(data: bytes) -> None:
         return
     values = _parsed(records)
     values = values if isinstance(values, list) else [values]
-    reader = with_choices(mapped, Choices(roles={**ROLE_NAMES, **mapped.roles}))
-    check_grouping(reader, values)
+    corpus_format = with_choices(mapped, Choices(roles={**ROLE_NAMES, **mapped.roles}))
+    check_grouping(corpus_format, values)
     block = ValueBlock(values=values, numbers=np.arange(1, len(values) + 1))
-    for one, place in reader.regrouped(iter([(block, PLACE)])):
-        check_block(one, place, reader, Rules(roles=reader.roles, join=reader.join))
+    for one, place in corpus_format.regroup(iter([(block, PLACE)])):
+        check_block(one, place, corpus_format, Rules(roles=corpus_format.roles, join=corpus_format.join))
 
 
 def read_guessing(data: bytes) -> None:

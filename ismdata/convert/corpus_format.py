@@ -1,8 +1,8 @@
 """What a corpus format is: one object that recognises a record and turns it into a draft, one at a time or by columns.
 
-Two roads lead from raw records to canonical rows. `drafts` is the general one: one record, plain Python, every quirk.
-`columns` is the fast one: a whole block at once, and it may decline the block or single rows of it, which then take the
-general road. Both give the same rows; the tests hold them to that.
+Raw records become canonical rows in two ways. `parse_record` is the general path: one record at a time, plain Python,
+every special case. `parse_block` is the fast path: a whole block at once. It may decline the block or some of its rows,
+which then take the general path. Both give the same rows; the tests compare them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the data leave open and the user decides. A reader with a field of the same name follows it.
+    """What the data leave open and the user decides. A format with a field of the same name follows it.
 
     `roles` maps role names in lower case to canonical roles.
     """
@@ -122,34 +122,34 @@ class CorpusFormat(ABC):
         """Whether a record is a line of text rather than a JSON value."""
         return False
 
-    def heeds(self, choice: str) -> bool:
+    def depends_on(self, choice: str) -> bool:
         """Whether a field of `Choices` makes a difference to this format."""
         return choice in {one.name for one in fields(self)}  # type: ignore[arg-type]
 
     @abstractmethod
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         """Whether a record looks like one of this format; where records are regrouped, whether a row of one does."""
 
-    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+    def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         """Blocks of whole records, where a record of the source is only a row of a conversation."""
         yield from blocks
 
     @abstractmethod
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         """Take one record apart: most hold one conversation. Raises Refused."""
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         """Take a block apart at once, or None where that is not possible."""
         return None
 
 
-AnyReader = TypeVar("AnyReader", bound=CorpusFormat)
+AnyFormat = TypeVar("AnyFormat", bound=CorpusFormat)
 
 
-def with_choices(reader: AnyReader, choices: Choices) -> AnyReader:
-    """The reader with the choices that concern its format."""
-    wanted = {one.name for one in fields(choices)} & {one.name for one in fields(reader)}  # type: ignore[arg-type]
-    return replace(reader, **{name: getattr(choices, name) for name in wanted})  # type: ignore[type-var]
+def with_choices(corpus_format: AnyFormat, choices: Choices) -> AnyFormat:
+    """The format with those choices that it has a field for."""
+    wanted = {one.name for one in fields(choices)} & {one.name for one in fields(corpus_format)}  # type: ignore[arg-type]
+    return replace(corpus_format, **{name: getattr(choices, name) for name in wanted})  # type: ignore[type-var]
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -103,11 +103,13 @@ def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
     except DataError:
         if format.name != "auto":
             raise
-        found = _first_records(source, replace(format, name="unknown", reader=Guessed()))
+        found = _first_records(source, replace(format, name="unknown", corpus_format=Guessed()))
         if found is None:
             raise
         part, placed = found
-    return explain_records(placed, name=part.name, layout=part.layout, format=None, reader=None, choices=format.choices)
+    return explain_records(
+        placed, name=part.name, layout=part.layout, format=None, corpus_format=None, choices=format.choices
+    )
 
 
 def _explained(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
@@ -116,7 +118,12 @@ def _explained(source: Source | SavedDataset, format: FormatChoice) -> Explanati
         raise DataError(f"{source.name}: empty, no record found; expected a corpus. See whether it is the right file")
     part, placed = found
     return explain_records(
-        placed, name=part.name, layout=part.layout, format=part.format, reader=part.reader, choices=format.choices
+        placed,
+        name=part.name,
+        layout=part.layout,
+        format=part.format,
+        corpus_format=part.corpus_format,
+        choices=format.choices,
     )
 
 
@@ -147,10 +154,10 @@ def explain_records(
     name: str,
     layout: str,
     format: str | None,
-    reader: CorpusFormat | None,
+    corpus_format: CorpusFormat | None,
     choices: Choices,
 ) -> Explanation:
-    """What records are taken for: `placed` are places and records, as `reader` takes them apart; None where unknown."""
+    """What records are taken for. `placed`: places and records, as `corpus_format` parses them; None where unknown."""
     records = [record for _, record in placed]
     shown = partial(
         _explanation,
@@ -161,20 +168,27 @@ def explain_records(
         looked_at=len(placed),
         choices=choices,
     )
-    if isinstance(reader, Mapped):
-        return shown(reader=reader, mapping=_text_of(reader), equivalent=True)
-    rows = [row for record in records for row in record] if _are_rows(reader) else records
+    if isinstance(corpus_format, Mapped):
+        return shown(corpus_format=corpus_format, mapping=_text_of(corpus_format), equivalent=True)
+    rows = [row for record in records for row in record] if _are_rows(corpus_format) else records
     guess = guessed(rows)
     if guess is not None:
         guess = replace(guess, assistant=choices.assistant)
-    if reader is not None:
-        equal = next((one for one in _variants(guess) if _alike(one, rows, reader, records, choices)), None)
-        return shown(reader=reader, mapping=None if equal is None else _text_of(equal), equivalent=equal is not None)
+    if corpus_format is not None:
+        equal = next((one for one in _variants(guess) if _alike(one, rows, corpus_format, records, choices)), None)
+        return shown(
+            corpus_format=corpus_format,
+            mapping=None if equal is None else _text_of(equal),
+            equivalent=equal is not None,
+        )
     if guess is None:
-        return shown(reader=None, mapping=None, equivalent=False)
+        return shown(corpus_format=None, mapping=None, equivalent=False)
     whole = next(iter(regrouped(guess, rows)), records[0])
     return shown(
-        placed=[(placed[0][0], whole)], reader=_following(guess, choices), mapping=_text_of(guess), equivalent=False
+        placed=[(placed[0][0], whole)],
+        corpus_format=_following(guess, choices),
+        mapping=_text_of(guess),
+        equivalent=False,
     )
 
 
@@ -185,7 +199,7 @@ def _explanation(
     layout: str,
     format: str | None,
     looked_at: int,
-    reader: CorpusFormat | None,
+    corpus_format: CorpusFormat | None,
     mapping: str | None,
     equivalent: bool,
     choices: Choices,
@@ -194,8 +208,8 @@ def _explanation(
     conversations: list[dict[str, Any]] = []
     refused = None
     try:
-        drafts = reader.drafts(record) if reader is not None else ()
-        conversations = [canonicalize(draft, _rules(reader, choices)) for draft in drafts]
+        drafts = corpus_format.parse_record(record) if corpus_format is not None else ()
+        conversations = [canonicalize(draft, _rules(corpus_format, choices)) for draft in drafts]
     except Refused as refusal:
         refused = refusal.detail
     return Explanation(
@@ -211,18 +225,22 @@ def _explanation(
     )
 
 
-def _rules(reader: CorpusFormat | None, choices: Choices) -> Rules:
-    return Rules(roles=reader.roles, join=reader.join) if isinstance(reader, Mapped) else Rules(roles=choices.roles)
+def _rules(corpus_format: CorpusFormat | None, choices: Choices) -> Rules:
+    return (
+        Rules(roles=corpus_format.roles, join=corpus_format.join)
+        if isinstance(corpus_format, Mapped)
+        else Rules(roles=choices.roles)
+    )
 
 
 def _following(mapped: Mapped, choices: Choices) -> Mapped:
-    """The reader with the role names of the choices; its own come first, for they are what the guess is about."""
+    """The mapping with the role names of the choices; its own take precedence: they are what the guess is about."""
     return replace(with_choices(mapped, choices), roles={**choices.roles, **mapped.roles})
 
 
-def _are_rows(reader: CorpusFormat | None) -> bool:
-    """Whether records as the reader takes them are lists of what the source calls records."""
-    return reader is not None and type(reader).regrouped is not CorpusFormat.regrouped
+def _are_rows(corpus_format: CorpusFormat | None) -> bool:
+    """Whether records of the format are lists of what the source calls records."""
+    return corpus_format is not None and type(corpus_format).regroup is not CorpusFormat.regroup
 
 
 def _variants(guess: Mapped | None) -> Iterator[Mapped]:
@@ -233,21 +251,23 @@ def _variants(guess: Mapped | None) -> Iterator[Mapped]:
                 yield replace(guess, roles=roles, strip=strip)
 
 
-def _alike(one: Mapped, rows: Sequence[Any], reader: CorpusFormat, records: Sequence[Any], choices: Choices) -> bool:
+def _alike(
+    one: Mapped, rows: Sequence[Any], corpus_format: CorpusFormat, records: Sequence[Any], choices: Choices
+) -> bool:
     """Whether a mapping reads the same messages as a format does, record by record, and any at all."""
     mapped = _following(one, choices)
     read = [_messages(mapped, record, choices) for record in regrouped(mapped, rows)]
-    expected = [_messages(reader, record, choices) for record in records]
+    expected = [_messages(corpus_format, record, choices) for record in records]
     return read == expected and any(expected)
 
 
-def _messages(reader: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
+def _messages(corpus_format: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
     """The messages of each conversation of a record; a reason where one is refused."""
     try:
-        drafts: Sequence[Draft] = reader.drafts(record)
+        drafts: Sequence[Draft] = corpus_format.parse_record(record)
     except Refused as refusal:
         return [refusal.reason]
-    rules = _rules(reader, choices)
+    rules = _rules(corpus_format, choices)
     return [_outcome(draft, rules) for draft in drafts]
 
 

@@ -72,14 +72,14 @@ class Guessed(CorpusFormat):
     def expects(self) -> str:
         return "anything that holds messages"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         return guessed([record]) is not None
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         found = guessed([record])
         if found is None:
             raise Refused("not_an_object", "no messages can be made out in the record")
-        return found.drafts(record)
+        return found.parse_record(record)
 
 
 def _candidates(records: Sequence[Any]) -> Iterator[Mapped | None]:
@@ -267,7 +267,7 @@ def _said(mapped: Mapped, record: Any) -> list[Said]:
 def regrouped(mapped: Mapped, records: Sequence[Any]) -> Iterator[Any]:
     """Records as the mapping takes them: rows that belong together as one. Rows that do not say where are left out."""
     block = ValueBlock(values=list(records), numbers=np.arange(1, len(records) + 1))
-    for part, _ in mapped.regrouped([(block, Place(prefix="", stem=""))]):
+    for part, _ in mapped.regroup([(block, Place(prefix="", stem=""))]):
         if isinstance(part, GroupBlock):
             part = GroupBlock(groups=[group for group in part.groups if group.refusal is None])
         yield from (part.record(row) for row in range(len(part.numbers)))

@@ -194,9 +194,9 @@ class ConversionJob:
         try:
             for part in opened(source, format):
                 seen.append((part.layout, part.format))
-                if part.reader is not None:
+                if part.corpus_format is not None:
                     for placed in part.blocks:
-                        yield part.reader, placed
+                        yield part.corpus_format, placed
                         progress(min(part.position(), source.bytes))
         except UnknownFormat as error:
             if seen or not (isinstance(source, FileSource) and source.found):
@@ -362,7 +362,7 @@ class ConversionJob:
         raise DataError(f"{first.source}: {first.detail} (none of {read} records can be used; this is the first)")
 
 
-#: A block with the reader it is for.
+#: A block with the format that parses it.
 _Sorted = tuple[CorpusFormat, Placed]
 
 
@@ -383,8 +383,8 @@ class _Read:
 
 
 def _read(one: _Sorted, *, rules: Rules) -> _Read:
-    reader, (block, place) = one
-    return _Read(reading=read_block(block, reader, place, rules), checksum=_checksum((block, place)))
+    corpus_format, (block, place) = one
+    return _Read(reading=read_block(block, corpus_format, place, rules), checksum=_checksum((block, place)))
 
 
 def _checksum(placed: Placed) -> int:

@@ -91,7 +91,7 @@ _WAYS = {
 
 
 def load_mapping(path: str | Path) -> Mapped:
-    """The reader that a mapping file describes. Raises UsageError when the file says what cannot be."""
+    """The format that a mapping file describes. Raises UsageError when the file says what cannot be."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -103,7 +103,7 @@ def load_mapping(path: str | Path) -> Mapped:
 
 
 def parse_mapping(text: str, name: str) -> Mapped:
-    """The reader that the text of a mapping file describes; `name` is what errors call it. Raises UsageError."""
+    """The format that the text of a mapping file describes; `name` is what errors call it. Raises UsageError."""
     try:
         given = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -159,7 +159,7 @@ def _roles(table: Mapping[str, Any], name: str) -> dict[str, str]:
 
 
 def mapping_text(mapped: Mapped, notes: Mapping[str, str]) -> str:
-    """The file that describes a reader, each line with a comment: that of `notes`, else what the key is about."""
+    """The file that describes a format, each line with a comment: that of `notes`, else what the key is about."""
     plain = Mapped()
     lines = []
     for key in KEYS:

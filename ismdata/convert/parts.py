@@ -1,4 +1,4 @@
-"""A source taken for what it is: its parts, each with layout, format, reader and blocks of records."""
+"""A source taken for what it is: its parts, each with layout, format and blocks of records."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class UnknownFormat(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class FormatChoice:
-    """What parts are read as: `name` is "auto", a key of FORMATS, or what else to call `reader` where that is given."""
+    """What parts are read as: `name` is "auto", a key of FORMATS, or the name of `corpus_format` if given."""
 
     name: str = "auto"
-    reader: CorpusFormat | None = None
+    corpus_format: CorpusFormat | None = None
     choices: Choices
 
     def is_record(self, record: object) -> bool:
         if self.name == "auto":
             return detect(record) is not None
-        return self._named.fits(record)
+        return self._named.matches(record)
 
     @property
     def _named(self) -> CorpusFormat:
-        return self.reader or FORMATS[self.name]
+        return self.corpus_format or FORMATS[self.name]
 
-    def reader_of(self, record: object) -> tuple[str, CorpusFormat] | None:
-        """The format that a record is of and the reader for it; under a name, that one whatever the record is."""
+    def format_for(self, record: object) -> tuple[str, CorpusFormat] | None:
+        """Name and format of a record, None if no format matches; a given name wins whatever the record is."""
         name = detect(record) if self.name == "auto" else self.name
         if name is None:
             return None
@@ -61,12 +61,12 @@ class FormatChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePart:
-    """One part of a source. `format` is EMPTY and `reader` None where it holds no record."""
+    """One part of a source. `format` is EMPTY and `corpus_format` None where it holds no record."""
 
     name: str
     layout: str
     format: str
-    reader: CorpusFormat | None
+    corpus_format: CorpusFormat | None
     blocks: Iterable[Placed]
     position: Callable[[], int]
 
@@ -129,15 +129,17 @@ def _known(
     """The part with the format of its first record that is of one. Raises UnknownFormat when none is."""
     head = list(islice(blocks, 1))
     if not head:
-        return SourcePart(name=name, layout=layout, format=EMPTY, reader=None, blocks=(), position=position)
+        return SourcePart(name=name, layout=layout, format=EMPTY, corpus_format=None, blocks=(), position=position)
     found = _detected(head[0], name, format)
-    regrouped = found[1].regrouped(chain(head, blocks))
-    return SourcePart(name=name, layout=layout, format=found[0], reader=found[1], blocks=regrouped, position=position)
+    regrouped = found[1].regroup(chain(head, blocks))
+    return SourcePart(
+        name=name, layout=layout, format=found[0], corpus_format=found[1], blocks=regrouped, position=position
+    )
 
 
 def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, CorpusFormat]:
     if format.name != "auto":
-        found = format.reader_of(None)
+        found = format.format_for(None)
         assert found is not None
         return found
     block, place = placed
@@ -148,7 +150,7 @@ def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, Cor
         except Refused as error:
             refusal = refusal or f"{place.prefix}{block.numbers[row]}: {error.detail}"
             continue
-        found = format.reader_of(record)
+        found = format.format_for(record)
         if found is not None:
             return found
         others.append(record)
@@ -162,7 +164,7 @@ def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, Cor
         seen = f"the first record has the fields {', '.join(map(repr, first)) or '(none)'}"
     else:
         seen = f"the first record is {shown(first)}"
-    known = "; ".join(f"{key} ({reader.expects})" for key, reader in FORMATS.items())
+    known = "; ".join(f"{key} ({corpus_format.expects})" for key, corpus_format in FORMATS.items())
     raise UnknownFormat(
         f"{name}: {seen}; expected one of {known}. Say how to read it with --mapping FILE: "
         f"`ismdata convert --explain {name}` writes one to start from"

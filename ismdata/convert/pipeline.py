@@ -196,7 +196,7 @@ def _format(
     side = assistant or (mapped.assistant if mapped else "second")
     choices = Choices(roles=table, assistant=side, tree=tree, preference=preference)
     rules = Rules(roles=table, join=join or (mapped is not None and mapped.join))
-    return FormatChoice(name=str(mapping) if mapping else name, reader=mapped, choices=choices), rules
+    return FormatChoice(name=str(mapping) if mapping else name, corpus_format=mapped, choices=choices), rules
 
 
 def _notes(
@@ -208,7 +208,7 @@ def _notes(
     return tuple(
         f"--{name} had no effect: {', '.join(sorted(formats))} leaves nothing open there"
         for name, given in asked.items()
-        if given and formats and not any(FORMATS[one].heeds(name) for one in formats)
+        if given and formats and not any(FORMATS[one].depends_on(name) for one in formats)
     )
 
 
@@ -232,9 +232,9 @@ class _Other:
         found = [np.empty((0, 2), np.uint64)]
         for source in self.sources:
             for part in opened(source, format):
-                if part.reader is not None:
+                if part.corpus_format is not None:
                     for block, place in part.blocks:
-                        found.append(digests(read_block(block, part.reader, place, rules).rows))
+                        found.append(digests(read_block(block, part.corpus_format, place, rules).rows))
         return np.concatenate(found)
 
 

@@ -31,11 +31,11 @@ class BlockResult:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def read_block(block: Block, reader: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
+def read_block(block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
     """Rows of CONVERSATION_SCHEMA and refusals, both in the order of the records."""
-    columns = reader.columns(block)
+    columns = corpus_format.parse_block(block)
     if columns is None:
-        return read_records(block, reader, place, rules)
+        return read_records(block, corpus_format, place, rules)
     numbers = pa.array(block.numbers).cast(pa.string())
     sources = pc.binary_join_element_wise(place.prefix, numbers, "")
     own_ids = pc.binary_join_element_wise(f"{place.stem}-", numbers, "")
@@ -44,7 +44,7 @@ def read_block(block: Block, reader: CorpusFormat, place: Place, rules: Rules) -
     if not care.any():
         return BlockResult(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[], ignored=ignored)
     left = np.flatnonzero(care)
-    special, counts = _read(block, reader, place, rules, left.tolist())
+    special, counts = _read(block, corpus_format, place, rules, left.tolist())
     rows = rows.append_column("kin", pa.nulls(len(rows), pa.string()))
     woven = _woven(rows, left.tolist(), counts, special.rows.append_column("kin", special.kin))
     return BlockResult(
@@ -65,13 +65,13 @@ def _woven(rows: pa.Table, left: Sequence[int], counts: Sequence[int], special: 
     return pa.concat_tables([*pieces, rows.slice(done)]).combine_chunks()
 
 
-def read_records(block: Block, reader: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
+def read_records(block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
     """The general road for all records of a block."""
-    return _read(block, reader, place, rules, range(len(block.numbers)))[0]
+    return _read(block, corpus_format, place, rules, range(len(block.numbers)))[0]
 
 
 def _read(
-    block: Block, reader: CorpusFormat, place: Place, rules: Rules, chosen: Sequence[int]
+    block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules, chosen: Sequence[int]
 ) -> tuple[BlockResult, list[int]]:
     """The general road for the `chosen` records of a block, and how many rows came of each."""
     rows: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ def _read(
 
         drafts: Sequence[Draft] = ()
         try:
-            drafts = reader.drafts(block.record(row))
+            drafts = corpus_format.parse_record(block.record(row))
             if not drafts:
                 raise Refused("no_messages", "the record holds no conversation")
         except Refused as refusal:

@@ -61,6 +61,6 @@ def read_line(path: Path) -> tuple[list[Message], list[Any] | None]:
 
 def check_record(record: Any) -> dict[str, Any]:
     """A record of messages as a canonical conversation, by the rules of `convert`. Raises readers.base.Refused."""
-    if not OPENAI.fits(record):
+    if not OPENAI.matches(record):
         raise Refused("missing_field", 'no messages found; expected {"messages": [{"role": …, "content": …}]}')
-    return canonicalize(OPENAI.drafts(record)[0], Rules(roles=role_table({})))
+    return canonicalize(OPENAI.parse_record(record)[0], Rules(roles=role_table({})))

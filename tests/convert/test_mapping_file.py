@@ -37,12 +37,12 @@ def with_roles(mapped: Mapped, **roles: str) -> Mapped:
     return with_choices(mapped, Choices(roles=role_table({**mapped.roles, **roles}), assistant=mapped.assistant))
 
 
-def conversations(reader: CorpusFormat, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
+def conversations(corpus_format: CorpusFormat, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
     """The messages of each conversation as role and content; the reason where a record is refused."""
     found: list[Any] = []
-    for record in regrouped(reader, records) if isinstance(reader, Mapped) else records:
+    for record in regrouped(corpus_format, records) if isinstance(corpus_format, Mapped) else records:
         try:
-            drafts = reader.drafts(record)
+            drafts = corpus_format.parse_record(record)
             rows = [canonicalize(draft, Rules(roles=roles)) for draft in drafts]
         except Refused as refusal:
             found.append(refusal.reason)
@@ -111,7 +111,7 @@ def test_rows_are_grouped_and_ordered() -> None:
 
 
 def test_both_sides() -> None:
-    drafts = parse_mapping('messages = "."\nassistant = "both"', "my.toml").drafts(["q", "a"])
+    drafts = parse_mapping('messages = "."\nassistant = "both"', "my.toml").parse_record(["q", "a"])
     assert [(draft.part, [one["role"] for one in draft.messages]) for draft in drafts] == [
         ("second", ["user", "assistant"]),
         ("first", ["assistant", "user"]),
@@ -133,7 +133,7 @@ def test_the_rest_of_a_record() -> None:
         "topic": "x",
     }
     before = json.dumps(record)
-    (draft,) = parse_mapping(text, "my.toml").drafts(record)
+    (draft,) = parse_mapping(text, "my.toml").parse_record(record)
     assert (draft.id, draft.tools, draft.extra) == ("7", [{"name": "f"}], {"d": {"k": 1}, "topic": "x"})
     assert draft.ignored == ["d.t[].mood"]
     assert draft.messages[1] == {"role": "user", "content": "q", "weight": 2}
@@ -229,7 +229,7 @@ probing = st.one_of(
 
 @given(probing, values)
 def test_hostile_records_are_read_or_refused(mapped: Mapped, value: Any) -> None:
-    assert isinstance(mapped.fits(value), bool)
+    assert isinstance(mapped.matches(value), bool)
     assert all(isinstance(talk, str | list) for talk in conversations(mapped, [value, value]))
 
 
@@ -323,9 +323,9 @@ SAMPLES: dict[str, tuple[list[Any], str]] = {
 }  # fmt: skip
 
 
-def taken(reader: CorpusFormat, records: list[Any]) -> list[Any]:
-    """Records as the reader takes them: rows that belong together as one."""
-    if type(reader).regrouped is CorpusFormat.regrouped:
+def taken(corpus_format: CorpusFormat, records: list[Any]) -> list[Any]:
+    """Records as the format takes them: rows that belong together as one."""
+    if type(corpus_format).regroup is CorpusFormat.regroup:
         return records
     talks: dict[str, list[Any]] = {}
     for row in records:
@@ -336,24 +336,26 @@ def taken(reader: CorpusFormat, records: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_mapping_reads_as_the_format_does(name: str) -> None:
     records, text = SAMPLES[name]
-    reader = with_choices(FORMATS[name], CHOICES)
+    corpus_format = with_choices(FORMATS[name], CHOICES)
     assert detect(records[0]) == name
-    expected = conversations(reader, taken(reader, records))
+    expected = conversations(corpus_format, taken(corpus_format, records))
     assert len(expected) == 3
     assert all(len(talk) > 1 for talk in expected)
     assert read(text, *records) == expected
-    assert parse_mapping(text, "my.toml").fits(records[0])
+    assert parse_mapping(text, "my.toml").matches(records[0])
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_formats_are_explained_with_an_equivalent_mapping(name: str) -> None:
     records, _ = SAMPLES[name]
-    reader = with_choices(FORMATS[name], CHOICES)
-    placed = [(f"a.json:{number}", record) for number, record in enumerate(taken(reader, records), 1)]
-    found = explain_records(placed, name="a.json", layout="JSON", format=name, reader=reader, choices=CHOICES)
+    corpus_format = with_choices(FORMATS[name], CHOICES)
+    placed = [(f"a.json:{number}", record) for number, record in enumerate(taken(corpus_format, records), 1)]
+    found = explain_records(
+        placed, name="a.json", layout="JSON", format=name, corpus_format=corpus_format, choices=CHOICES
+    )
     assert found.equivalent
     assert found.mapping is not None
-    assert read(found.mapping, *records) == conversations(reader, taken(reader, records))
+    assert read(found.mapping, *records) == conversations(corpus_format, taken(corpus_format, records))
     assert found.text().startswith(f"a.json: JSON, format {name}\n\na.json:1 is read as:\n  ")
     assert json.loads(json.dumps(found.as_json()))["format"] == name
 
@@ -399,7 +401,7 @@ def explained(path: Path, mapping: Mapped | None = None) -> Any:
     if mapping is None:
         return explain(source, FormatChoice(choices=CHOICES))
     choices = replace(CHOICES, roles=role_table(mapping.roles))
-    return explain(source, FormatChoice(name="my.toml", reader=mapping, choices=choices))
+    return explain(source, FormatChoice(name="my.toml", corpus_format=mapping, choices=choices))
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -462,11 +464,11 @@ def all_of(path: Path, format: FormatChoice) -> tuple[list[Any], list[str]]:
     """Messages of all conversations, and the reasons of all refusals."""
     rules = Rules(roles=format.choices.roles)
     readings = [
-        read_records(block, part.reader, place, rules)
+        read_records(block, part.corpus_format, place, rules)
         for source in expand(str(path))
         for part in opened(source, format)
         for block, place in part.blocks
-        if part.reader is not None
+        if part.corpus_format is not None
     ]
     rows = [row for reading in readings for row in reading.rows["messages"].to_pylist()]
     return rows, [refused.reason for reading in readings for refused in reading.quarantined]
@@ -478,4 +480,4 @@ def test_real_corpora_are_read_as_their_formats_read_them(name: str) -> None:
     expected = all_of(DATA / name, FormatChoice(choices=CHOICES))
     mapped = parse_mapping(CORPORA[name], "my.toml")
     assert len(expected[0]) > 30
-    assert all_of(DATA / name, FormatChoice(name="my.toml", reader=mapped, choices=CHOICES)) == expected
+    assert all_of(DATA / name, FormatChoice(name="my.toml", corpus_format=mapped, choices=CHOICES)) == expected

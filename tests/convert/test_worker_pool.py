@@ -42,9 +42,9 @@ def test_a_block_can_be_handed_to_another_process(name: str, tmp_path: Path) -> 
         blocks = 0
         for part in opened(source, FormatChoice(name=name, choices=choices)):
             for block, place in part.blocks:
-                reader, other_block, other_place = pickle.loads(pickle.dumps((part.reader, block, place)))
-                here = read_block(block, part.reader, place, rules)
-                there = pickle.loads(pickle.dumps(read_block(other_block, reader, other_place, rules)))
+                corpus_format, other_block, other_place = pickle.loads(pickle.dumps((part.corpus_format, block, place)))
+                here = read_block(block, part.corpus_format, place, rules)
+                there = pickle.loads(pickle.dumps(read_block(other_block, corpus_format, other_place, rules)))
                 assert there == here
                 blocks += 1
         assert blocks

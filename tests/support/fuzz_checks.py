@@ -28,10 +28,10 @@ from ismdata.errors import DataError
 PLACE = Place(prefix="x:", stem="x")
 
 
-def check_block(block: Block, place: Place, reader: CorpusFormat, rules: Rules) -> None:
+def check_block(block: Block, place: Place, corpus_format: CorpusFormat, rules: Rules) -> None:
     """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
-    fast = read_block(block, reader, place, rules)
-    general = read_records(block, reader, place, rules)
+    fast = read_block(block, corpus_format, place, rules)
+    general = read_records(block, corpus_format, place, rules)
     rows = fast.rows.to_pylist()
     assert rows == general.rows.to_pylist(), "the two roads give different rows"
     assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
@@ -64,7 +64,7 @@ def check_row(row: dict[str, Any]) -> None:
             assert message["content"].strip()
 
 
-def check_grouping(reader: CorpusFormat, values: list[Any]) -> None:
+def check_grouping(corpus_format: CorpusFormat, values: list[Any]) -> None:
     """Every row is in exactly one group, whichever blocks it comes in."""
     half = len(values) // 2
     blocks = [
@@ -72,7 +72,7 @@ def check_grouping(reader: CorpusFormat, values: list[Any]) -> None:
         for first, part in ((1, values[:half]), (half + 1, values[half:]))
     ]
     seen: list[int] = []
-    for block, _ in reader.regrouped(iter(blocks)):
+    for block, _ in corpus_format.regroup(iter(blocks)):
         if isinstance(block, GroupBlock):
             seen += [int(inner.numbers[row]) for group in block.groups for inner, row in group.rows]
         else:
@@ -99,8 +99,8 @@ class Memory:
 def check_file(data: bytes, name: str, format: FormatChoice, rules: Rules) -> None:
     try:
         for part in opened(Memory(data=data, name=name), format):  # type: ignore[arg-type]
-            if part.reader is not None:
+            if part.corpus_format is not None:
                 for block, place in part.blocks:
-                    check_block(block, place, part.reader, rules)
+                    check_block(block, place, part.corpus_format, rules)
     except DataError as error:
         assert str(error)

@@ -34,10 +34,10 @@ class Alpaca(CorpusFormat):
     expects: str = "instruction/input/output, history, system"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         return isinstance(record, dict) and {"instruction", "output"} <= record.keys()
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         for name in ("instruction", "output"):
             if name not in fields:
@@ -58,7 +58,7 @@ class Alpaca(CorpusFormat):
         tools = fields.pop("tools", None)
         return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         table = block.table(_SCHEMA)
         if table is None:
             return None

@@ -21,10 +21,10 @@ class ChatGptExport(CorpusFormat):
     expects: str = "mapping and current_node, as ChatGPT exports chats"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         return isinstance(record, dict) and isinstance(record.get("mapping"), dict) and "current_node" in record
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         mapping, current = fields.pop("mapping", None), fields.pop("current_node", None)
         if not isinstance(mapping, dict):

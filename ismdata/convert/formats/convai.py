@@ -19,13 +19,13 @@ class ConvAi(CorpusFormat):
     expects: str = "personality, utterances[].history/candidates"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         listed = record.get("utterances") if isinstance(record, dict) else None
         return isinstance(listed, list) and bool(listed) and all(_is_turn(one) for one in listed)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
-        if not self.fits(fields):
+        if not self.matches(fields):
             raise Refused("invalid_field", f"utterances is {shown(fields.get('utterances'))}; expected {self.expects}")
         turns = fields.pop("utterances")
         told = [[*turn["history"], turn["candidates"][-1]] for turn in turns]

@@ -34,13 +34,13 @@ class DailyDialog(CorpusFormat):
     plain_text: bool = True
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if not isinstance(record, str):
             return False
         text, *labels = record.split("\t")
         return END_OF_UTTERANCE in text and all(map(_LABELS.fullmatch, labels))
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         if not isinstance(record, str):
             raise Refused("not_an_object", f"the record is {kind_of(record)}; expected a line of text")
         text, *labels = record.split("\t")
@@ -55,7 +55,7 @@ class DailyDialog(CorpusFormat):
             for part, roles in alternating(len(pieces), self.assistant)
         ]
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         lines = None if self.assistant == "both" else block.texts()
         if lines is None:
             return None

@@ -47,17 +47,17 @@ class DialogueRows(CorpusFormat):
     def expects(self) -> str:
         return "rows of dialogue_id, turn, speaker, text"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         columns = columns_of(record)
         if columns is None:
             return False
         speaker, text = record[columns.speaker], record[columns.text]
         return cell_id(record[columns.dialogue]) is not None and isinstance(speaker, str) and isinstance(text, str)
 
-    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+    def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         yield from by_key(blocks, _dialogue)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         rows = [fields_of(row) for row in (record if isinstance(record, list) else [record])]
         if not rows:
             raise Refused("no_messages", "the dialogue has no rows")

@@ -26,12 +26,12 @@ class Kto(CorpusFormat):
     plain_text: bool = False
     preference: Preference | None = None
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         return (
             isinstance(record, dict) and isinstance(record.get(_label_of(record)), bool) and _inner(record) is not None
         )
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         name = _label_of(fields)
         label = fields.pop(name, None)
@@ -44,7 +44,7 @@ class Kto(CorpusFormat):
         if label is (self.preference == "rejected"):
             asked = "good one, and --preference rejected asks for bad ones" if label else "bad one"
             raise Refused("rejected", f"{name} is {str(label).lower()}: the answer is marked as a {asked}")
-        return inner.drafts(fields)
+        return inner.parse_record(fields)
 
 
 def _label_of(fields: dict[str, Any]) -> str:
@@ -52,7 +52,7 @@ def _label_of(fields: dict[str, Any]) -> str:
 
 
 def _inner(fields: dict[str, Any]) -> CorpusFormat | None:
-    return next((reader for reader in _INNER if reader.fits(fields)), None)
+    return next((corpus_format for corpus_format in _INNER if corpus_format.matches(fields)), None)
 
 
 KTO = Kto()

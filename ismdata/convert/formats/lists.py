@@ -39,11 +39,11 @@ class Lists(CorpusFormat):
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         listed = record if isinstance(record, list) else _listed(record)[1]
         return _are_texts(listed) or _one_sided(record) is not None
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields: dict[str, Any] = {}
         name, listed = "", record
         if not isinstance(record, list):
@@ -82,7 +82,7 @@ class Lists(CorpusFormat):
             raise Refused("invalid_field", f"{found}; expected one for each")
         return played(speakers, self.roles, self.assistant)
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         table = None if self.assistant == "both" else block.table(_SCHEMA, wrapped=True)
         if table is None:
             return None

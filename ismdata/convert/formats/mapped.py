@@ -72,7 +72,7 @@ class Mapped(CorpusFormat):
     def plain_text(self) -> bool:
         return self.text == WHOLE
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if self.group is not None:
             return isinstance(record, dict) and self.group in record and at(record, self.content) is not _ABSENT
         if self.text is not None:
@@ -86,7 +86,7 @@ class Mapped(CorpusFormat):
             return all(at(first, name) is not _ABSENT for name in self.exchange)
         return isinstance(first, str) if self.content is None else at(first, self.content) is not _ABSENT
 
-    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+    def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         if self.group is None:
             yield from blocks
         else:
@@ -109,7 +109,7 @@ class Mapped(CorpusFormat):
             fields = {name: value for name, value in fields.items() if name not in self._inside}
         return said, fields
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         ignored: list[str] = []
         said, fields = self._apart(record, ignored)
         first, fields = self._system(fields)

@@ -69,10 +69,10 @@ class MessageLists(CorpusFormat):
         names = self.content if self.role is None else f"{self.role}/{self.content}"
         return f"{self.messages}[].{names}"
 
-    def heeds(self, choice: str) -> bool:
-        return super().heeds(choice) and (choice != "assistant" or self.role is None)
+    def depends_on(self, choice: str) -> bool:
+        return super().depends_on(choice) and (choice != "assistant" or self.role is None)
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if isinstance(record, dict):
             return self._name(record) is not None
         return self.role is not None and isinstance(record, list) and self._holds(record)
@@ -102,7 +102,7 @@ class MessageLists(CorpusFormat):
             for one in listed
         )
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = {self.messages: record} if isinstance(record, list) else dict(fields_of(record))
         name = self._name(fields) or next((name for name in (self.messages, *self.also) if name in fields), None)
         if name is None:
@@ -210,7 +210,7 @@ class MessageLists(CorpusFormat):
         record |= dict.fromkeys(self.systems, pa.string())
         return pa.schema(list(record.items()))
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         both = self.role is None and self.assistant == "both"
         table = None if both else block.table(self.schema())
         if table is not None:

@@ -30,7 +30,7 @@ class Moss(CorpusFormat):
     expects: str = "chat: {turn_1: {Human, MOSS, …}, …}"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         chat = record.get("chat") if isinstance(record, dict) else None
         return (
             isinstance(chat, dict)
@@ -39,7 +39,7 @@ class Moss(CorpusFormat):
             and all(isinstance(turn, dict) and {"Human", "MOSS"} <= turn.keys() for turn in chat.values())
         )
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         chat = fields.pop("chat", None)
         if not isinstance(chat, dict):

@@ -53,19 +53,21 @@ class Pairs(CorpusFormat):
     expects: str = "conversation[].human/assistant, history: [[question, answer], …]"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if isinstance(record, list):
             pairs = bool(record) and all(isinstance(pair, list) and _is_pair(pair) for pair in record)
-            return pairs and not UTTERANCES.fits(record)
+            return pairs and not UTTERANCES.matches(record)
         if not isinstance(record, dict):
             return False
         name = _name_of(record)
         if name == "history" and ("output" in record or exchange_of(record) is not None):
             return False  # the last exchange stands outside the list: Alpaca, or a prompt and its completion
         listed = record.get(name)
-        return isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed)) and not UTTERANCES.fits(record)
+        return (
+            isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed)) and not UTTERANCES.matches(record)
+        )
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         if isinstance(record, list):
             return [Draft(messages=messages_of(record, "pair"))]
         fields = dict(fields_of(record))

@@ -27,16 +27,16 @@ class PersonaChat(CorpusFormat):
     plain_text: bool = True
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         """Whether a line is the first of a dialogue: the lines of a file are asked in their order."""
         number, rest = _parsed(record)
         # Without a persona, a digit after the number speaks for a text that opens with digits set apart by blanks.
         return number == 1 and (rest.startswith((_OWN, _PARTNER)) or ("\t" in rest and not rest[:1].isdigit()))
 
-    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+    def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         return by_start(blocks, lambda line: _parsed(line)[0] == 1)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         if not isinstance(record, list):
             raise Refused("not_an_object", f"the record is {kind_of(record)}; expected numbered lines of text")
         personas: dict[str, list[str]] = {_OWN: [], _PARTNER: []}

@@ -44,11 +44,11 @@ class PreferencePairs(CorpusFormat):
     preference: Preference | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         names = _names_of(record)
         return names is not None and all(isinstance(record[name], str | list | dict) for name in names)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         names = _names_of(fields_of(record))
         if names is None:
             found = f"the record has {', '.join(map(str, record)) or 'no field'}"
@@ -156,8 +156,8 @@ def _side(value: Any, role: str, name: str, ignored: list[str]) -> _Messages:
     if not isinstance(listed, list):
         raise Refused("invalid_field", f"{name} is {kind_of(value)}; expected a text or messages")
     named_from = any(isinstance(message, dict) and "from" in message for message in listed)
-    reader = SHAREGPT if named_from else OPENAI
-    (draft,) = reader.drafts({reader.messages: listed})
+    corpus_format = SHAREGPT if named_from else OPENAI
+    (draft,) = corpus_format.parse_record({corpus_format.messages: listed})
     ignored += [f"{name}[].{one.partition('.')[2]}" for one in draft.ignored]
     return list(draft.messages)
 

@@ -26,13 +26,13 @@ class PromptCompletion(CorpusFormat):
     expects: str = "prompt/completion, question/answer and the like"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         names = exchange_of(record) if isinstance(record, dict) else None
         if names is None and isinstance(record, dict) and record.keys() >= _CALLING:
             return isinstance(record["query"], str) and isinstance(record["answers"], str | list)
         return names is not None and all(_is_side(record[name]) for name in names)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         names = exchange_of(fields)
         if names is None and fields.keys() >= _CALLING:
@@ -62,13 +62,13 @@ def side_of(value: Any, role: str, name: str, ignored: list[str]) -> list[dict[s
         return [{"role": role, "content": value}]
     if not isinstance(value, list | dict):
         raise Refused("invalid_field", f"{name} is {kind_of(value)}; expected a string or a list of messages")
-    (draft,) = OPENAI.drafts({"messages": [value] if isinstance(value, dict) else value})
+    (draft,) = OPENAI.parse_record({"messages": [value] if isinstance(value, dict) else value})
     ignored += [f"{name}[].{one.partition('.')[2]}" for one in draft.ignored]
     return list(draft.messages)
 
 
 def _is_side(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and OPENAI.fits({"messages": value}))
+    return isinstance(value, str) or (isinstance(value, list) and OPENAI.matches({"messages": value}))
 
 
 def _contexts(fields: dict[str, Any]) -> list[str]:

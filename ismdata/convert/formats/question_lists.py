@@ -20,13 +20,13 @@ class QuestionLists(CorpusFormat):
     expects: str = "story, questions[], answers[]"
     plain_text: bool = False
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if not isinstance(record, dict):
             return False
         questions, answers = _texts(record.get("questions")), _texts(record.get("answers"))
         return bool(questions) and answers is not None and len(answers) == len(questions or ())
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         questions, answers = (_texts(fields.pop(name, None)) for name in ("questions", "answers"))
         if questions is None or answers is None or len(questions) != len(answers):

@@ -1,4 +1,4 @@
-"""The corpus formats. To add one: a file with an object that is a `base.Reader`, and a line in `FORMATS`."""
+"""The corpus formats. To add one: a file with an object that is a `CorpusFormat`, and a line in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -60,4 +60,4 @@ def detect(record: Any) -> str | None:
     >>> detect({"conversations": [{"from": "human", "value": "Hello!"}]})
     'sharegpt'
     """
-    return next((name for name, reader in FORMATS.items() if reader.fits(record)), None)
+    return next((name for name, corpus_format in FORMATS.items() if corpus_format.matches(record)), None)

@@ -38,7 +38,7 @@ class Separated(CorpusFormat):
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if not isinstance(record, dict):
             return False
         text = record.get(_name_of(record))
@@ -49,7 +49,7 @@ class Separated(CorpusFormat):
             return False
         return len({speaker for speaker, _ in turns}) > 1
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
         name = _name_of(fields)
         if not name:

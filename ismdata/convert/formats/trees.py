@@ -64,15 +64,15 @@ class TreeRows(CorpusFormat):
     def expects(self) -> str:
         return "rows of message_tree_id, message_id, parent_id, role, text"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         names = {"message_tree_id", "message_id", "parent_id", "role", "text"}
         return isinstance(record, dict) and names <= record.keys()
 
-    def regrouped(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
+    def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         for block, place in by_key(blocks, _tree_id, columns=_LINKS):
             yield GroupBlock(groups=[part for group in block.groups for part in hanging_together(group)]), place
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         rows = [fields_of(row) for row in (record if isinstance(record, list) else [record])]
         nodes = {_own_id(row): Node(fields=row) for row in rows}
         roots = []
@@ -99,11 +99,11 @@ class NestedTrees(CorpusFormat):
     def expects(self) -> str:
         return "prompt.text/role/replies"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         prompt = record.get("prompt") if isinstance(record, dict) else None
         return isinstance(prompt, dict) and "text" in prompt and ("replies" in prompt or "message_tree_id" in record)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = fields_of(record)
         root = Node(fields=fields_of(fields.get("prompt")))
         waiting = [root]

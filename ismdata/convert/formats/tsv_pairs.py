@@ -21,13 +21,13 @@ class TabPairs(CorpusFormat):
     plain_text: bool = True
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         if not isinstance(record, str) or END_OF_UTTERANCE in record:
             return False
         cells = record.split("\t")
         return len(cells) > 1 and all(any(map(str.isalpha, cell)) for cell in cells)
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         if not isinstance(record, str):
             raise Refused("not_an_object", f"the record is {kind_of(record)}; expected a line of text")
         pieces = pieces_of(record, "\t")
@@ -37,7 +37,7 @@ class TabPairs(CorpusFormat):
             Draft(messages=spoken(roles, pieces), part=part) for part, roles in alternating(len(pieces), self.assistant)
         ]
 
-    def columns(self, block: Block) -> Columns | None:
+    def parse_block(self, block: Block) -> Columns | None:
         lines = None if self.assistant == "both" else block.texts()
         if lines is None:
             return None

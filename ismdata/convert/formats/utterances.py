@@ -70,12 +70,12 @@ class Utterances(CorpusFormat):
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
     assistant: Side = "second"
 
-    def fits(self, record: Any) -> bool:
+    def matches(self, record: Any) -> bool:
         record = _as_object(record)
         names = names_of(record)
-        return names is not None and (names.utterances == "messages" or not OPENAI.fits(record))
+        return names is not None and (names.utterances == "messages" or not OPENAI.matches(record))
 
-    def drafts(self, record: Any) -> Sequence[Draft]:
+    def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(_as_object(record)))
         names = names_of(fields)
         if names is None:

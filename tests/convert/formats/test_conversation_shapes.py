@@ -89,7 +89,7 @@ def test_the_last_answer_has_the_whole_dialogue_before_it():
 
 
 def test_only_the_branch_on_the_screen_is_read_and_the_others_are_counted():
-    (draft,) = FORMATS["chatgpt_export"].drafts(EXPORT)
+    (draft,) = FORMATS["chatgpt_export"].parse_record(EXPORT)
     assert list(draft.ignored) == ["messages of other branches"]
     ring = {"current_node": "a", "mapping": {"a": {"message": None, "parent": "b"}, "b": {"parent": "a"}}}
     assert refusal("chatgpt_export", ring)[0] == "broken_tree"
@@ -134,7 +134,7 @@ def test_commas_of_empathetic_dialogues():
         "utterance": "a_comma_ b",
     }
     assert detect(row) == "dialogue_rows"
-    (draft,) = FORMATS["dialogue_rows"].drafts(
+    (draft,) = FORMATS["dialogue_rows"].parse_record(
         [row, {**row, "utterance_idx": "2", "speaker_idx": "0", "utterance": "c"}]
     )
     assert [(one["role"], one["content"]) for one in draft.messages] == [(U, "a, b"), (A, "c")]

@@ -31,8 +31,8 @@ FORMAT_NAMES += ("question_lists", "convai")
 
 def conversations(name, record, **choices):
     """The canonical conversations of a record. Raises Refused."""
-    reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, **choices))
-    return [canonicalize(draft, Rules(roles=ROLE_NAMES)) for draft in reader.drafts(record)]
+    corpus_format = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, **choices))
+    return [canonicalize(draft, Rules(roles=ROLE_NAMES)) for draft in corpus_format.parse_record(record)]
 
 
 def said(conversation):
@@ -134,12 +134,12 @@ def test_what_a_record_becomes(name, record, expected, also):
 @pytest.mark.parametrize(("name", "record", "expected", "also"), RECORDS, ids=IDS)
 def test_a_record_is_taken_for_its_own_format_only(name, record, expected, also):
     assert detect(record) == name
-    assert {other for other, reader in FORMATS.items() if reader.fits(record)} == {name, *also}
+    assert {other for other, corpus_format in FORMATS.items() if corpus_format.matches(record)} == {name, *also}
 
 
 @pytest.mark.parametrize(("name", "record"), OTHERS, ids=[f"{name}-{at}" for at, (name, _) in enumerate(OTHERS)])
 def test_records_of_the_older_formats_fit_no_other(name, record):
-    assert [other for other, reader in FORMATS.items() if reader.fits(record)] == [name]
+    assert [other for other, corpus_format in FORMATS.items() if corpus_format.matches(record)] == [name]
 
 
 NOTHING = [
@@ -154,7 +154,7 @@ NOTHING = [
 
 @pytest.mark.parametrize("record", NOTHING, ids=repr)
 def test_what_is_no_conversation_is_taken_for_none(record):
-    assert [name for name in FORMAT_NAMES if FORMATS[name].fits(record)] == []
+    assert [name for name in FORMAT_NAMES if FORMATS[name].matches(record)] == []
 
 
 # ---- what the documentation says ----
@@ -201,8 +201,8 @@ def test_the_assistant_is_whom_the_user_says(name, record):
     assert read(name, record) == [second]
     assert read(name, record, assistant="first") == [first]
     assert read(name, record, assistant="both") == [second, first]
-    reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant="both"))
-    assert [draft.part for draft in reader.drafts(record)] == ["second", "first"]
+    corpus_format = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant="both"))
+    assert [draft.part for draft in corpus_format.parse_record(record)] == ["second", "first"]
 
 
 def test_known_names_win_over_the_order_and_swapped_names_are_swapped_once():
@@ -210,7 +210,7 @@ def test_known_names_win_over_the_order_and_swapped_names_are_swapped_once():
     assert read("utterances", record) == [[(A, "a"), (U, "b")]]
     record = {"dialog": [{"speaker": "user", "text": "a"}, {"speaker": "assistant", "text": "b"}]}
     swapped = {**ROLE_NAMES, "user": "assistant", "assistant": "user"}
-    (draft,) = with_choices(FORMATS["utterances"], Choices(roles=swapped)).drafts(record)
+    (draft,) = with_choices(FORMATS["utterances"], Choices(roles=swapped)).parse_record(record)
     assert said(canonicalize(draft, Rules(roles=swapped))) == [(A, "a"), (U, "b")]
 
 
@@ -229,7 +229,7 @@ def test_annotations_are_counted_and_other_fields_kept():
         "goal": {"a": 1},
         "log": [{"text": "a", "metadata": {}}, {"text": "b", "x": None}],
     }
-    (draft,) = FORMATS["utterances"].drafts(record)
+    (draft,) = FORMATS["utterances"].parse_record(record)
     assert (draft.id, draft.extra, list(draft.ignored)) == ("c", {"goal": {"a": 1}}, ["log[].metadata"])
 
 
@@ -248,7 +248,7 @@ def test_a_side_must_be_asked_for():
     reason, detail = refusal("preference", record)
     assert reason == "no_preference" and "--preference chosen" in detail
     assert read("preference", record, preference="rejected") == [[(U, "q"), (A, "bad")]]
-    (draft,) = with_choices(FORMATS["preference"], Choices(roles=ROLE_NAMES, preference="chosen")).drafts(record)
+    (draft,) = with_choices(FORMATS["preference"], Choices(roles=ROLE_NAMES, preference="chosen")).parse_record(record)
     assert list(draft.ignored) == ["rejected"]
 
 
@@ -373,9 +373,10 @@ def test_marks_go_at_the_ends_only():
 def dialogues(text, **choices):
     """The rows and refusals of a file of numbered lines."""
     block, _ = line_block(text.encode(), 1, plain_text=True)
-    reader = with_choices(FORMATS["personachat"], Choices(roles=ROLE_NAMES, **choices))
+    corpus_format = with_choices(FORMATS["personachat"], Choices(roles=ROLE_NAMES, **choices))
     readings = [
-        read_block(group, reader, place, Rules(roles=ROLE_NAMES)) for group, place in reader.regrouped([(block, PLACE)])
+        read_block(group, corpus_format, place, Rules(roles=ROLE_NAMES))
+        for group, place in corpus_format.regroup([(block, PLACE)])
     ]
     return (
         [row for reading in readings for row in reading.rows.to_pylist()],
@@ -483,9 +484,9 @@ def mutated(draw):
     return record
 
 
-def read_or_refused(reader, record):
+def read_or_refused(corpus_format, record):
     try:
-        for draft in reader.drafts(record):
+        for draft in corpus_format.parse_record(record):
             canonicalize(draft, Rules(roles=ROLE_NAMES))
     except Refused as refused:
         assert refused.reason in REASONS and refused.detail
@@ -493,7 +494,7 @@ def read_or_refused(reader, record):
 
 def check_any(record):
     for name in FORMAT_NAMES:
-        assert isinstance(FORMATS[name].fits(record), bool)
+        assert isinstance(FORMATS[name].matches(record), bool)
         read_or_refused(with_choices(FORMATS[name], Choices(roles=ROLE_NAMES)), record)
         both = Choices(roles=ROLE_NAMES, assistant="both", preference="chosen")
         read_or_refused(with_choices(FORMATS[name], both), record)
@@ -577,9 +578,9 @@ def test_both_roads_agree_on_lines_with_tabs(lines):
     assert isinstance(block, LineBlock)
     for name in ("tsv_pairs", "dailydialog"):
         for assistant in ("second", "first", "both"):
-            reader = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant=assistant))
-            fast = read_block(block, reader, PLACE, Rules(roles=ROLE_NAMES))
-            general = read_records(block, reader, PLACE, Rules(roles=ROLE_NAMES))
+            corpus_format = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant=assistant))
+            fast = read_block(block, corpus_format, PLACE, Rules(roles=ROLE_NAMES))
+            general = read_records(block, corpus_format, PLACE, Rules(roles=ROLE_NAMES))
             assert fast.rows.to_pylist() == general.rows.to_pylist()
             assert fast.quarantined == general.quarantined
 

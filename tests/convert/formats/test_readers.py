@@ -188,11 +188,11 @@ def test_a_ragged_history_does_not_shift_its_neighbours(pair):
 def test_a_sound_block_takes_the_fast_road():
     for name, sound in SOUND_LINES.items():
         block, _ = line_block(sound + b"\n" + sound + b"\n", 1)
-        columns = FORMATS[name].columns(block)
+        columns = FORMATS[name].parse_block(block)
         assert columns is not None and not columns.care.any(), name
         if name != "lists":
             rows = pa.Table.from_pylist([json.loads(sound)] * 2).slice(1)
-            columns = FORMATS[name].columns(TableBlock(rows=rows, numbers=np.array([2])))
+            columns = FORMATS[name].parse_block(TableBlock(rows=rows, numbers=np.array([2])))
             assert columns is not None and not columns.care.any(), name
 
 
@@ -204,7 +204,7 @@ def test_records_with_more_than_messages_take_the_fast_road(table):
         block = TableBlock(rows=pa.Table.from_pylist([record] * 3).slice(1), numbers=np.array([2, 3]))
     else:
         block, _ = line_block("\n".join([json.dumps(record)] * 2).encode(), 2)
-    columns = FORMATS["messages"].columns(block)
+    columns = FORMATS["messages"].parse_block(block)
     assert columns is not None and not columns.care.any()
     fast = read_block(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES))
     assert_same(fast, read_records(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES)))

@@ -72,9 +72,9 @@ def naive_paths(rows: list[dict[str, Any]], best: bool = False) -> list[list[dic
 
 
 def drafts_of(rows: list[dict[str, Any]], tree: Any = "all") -> list[Any]:
-    reader = with_choices(TREE_ROWS, Choices(roles=ROLES, tree=tree))
+    corpus_format = with_choices(TREE_ROWS, Choices(roles=ROLES, tree=tree))
     try:
-        return list(reader.drafts(rows))
+        return list(corpus_format.parse_record(rows))
     except Refused as refusal:
         assert refusal.reason == "rejected"
         return []
@@ -132,9 +132,9 @@ def test_nested_trees_are_the_same(rows: list[dict[str, Any]]) -> None:
     assert detect(record) == "oasst_trees"
     assert detect(rows[0]) == "oasst"
     for tree in ("all", "best"):
-        reader = with_choices(NESTED_TREES, Choices(roles=ROLES, tree=tree))
+        corpus_format = with_choices(NESTED_TREES, Choices(roles=ROLES, tree=tree))
         try:
-            found = list(reader.drafts(record))
+            found = list(corpus_format.parse_record(record))
         except Refused as refusal:
             assert refusal.reason == "rejected"
             found = []
@@ -158,7 +158,7 @@ def outcome(part: Any, row: int) -> Any:
 
 def grouped(rows: list[Any]) -> list[Any]:
     block = ValueBlock(values=rows, numbers=np.arange(1, len(rows) + 1))
-    return [outcome(part, row) for part, _ in TREE_ROWS.regrouped([(block, PLACE)]) for row in range(len(part.numbers))]
+    return [outcome(part, row) for part, _ in TREE_ROWS.regroup([(block, PLACE)]) for row in range(len(part.numbers))]
 
 
 def test_loose_parts_are_refused_and_the_rest_is_read() -> None:
@@ -179,7 +179,7 @@ def test_loose_parts_are_refused_and_the_rest_is_read() -> None:
 def test_a_loose_part_is_shown_whole() -> None:
     rows = [message("a", None), message("c", "gone"), message("d", "c"), message("x", "y"), message("y", "x")]
     block = ValueBlock(values=rows, numbers=np.arange(1, 6))
-    ((part, _),) = TREE_ROWS.regrouped([(block, PLACE)])
+    ((part, _),) = TREE_ROWS.regroup([(block, PLACE)])
     assert [part.raw(row) for row in range(3)] == [[rows[0]], rows[1:3], rows[3:]]
     assert part.numbers.tolist() == [1, 2, 4]
 
@@ -190,7 +190,7 @@ def test_no_row_is_lost(links: list[tuple[int, int | None]]) -> None:
     rows = [message(str(own), None if parent is None else str(parent)) for own, parent in links]
     block = ValueBlock(values=rows, numbers=np.arange(1, len(rows) + 1))
     seen: list[int] = []
-    for part, _ in TREE_ROWS.regrouped([(block, PLACE)]):
+    for part, _ in TREE_ROWS.regroup([(block, PLACE)]):
         for row in range(len(part.numbers)):
             seen += [id(one) for one in part.raw(row)] if isinstance(part.raw(row), list) else [id(part.raw(row))]
             try:
@@ -198,7 +198,7 @@ def test_no_row_is_lost(links: list[tuple[int, int | None]]) -> None:
             except Refused as refusal:
                 assert refusal.reason == "broken_tree"
                 continue
-            assert TREE_ROWS.drafts(record)
+            assert TREE_ROWS.parse_record(record)
     assert sorted(seen) == sorted(map(id, rows))
 
 
@@ -218,13 +218,13 @@ def test_deep_trees() -> None:
     depth = 30_000
     rows = [message(str(level), str(level - 1) if level else None, depth=level) for level in range(depth)]
     random.Random(0).shuffle(rows)
-    ((part, _),) = TREE_ROWS.regrouped([(ValueBlock(values=rows, numbers=np.arange(1, depth + 1)), PLACE)])
-    (draft,) = TREE_ROWS.drafts(part.record(0))
+    ((part, _),) = TREE_ROWS.regroup([(ValueBlock(values=rows, numbers=np.arange(1, depth + 1)), PLACE)])
+    (draft,) = TREE_ROWS.parse_record(part.record(0))
     assert [one["content"] for one in draft.messages] == [str(level) for level in range(depth)]
     inner: dict[str, Any] = {"text": "0", "role": "prompter"}
     for level in range(1, depth):
         inner = {"text": str(level), "role": "prompter", "replies": [inner]}
-    (draft,) = NESTED_TREES.drafts({"message_tree_id": "t", "prompt": inner})
+    (draft,) = NESTED_TREES.parse_record({"message_tree_id": "t", "prompt": inner})
     assert len(draft.messages) == depth
     while inner.get("replies"):  # taken apart here, level by level
         inner = inner.pop("replies")[0]
@@ -233,12 +233,12 @@ def test_deep_trees() -> None:
 def test_too_many_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [message("a", None), *(message(str(number), "a") for number in range(10))]
     monkeypatch.setattr(trees, "MOST_TEXT", 10 * 202)
-    assert len(TREE_ROWS.drafts(rows)) == 10
+    assert len(TREE_ROWS.parse_record(rows)) == 10
     monkeypatch.setattr(trees, "MOST_TEXT", 10 * 202 - 1)
     with pytest.raises(Refused, match="--tree best") as caught:
-        TREE_ROWS.drafts(rows)
+        TREE_ROWS.parse_record(rows)
     assert caught.value.reason == "too_many_paths"
-    assert len(with_choices(TREE_ROWS, Choices(roles=ROLES, tree="best")).drafts(rows)) == 1
+    assert len(with_choices(TREE_ROWS, Choices(roles=ROLES, tree="best")).parse_record(rows)) == 1
 
 
 def test_a_bad_message_spoils_its_own_paths_alone() -> None:
@@ -246,11 +246,11 @@ def test_a_bad_message_spoils_its_own_paths_alone() -> None:
         "message_tree_id": "t",
         "prompt": {"text": "q", "role": "prompter", "replies": ["nonsense", {"text": "a", "role": "assistant"}]},
     }
-    bad, good = NESTED_TREES.drafts(record)
+    bad, good = NESTED_TREES.parse_record(record)
     assert (usable(bad), usable(good)) == (False, True)
     assert (bad.part, good.part) == ("path1", "path2")
     with pytest.raises(Refused, match="expected a list"):
-        NESTED_TREES.drafts({"prompt": {"text": "q", "role": "prompter", "replies": {"a": 1}}})
+        NESTED_TREES.parse_record({"prompt": {"text": "q", "role": "prompter", "replies": {"a": 1}}})
 
 
 def test_role_names_of_the_user_decide_what_an_answer_is() -> None:
@@ -258,8 +258,8 @@ def test_role_names_of_the_user_decide_what_an_answer_is() -> None:
         {**message("a", None), "role": "asker"}, {**message("b", "a"), "role": "sage"},
         {**message("c", "b"), "role": "asker"}, {**message("d", "b"), "role": "asker"},
     ]  # fmt: skip
-    reader = with_choices(TREE_ROWS, Choices(roles=role_table({"asker": "user", "sage": "assistant"})))
-    first, second = reader.drafts(rows)
+    corpus_format = with_choices(TREE_ROWS, Choices(roles=role_table({"asker": "user", "sage": "assistant"})))
+    first, second = corpus_format.parse_record(rows)
     assert [one.get("train") for one in first.messages] == [None, None, None]
     assert [one.get("train") for one in second.messages] == [None, False, None]
 
@@ -285,11 +285,11 @@ rows = st.fixed_dictionaries(dict.fromkeys(_NAMES[:5], values)) | st.fixed_dicti
 @given(st.lists(values | rows, max_size=4))
 def test_hostile_values_are_read_or_refused(given_values: list[Any]) -> None:
     block = ValueBlock(values=given_values, numbers=np.arange(1, len(given_values) + 1))
-    for reader in (TREE_ROWS, NESTED_TREES, DIALOGUE_ROWS):
-        assert all(isinstance(reader.fits(value), bool) for value in given_values)
+    for corpus_format in (TREE_ROWS, NESTED_TREES, DIALOGUE_ROWS):
+        assert all(isinstance(corpus_format.matches(value), bool) for value in given_values)
         records = 0
-        for part, place in reader.regrouped([(block, PLACE)]):
-            reading = read_records(part, reader, place, Rules(roles=ROLES))
+        for part, place in corpus_format.regroup([(block, PLACE)]):
+            reading = read_records(part, corpus_format, place, Rules(roles=ROLES))
             records += len(part.numbers)
             assert len(reading.rows) + len(reading.quarantined) >= len(part.numbers)
         assert records <= len(given_values)

@@ -142,8 +142,8 @@ def rows_of(*said: tuple[str, str, str], turns: list[int] | None = None) -> list
 
 
 def messages(rows: list[dict[str, Any]], **choices: Any) -> list[list[tuple[str, str]]]:
-    reader = with_choices(DIALOGUE_ROWS, Choices(roles=role_table(choices.pop("roles", {})), **choices))
-    return [[(one["role"], one["content"]) for one in draft.messages] for draft in reader.drafts(rows)]
+    corpus_format = with_choices(DIALOGUE_ROWS, Choices(roles=role_table(choices.pop("roles", {})), **choices))
+    return [[(one["role"], one["content"]) for one in draft.messages] for draft in corpus_format.parse_record(rows)]
 
 
 def test_two_speakers_are_cast_and_rows_come_in_order() -> None:
@@ -168,7 +168,7 @@ def test_what_all_rows_share_is_kept_and_the_rest_counted() -> None:
     rows = rows_of(("7", "Ann", "a"), ("7", "Bo", "b"))
     rows[0] |= {"season": "4", "mood": "calm", "note": ""}
     rows[1] |= {"season": "4", "mood": "glad", "note": "x"}
-    (draft,) = DIALOGUE_ROWS.drafts(rows)
+    (draft,) = DIALOGUE_ROWS.parse_record(rows)
     assert (draft.id, draft.extra, sorted(draft.ignored)) == ("7", {"season": "4"}, ["mood", "mood", "note"])
 
 
@@ -183,7 +183,7 @@ def test_what_all_rows_share_is_kept_and_the_rest_counted() -> None:
 )
 def test_rows_that_do_not_do(row: Any, reason: str) -> None:
     with pytest.raises(Refused) as caught:
-        DIALOGUE_ROWS.drafts([row])
+        DIALOGUE_ROWS.parse_record([row])
     assert caught.value.reason == reason
 
 
@@ -197,5 +197,5 @@ def test_rows_of_no_dialogue_stand_alone(name: Any) -> None:
         def record(self, row: int) -> Any:
             return table[row]
 
-    found = read(DIALOGUE_ROWS.regrouped([(Rows(), PLACES[0])]))  # type: ignore[list-item]
+    found = read(DIALOGUE_ROWS.regroup([(Rows(), PLACES[0])]))  # type: ignore[list-item]
     assert found == [("a.jsonl:", 1, [table[0]]), ("a.jsonl:", 2, "missing_field")]
