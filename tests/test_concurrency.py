@@ -1,10 +1,11 @@
-"""Work behind one's back: in order, all of it over at the end, and what it raises is raised; and files that grow."""
+"""Background threads: results in order, few items in memory, errors raised where results are read; growing files."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.concurrency import BehindThread, side_by_side
+from ismdata.concurrency import BackgroundThread, delay_by_one, map_on_two_threads, run_pieces
 from ismdata.data.index import GrowingFile, ShardFile, describe_file
-from ismdata.pack.tokenize import _one_ahead
 
 
 def test_results_come_in_order() -> None:
@@ -30,14 +30,14 @@ def test_results_come_in_order() -> None:
         return 10 * k
 
     second_began = threading.Event()
-    assert list(side_by_side(call, range(9))) == [10 * k for k in range(9)]
+    assert list(map_on_two_threads(call, range(9))) == [10 * k for k in range(9)]
     assert sorted(done) == list(range(9))
-    assert list(side_by_side(call, [])) == []
+    assert list(map_on_two_threads(call, [])) == []
 
 
 def test_no_more_than_two_are_ahead() -> None:
     begun: list[int] = []
-    with closing(side_by_side(begun.append, range(9))) as results:
+    with closing(map_on_two_threads(begun.append, range(9))) as results:
         for k, _ in enumerate(results):
             assert len(begun) <= k + 2
             if k == 3:
@@ -46,7 +46,7 @@ def test_no_more_than_two_are_ahead() -> None:
 
 
 def test_what_a_call_raises_is_raised_in_its_turn() -> None:
-    results = side_by_side(lambda k: 1 // (2 - k), range(5))
+    results = map_on_two_threads(lambda k: 1 // (2 - k), range(5))
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -56,12 +56,12 @@ def test_what_a_call_raises_is_raised_in_its_turn() -> None:
 
 def test_calls_are_done_one_after_the_other() -> None:
     done: list[int] = []
-    with BehindThread() as behind:
+    with BackgroundThread() as thread:
         for k in range(20):
-            behind(done.append, k)
+            thread.submit(done.append, k)
     assert done == list(range(20))
-    with pytest.raises(ZeroDivisionError), BehindThread() as behind:
-        behind(divmod, 1, 0)
+    with pytest.raises(ZeroDivisionError), BackgroundThread() as thread:
+        thread.submit(divmod, 1, 0)
 
 
 def test_items_come_one_later_and_those_before_a_failure_come() -> None:
@@ -78,10 +78,19 @@ def test_items_come_one_later_and_those_before_a_failure_come() -> None:
         asked.clear()
         seen = []
         with pytest.raises(ValueError, match="the fourth") if failing else nullcontext():
-            for k in _one_ahead(items(failing)):
+            for k in delay_by_one(items(failing)):
                 assert len(asked) == min(k + 2, 3)
                 seen.append(k)
         assert seen == [0, 1, 2]
+
+
+def test_pieces_run_once_each_and_errors_are_raised() -> None:
+    done: list[int] = []
+    with ThreadPoolExecutor(3) as executor:
+        run_pieces(done.append, 100, executor=executor, threads=3)
+        assert sorted(done) == list(range(100))
+        with pytest.raises(ZeroDivisionError):
+            run_pieces(lambda piece: 1 // (piece - 5), 10, executor=executor, threads=2)
 
 
 @given(st.lists(st.binary(max_size=20), max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))

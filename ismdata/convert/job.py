@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata import __version__
+from ismdata.concurrency import map_in_order
 from ismdata.conversation import FORMAT, Quarantined
 from ismdata.convert.canonical import Rules
 from ismdata.convert.corpus_format import CorpusFormat
@@ -157,7 +157,11 @@ class ConversionJob:
             blocks = self._unread(
                 self._blocks(source, format, seen, partial(_further, progress, done, total)), source.name
             )
-            for read in _in_order(workers, partial(_read, rules=rules), blocks):
+            # Enough blocks are pending that no worker waits.
+            results = map_in_order(
+                partial(_read, rules=rules), blocks, submit=workers.submit, pending=2 * workers.count + 1
+            )
+            for read in results:
                 self.mark.checksum = _chained(self.mark.checksum, read.checksum)
                 self.mark.blocks += 1
                 self._add(read.reading)
@@ -395,18 +399,3 @@ def _checksum(placed: Placed) -> int:
 
 def _chained(before: int, checksum: int) -> int:
     return zlib.crc32(checksum.to_bytes(4, "little"), before)
-
-
-def _in_order(workers: Workers, read: Callable[[_Sorted], _Read], blocks: Iterable[_Sorted]) -> Iterator[_Read]:
-    """What comes of the blocks, in their order; some blocks are read ahead, so that no worker waits."""
-    waiting: deque[Future[_Read]] = deque()
-    try:
-        for block in blocks:
-            waiting.append(workers.submit(read, block))
-            if len(waiting) > 2 * workers.count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()

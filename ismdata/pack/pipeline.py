@@ -24,7 +24,7 @@ import pyarrow as pa
 
 import ismdata
 from ismdata.choices import History, Layout, OverLong, TokenizerBackend, TrainOn, check_choice, check_mask
-from ismdata.concurrency import BehindThread, side_by_side
+from ismdata.concurrency import BackgroundThread, map_on_two_threads
 from ismdata.conversation import Quarantined
 from ismdata.data import (
     FORMAT,
@@ -328,7 +328,7 @@ def _write_shards(
             pad_id=encoding.tokenizer.pad_id,
         )
 
-    with BehindThread() as finish:
+    with BackgroundThread() as finish:
         for number, shard in enumerate(range(0, rows, shard_rows)):
             if number < len(journal.finished):
                 continue
@@ -337,15 +337,15 @@ def _write_shards(
             with (
                 pa.OSFile(str(shard_file.path), "wb") as sink,
                 pa.ipc.new_stream(sink, schema) as writer,
-                BehindThread() as hashed,
-                BehindThread() as write,
+                BackgroundThread() as hashed,
+                BackgroundThread() as write,
             ):
                 parts = [(row, min(row + batch_rows, last)) for row in range(shard, last, batch_rows)]
-                with closing(side_by_side(made, parts)) as batches:
+                with closing(map_on_two_threads(made, parts)) as batches:
                     for (_, end), batch in zip(parts, batches, strict=True):
-                        write(_write, writer, batch, bound(hashed, _follow, shard_file))
+                        write.submit(_write, writer, batch, bound(hashed.submit, _follow, shard_file))
                         progress("write", end, rows)
-            finish(_finish, journal, shard_file, last - shard)
+            finish.submit(_finish, journal, shard_file, last - shard)
 
 
 def _write(writer: pa.ipc.RecordBatchStreamWriter, batch: pa.RecordBatch, then: Callable[[], None]) -> None:

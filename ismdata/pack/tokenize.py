@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.choices import TokenizerBackend
+from ismdata.concurrency import delay_by_one
 from ismdata.conversation import Quarantined, Refusal
 from ismdata.data import QUARANTINE_NAME, SCRATCH_NAME, ConvertedFolder, Journal
 from ismdata.errors import DataError
@@ -41,8 +42,6 @@ from ismdata.rendering import (
     disagreement,
     stratified,
 )
-
-Item = TypeVar("Item")
 
 #: Tells how far a stage has come: its name, done, total (0 where it is not known).
 Progress = Callable[[str, int, int], None]
@@ -215,7 +214,7 @@ def _go_on(
             return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
 
         # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
-        for unchecked in _one_ahead(map(made, _one_ahead(map(begun, rows)))):
+        for unchecked in delay_by_one(map(made, delay_by_one(map(begun, rows)))):
             batch, documents = unchecked.batch, unchecked.made
             with _finding_out_why(encoding, encoder, batch, unchecked.requests):
                 for check in unchecked.checks:
@@ -243,22 +242,6 @@ class _Unchecked:
     requests: Requests
     made: BatchResult
     checks: Sequence[Future[Any]]
-
-
-def _one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each handed on when the next one is there: what was begun for one goes on beside the next.
-
-    Raises what making an item raises, after the ones before it.
-    """
-    waiting: list[Item] = []
-    try:
-        for item in items:
-            yield from waiting
-            waiting = [item]
-    except Exception:
-        yield from waiting
-        raise
-    yield from waiting
 
 
 def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:

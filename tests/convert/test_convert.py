@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ismdata.concurrency import map_in_order
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.convert import job as conversion
 from ismdata.convert.pipeline import convert
@@ -465,7 +466,9 @@ def test_blocks_are_not_read_far_ahead():
     given = []
     items = (given.append(n) or n for n in range(100))
     with Workers(2, processes=False) as pool:
-        for n, result in enumerate(conversion._in_order(pool, lambda item: np.full(1, 2 * item), items)):
+        for n, result in enumerate(
+            map_in_order(lambda item: np.full(1, 2 * item), items, submit=pool.submit, pending=5)
+        ):
             assert result[0] == 2 * n
             assert len(given) <= n + 5
     assert len(given) == 100

@@ -16,11 +16,9 @@ Shape legend: D documents, R rows (sequences), T = seq_len, C classes of bins, E
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
 from ismdata.arrays import offsets_of
+from ismdata.concurrency import run_pieces
 from ismdata.errors import UsageError
 from ismdata.memory import keep_freed_blocks
 from ismdata.pack.planning.best_fit import Bins
@@ -204,7 +203,7 @@ def _sort_pieces(
         own_by_length = by_length[starts[number] : starts[number + 1]]
         before[number + 1], own_by_length[:] = sort_by_key(key, pieces.documents_of(number), keys=seq_len + 1)
 
-    _run(threads, sort, range(len(pieces.sizes)))
+    run_pieces(sort, len(pieces.sizes), executor=threads, threads=_threads())
     for earlier, own in pairwise(before):
         own += earlier
     return before
@@ -234,7 +233,7 @@ def _merge_pieces(
         places += inside[: len(places)]
         merged[places] = by_length[starts[number] : starts[number + 1]]
 
-    _run(threads, merge, range(len(pieces.sizes)))
+    run_pieces(merge, len(pieces.sizes), executor=threads, threads=_threads())
     return merged
 
 
@@ -306,7 +305,7 @@ def _lay_down(
                 source += nth[some, None]
                 rows[target[some]] = grouped.take(source).view(rows.dtype)[:, 0]
 
-    _run(threads, fill, range(len(parts.starts) - 1))
+    run_pieces(fill, len(parts.starts) - 1, executor=threads, threads=_threads())
     return row_documents
 
 
@@ -381,20 +380,3 @@ def _orders(bins: Bins, size: NDArray[np.int64], seed: int) -> tuple[int, NDArra
         first_order[first:end] = offsets_of(orders[first:end])[:-1]
         kinds.append(_Kind(first=first, end=end, places=ordered))
     return most, first_order, kinds
-
-
-def _run(threads: Executor, work: Callable[[int], None], pieces: Iterable[int]) -> None:
-    """Do pieces of work on all threads. Raises what the first of them raised that failed."""
-    left, taking = iter(pieces), Lock()
-
-    def take() -> int | None:
-        with taking:
-            return next(left, None)
-
-    def work_off(_: int) -> None:
-        for piece in iter(take, None):
-            work(piece)
-
-    # One call for each thread and not for each piece: handing over some thousand calls takes as long as some pieces.
-    for _ in threads.map(work_off, range(_threads())):
-        pass
