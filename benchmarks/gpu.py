@@ -40,6 +40,7 @@ from ismdata.bench.report import machine
 from ismdata.bench.timing import attempt, peak_bytes, release
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import Sample
+from ismdata.display import LogReporter
 
 #: A backend's error may be so many times plain FlashAttention's own, and is nothing to speak of below the second.
 ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-5
@@ -331,6 +332,16 @@ def layer_peak(backend: str, seq_len: int, heads: Heads, call: Call) -> int:
     return peak
 
 
+class _Indented(LogReporter):
+    """Passes notes on to the script's own output, indented."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def note(self, text: str) -> None:
+        self.call.say(f"  {text}")
+
+
 def bench(call: Call) -> Findings:
     """`ismdata bench attention`, layers alone."""
     results = run_attention_bench(
@@ -340,7 +351,7 @@ def bench(call: Call) -> Findings:
         only=["attention"],
         device=call.device.type,
         overwrite=True,
-        say=lambda line: call.say(f"  {line}"),
+        reporter=_Indented(call),
     )
     aims = [
         f"{row['backend']}, ism, T 8192: {row['ratio']:.2f} x plain FlashAttention (aim {AIMS[row['backend']]})"

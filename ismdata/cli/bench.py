@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ismdata.cli.common import AsJson, Overwrite, explained, show
-from ismdata.display import note
+from ismdata.display import TerminalReporter
 
 BenchOutput = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
@@ -41,6 +41,9 @@ def bench_data(
             help="convert, pack, road, start, plan, sequences, memory, loader or verify. Several times. Default: all.",
         ),
     ] = None,
+    peers: Annotated[
+        Path, typer.Option(help="Folder with the scripts that run the peers; a checkout of the repository has it.")
+    ] = Path("benchmarks/peers"),
     peer_python: Annotated[
         str | None, typer.Option(help="The Python of an environment that has LLaMA-Factory.")
     ] = None,
@@ -51,20 +54,19 @@ def bench_data(
 
     Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
     """
-    from ismdata.bench import run_data_bench, table
+    from ismdata.bench import DataBenchOptions, run_data_bench, table
 
-    results = run_data_bench(
-        output,
-        corpora=corpus or [],
+    options = DataBenchOptions(
+        corpora=tuple(corpus or ()),
         synthetic=synthetic,
         tokenizer=tokenizer,
         seq_len=seq_len,
         rounds=rounds,
-        only=only or [],
+        only=tuple(only or ()),
+        peers=peers,
         peer_python=peer_python,
-        overwrite=overwrite,
-        say=note,
     )
+    results = run_data_bench(output, options, overwrite=overwrite, reporter=TerminalReporter())
     show(table(results), as_json=as_json)
     if any(row["failed"] for row in results["rows"]):
         raise typer.Exit(1)
@@ -103,7 +105,13 @@ def bench_attention(
     from ismdata.bench import attention_table, run_attention_bench
 
     results = run_attention_bench(
-        output, seq_lens=seq_len, rounds=rounds, only=only or [], device=device, overwrite=overwrite, say=note
+        output,
+        seq_lens=seq_len,
+        rounds=rounds,
+        only=only or [],
+        device=device,
+        overwrite=overwrite,
+        reporter=TerminalReporter(),
     )
     show(attention_table(results), as_json=as_json)
     if any(row["failed"] for row in results["attention"] + results["steps"]):
@@ -128,17 +136,10 @@ def bench_latency(
     as_json: AsJson = False,
 ) -> None:
     """Measure the time to first token under each mask, turn by turn, and the operations that it takes."""
-    from ismdata.bench import latency_table, run_latency_bench
+    from ismdata.bench import LatencyOptions, latency_table, run_latency_bench
 
-    results = run_latency_bench(
-        output,
-        model=model,
-        turns=turns,
-        rounds=rounds,
-        prefix_rounds=prefix_rounds,
-        threads=threads,
-        device=device,
-        overwrite=overwrite,
-        say=note,
+    options = LatencyOptions(
+        model=model, turns=turns, rounds=rounds, prefix_rounds=prefix_rounds, threads=threads, device=device
     )
+    results = run_latency_bench(output, options, overwrite=overwrite, reporter=TerminalReporter())
     show(latency_table(results), as_json=as_json)

