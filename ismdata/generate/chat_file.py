@@ -9,7 +9,7 @@ from typing import Any
 
 from ismdata.convert import OPENAI, Rules, canonicalize, parse_json, role_table
 from ismdata.errors import DataError, Refused
-from ismdata.rendering import InvalidArguments, Message, as_template_messages
+from ismdata.rendering import Message, as_template_messages
 
 
 def write_line(path: Path, messages: Sequence[Message], tools: list[Any] | None) -> None:
@@ -52,15 +52,13 @@ def read_line(path: Path) -> tuple[list[Message], list[Any] | None]:
         raise DataError(f'{path}:{number}: not JSON ({error}); expected {{"messages": [...]}}') from error
     try:
         return as_template_messages(check_record(record))
-    except InvalidArguments as error:
-        raise DataError(str(error)) from error
     except Refused as refusal:
         # What convert maps with an option has to be changed in the file here.
         raise DataError(f"{path}:{number}: {refusal.detail.partition('. Map it with')[0]}") from refusal
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """A record of messages as a canonical conversation, by the rules of `convert`. Raises readers.base.Refused."""
+    """A record of messages as a canonical conversation, by the rules of `convert`. Raises Refused."""
     if not OPENAI.matches(record):
         raise Refused("missing_field", 'no messages found; expected {"messages": [{"role": …, "content": …}]}')
     return canonicalize(OPENAI.parse_record(record)[0], Rules(roles=role_table({})))

@@ -153,7 +153,7 @@ def refusals_explained() -> Iterator[None]:
     """Make a DataError of what a template does not take."""
     try:
         yield
-    except (CannotRender, ValueError) as error:
+    except CannotRender as error:
         raise DataError(f"the chat template does not take this conversation: {error}") from error
 
 

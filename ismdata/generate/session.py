@@ -30,7 +30,7 @@ from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
 from ismdata.generate.sampling import Sampling, can_show, chooser, message_text
 from ismdata.generate.transcript import Transcript
-from ismdata.rendering import InvalidArguments, Message, as_template_messages
+from ismdata.rendering import Message, as_template_messages
 
 #: What `sirllm` multiplies entropies by after each turn.
 DECAY = 0.9
@@ -396,5 +396,3 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
         return as_template_messages(check_record({"messages": [dict(message) for message in messages]}))[0]
     except Refused as refusal:
         raise UsageError(refusal.detail) from refusal
-    except InvalidArguments as error:
-        raise UsageError(str(error)) from error

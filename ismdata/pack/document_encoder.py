@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ismdata.arrays import ragged_arange
 from ismdata.choices import History
 from ismdata.conversation import ROLES, Refusal
+from ismdata.errors import Refused
 from ismdata.masks import ANSWER
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.pieces import (
@@ -44,13 +45,11 @@ from ismdata.pack.pieces import (
 from ismdata.pack.requests import PieceTable, Requests, TokenizedDocuments, without_tail
 from ismdata.pack.token_runs import RunTable, as_runs, taken_runs
 from ismdata.rendering import (
-    CannotRender,
     GlmTokens,
     NotDecomposable,
     Piece,
     Renderer,
     Slot,
-    TemplateRefused,
     Tokenizer,
     TokenizerEngine,
     as_template_messages,
@@ -275,8 +274,8 @@ class DocumentEncoder:
                 pieces = build_skeleton(self._probing, self.tokenizer, roles, self.history)
             except NotDecomposable:
                 found = None
-            except CannotRender as error:
-                found = _refusal(error)
+            except Refused as error:
+                found = Refusal(reason=error.reason, detail=error.detail)
             else:
                 found = self._tabulate(pieces)
             self._skeletons[key] = found
@@ -459,8 +458,8 @@ class DocumentEncoder:
                     encode=False,
                     without_reasoning=self.without_reasoning,
                 )
-            except (CannotRender, ValueError) as error:
-                documents[key] = _refusal(error)
+            except Refused as refusal:
+                documents[key] = Refusal(reason=refusal.reason, detail=refusal.detail)
             else:
                 documents[key] = found
         return Rendered(documents=documents)
@@ -508,9 +507,3 @@ class DocumentEncoder:
         """A property of runs, from the static table (numbers from 0 up) or the batch's (from -1 down)."""
         static, encoded = column(self._static), column(self._encoded)
         return np.where(run >= 0, static[np.maximum(run, -1)], encoded[np.maximum(-1 - run, -1)])
-
-
-def _refusal(error: CannotRender | ValueError) -> Refusal:
-    """A refusal by its reason; text that cannot be escaped (ValueError) is one of the template's."""
-    reason = error.reason if isinstance(error, CannotRender) else TemplateRefused.reason
-    return Refusal(reason=reason, detail=str(error))

@@ -75,7 +75,7 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
     if options.one_an_answer:
         sizes = np.diff(batch.first)
         for c in np.flatnonzero(sizes > MOST_MESSAGES).tolist():
-            refused.setdefault(c, Refusal(reason="too_many_messages", detail=str(TooManyMessages(int(sizes[c])))))
+            refused.setdefault(c, Refusal(reason=TooManyMessages.reason, detail=TooManyMessages(int(sizes[c])).detail))
         requests = requests.take(np.flatnonzero(~np.isin(requests.conversation, list(refused))))
     layout = encoder.lay_out(requests)
     for r, refusal in layout.refused.items():

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Refused
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
 from ismdata.rendering import (
     AddedToken,
-    CannotRender,
     Chunk,
     Encoding,
     Piece,
@@ -151,7 +150,7 @@ def _render(
         pieces = compile_chunks(
             chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False, without_reasoning=without_reasoning
         )
-    except (CannotRender, ValueError) as error:
+    except Refused as error:
         raise ColumnsDiffer(f"{place}: {error}") from error
     return _Rendered(place=place, chunks=chunks, pieces=pieces, as_written=not escapes.mapping)
 

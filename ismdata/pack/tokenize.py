@@ -35,7 +35,7 @@ from ismdata.pack.requests import Requests
 from ismdata.pack.spool import Spool
 from ismdata.rendering import (
     BackendDiffers,
-    BackendRefused,
+    BackendError,
     Encoding,
     TokenizerEngine,
     choose_backend,
@@ -123,7 +123,7 @@ def tokenize(
     while True:
         try:
             return *_go_on(sources, encoding, options, backend, folder, journal, meanwhile, progress), backend.name
-        except (BackendDiffers, BackendRefused) as found:
+        except BackendError as found:
             if not chosen.may_leave:
                 raise disagreement(found) from found
             notify(f"gigatoken is left aside ({found}): tokenizers does it all again, which is slower.")

@@ -21,6 +21,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ismdata.errors import DataError, UsageError
+from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.sandbox import limited
 
 #: What templates that print today's date are told, unless `--template-date` says otherwise. The date that Llama 3.1 and
@@ -42,18 +43,6 @@ _CHARACTERS, _CHARACTERS_A_MESSAGE, _TIMES_LONGER = 1 << 20, 1000, 10
 _MOST_SAID = 500
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
-
-
-class CannotRender(Exception):
-    """A conversation cannot be rendered as it should be; `reason` is the key of `conversation.REASONS` for it."""
-
-    reason: str
-
-
-class TemplateRefused(CannotRender):
-    """The template raised on a conversation; the message is the template's own."""
-
-    reason = "template_refused"
 
 
 #: How a template is given the content of a message that only calls tools: as the conversation has it, always null, or

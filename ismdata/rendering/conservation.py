@@ -8,20 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ismdata.rendering.chat_template import CannotRender, Message
-from ismdata.rendering.tracing import Place, TextLost, Traced
-
-
-class HistoryRewritten(CannotRender):
-    """The template moves or changes earlier turns in a way that `append` cannot follow."""
-
-    reason = "history_rewritten"
-
-
-class NotRendered(CannotRender):
-    """The template leaves out a part of an answer."""
-
-    reason = "not_rendered"
+from ismdata.rendering.chat_template import Message
+from ismdata.rendering.refusals import CannotRender, HistoryRewritten, NotRendered, TextLost
+from ismdata.rendering.tracing import Place, Traced
 
 
 def check_context(messages: Sequence[Message], between: range, rendered: Traced, start: int, end: int) -> None:

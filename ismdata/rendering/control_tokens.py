@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.conversation import ROLES
+from ismdata.rendering.refusals import CannotEscape
 
 #: First characters of the ranges that escaping may use; the first range that a conversation does not use is taken.
 _PRIVATE_RANGES = (0xF0000, 0xF4000, 0xF8000, 0xFC000, 0x100000, 0x104000, 0x108000)
@@ -168,13 +169,13 @@ class ControlTokens:
     def escape(self, value: Any) -> tuple[Any, Escapes]:
         """`value` (strings, lists, dicts, as in messages) with control tokens in its strings escaped, and the way back.
 
-        Raises ValueError when the text uses every private range, so that nothing unambiguous is left to escape with, or
-        holds U+10FFFE or U+10FFFF, which are no characters and which this package marks places with.
+        Raises CannotEscape where the text uses every private range, so that no character is left to escape with, or
+        holds U+10FFFE or U+10FFFF, noncharacters with which this package marks places.
         """
         texts = list(_strings(value))
         used = "".join(texts)
         if "\U0010fffe" in used or "\U0010ffff" in used:
-            raise ValueError("the text holds U+10FFFE or U+10FFFF, which are no characters; take them out")
+            raise CannotEscape("the text holds U+10FFFE or U+10FFFF, which are no characters; take them out")
         if self.pattern.search(used) is None and not any(map(self._open_ends, texts)):
             return value, Escapes(mapping={})
         size = len(self._ordered) + len(self._edges)
@@ -184,7 +185,7 @@ class ControlTokens:
                 mapping = {chr(start + place): text for place, text in enumerate([*self._ordered, *self._edges])}
                 inverse = {text: character for character, text in mapping.items()}
                 return self._replace(value, inverse), Escapes(mapping=mapping)
-        raise ValueError("the text uses every private-use range, so control tokens in it cannot be escaped")
+        raise CannotEscape("the text uses every private-use range, so control tokens in it cannot be escaped")
 
     def _replace(self, value: Any, characters: Mapping[str, str]) -> Any:
         if isinstance(value, str):

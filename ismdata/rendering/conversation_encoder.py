@@ -65,7 +65,7 @@ class ConversationEncoder:
         """Tokens to feed before the model answers `messages`, all through the last answer's end of turn having been
         fed.
 
-        Raises CannotRender, ValueError (text that cannot be escaped).
+        Raises CannotRender.
         """
         return self._next(messages, tools)[1]
 

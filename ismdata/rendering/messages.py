@@ -6,16 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ismdata.rendering.chat_template import CannotRender, Message
+from ismdata.rendering.chat_template import Message
+from ismdata.rendering.refusals import InvalidArguments
 
 #: Fields of a message that only a rendering of the conversation by itself takes into account.
 SPECIAL_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-
-
-class InvalidArguments(CannotRender):
-    """The arguments of a tool call are not JSON."""
-
-    reason = "invalid_arguments"
 
 
 def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None]:
@@ -27,13 +22,21 @@ def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message]
     for number, message in enumerate(conversation["messages"], 1):
         shaped = {key: message[key] for key in ("role", "content", *SPECIAL_FIELDS) if message.get(key) is not None}
         if "tool_calls" in shaped:
-            shaped["tool_calls"] = json.loads(shaped["tool_calls"])
+            shaped["tool_calls"] = _load(shaped["tool_calls"], f"message {number}: the tool calls")
             for call in shaped["tool_calls"]:
                 _parse_arguments(call, number)
         shaped.setdefault("content", None)  # templates ask `content is none`
         messages.append(shaped)
     tools = conversation.get("tools")
-    return messages, json.loads(tools) if tools else None
+    return messages, _load(tools, "the conversation's tools") if tools else None
+
+
+def _load(text: str, what: str) -> Any:
+    """The JSON of a stored field. Raises InvalidArguments."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidArguments(f"{what} are not JSON ({error}): {text[:80]!r}; expected a JSON list") from error
 
 
 def _parse_arguments(call: dict[str, Any], number: int) -> None:

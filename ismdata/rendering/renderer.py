@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 from ismdata.masks import ANSWER, PROMPT, QUERY
 from ismdata.rendering.chat_template import ChatTemplate, Message
 from ismdata.rendering.conservation import (
-    HistoryRewritten,
-    NotRendered,
     call_left_out,
     check_calls,
     check_context,
@@ -34,6 +32,7 @@ from ismdata.rendering.conservation import (
     missing_texts,
 )
 from ismdata.rendering.control_tokens import ControlTokens, common_prefix_length
+from ismdata.rendering.refusals import HistoryRewritten, NotRendered
 from ismdata.rendering.template_probe import TemplateProfile
 from ismdata.rendering.tracing import REASONING_START, Level, Place, Traced, Tracer, reasoning_length
 

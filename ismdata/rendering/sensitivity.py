@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ismdata.rendering.chat_template import TemplateRefused, parsed
+from ismdata.rendering.chat_template import parsed
+from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ismdata.choices import History
 from ismdata.masks import ANSWER, PROMPT, QUERY
-from ismdata.rendering.chat_template import CannotRender, ChatTemplate, Message, TemplateRefused
+from ismdata.rendering.chat_template import ChatTemplate, Message
 from ismdata.rendering.control_tokens import AddedToken, Escapes
+from ismdata.rendering.refusals import MOST_MESSAGES, TemplateRefused, TooManyMessages
 from ismdata.rendering.renderer import Chunk, Renderer
 from ismdata.rendering.tokenizer import Tokenizer
 from ismdata.rendering.tracing import Level, Place, Text, Traced
@@ -63,21 +64,6 @@ class Piece:
 class NotDecomposable(Exception):
     """The template does something to contents that slots cannot express; such conversations are rendered one by one."""
 
-
-class TooManyMessages(CannotRender):
-    """A conversation that would have to be rendered once or more for each answer, and is too long for that."""
-
-    reason = "too_many_messages"
-
-    def __init__(self, found: int) -> None:
-        super().__init__(
-            f"{found} messages, which the template can only render one answer at a time (tools, names, blank messages, "
-            f"or history that it rewrites); expected at most {MOST_MESSAGES}. Cut the conversation into several"
-        )
-
-
-#: Messages of a conversation that is rendered once or more for each answer: the time grows with their square.
-MOST_MESSAGES = 2000
 
 # Contents while probing: a marker between em spaces, which show whether blanks are stripped and are in no template. A
 # second rendering has line breaks outside the em spaces, one before and two behind, which shows whether line breaks
@@ -265,7 +251,7 @@ def render_document(
     """One conversation rendered by itself, all pieces known tokens: the reference, and the way for all that has no
     skeleton. `encode` and `without_reasoning` as for `compile_chunks`.
 
-    Raises CannotRender, ValueError (text that cannot be escaped).
+    Raises CannotRender.
     """
     chunks, escapes = rendered_chunks(renderer, tokenizer, messages, tools, history)
     return compile_chunks(

@@ -27,8 +27,9 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ismdata.errors import DataError
-from ismdata.rendering.chat_template import CallContent, ChatTemplate, Message, TemplateRefused
+from ismdata.rendering.chat_template import CallContent, ChatTemplate, Message
 from ismdata.rendering.control_tokens import ControlTokens, common_prefix_length
+from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.tracing import Traced, Tracer
 
 #: Contents while probing; the private-use characters around them keep them apart from the template's own text.

@@ -15,11 +15,12 @@ from ismdata.choices import History
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM, USER
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
-from ismdata.rendering.chat_template import CannotRender, Message
+from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
 from ismdata.rendering.encoding import Encoding, probe_encoding
+from ismdata.rendering.refusals import CannotRender
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import TooManyMessages, rendered_chunks
+from ismdata.rendering.skeleton import rendered_chunks
 from ismdata.rendering.tracing import REASONING_END
 
 #: What is described to a template in conversations with tools.
@@ -202,7 +203,7 @@ def report_template(encoding: Encoding) -> TemplateReport:
 
 
 def _said(error: CannotRender | None) -> dict[str, str] | None:
-    return None if error is None else {"reason": error.reason, "detail": str(error)}
+    return None if error is None else {"reason": error.reason, "detail": error.detail}
 
 
 def _trained_end(encoding: Encoding) -> str:
@@ -248,7 +249,7 @@ def _example(encoding: Encoding) -> list[dict[str, Any]]:
     for asked in ([*system, *messages], messages, messages[:2]):
         try:
             chunks, escapes = rendered_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
-        except (CannotRender, TooManyMessages):
+        except CannotRender:
             continue
         last = max((chunk.message for chunk in chunks), default=-1)
         return [

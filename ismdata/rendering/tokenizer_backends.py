@@ -69,12 +69,16 @@ class TokenizerEngine(Protocol):
         """
 
 
-class BackendRefused(Exception):
+class BackendError(Exception):
+    """gigatoken cannot be used; the reference can."""
+
+
+class BackendRefused(BackendError):
     """gigatoken cannot work with this tokenizer, or it failed on a text."""
 
 
-class BackendDiffers(Exception):
-    """gigatoken gave other ids than the reference."""
+class BackendDiffers(BackendError):
+    """gigatoken's ids differ from the reference's."""
 
 
 class Reference:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
-from ismdata.rendering.chat_template import CannotRender, ChatTemplate, Message
+from ismdata.rendering.chat_template import ChatTemplate, Message
+from ismdata.rendering.refusals import CannotRender, NotTraceable, TextLost
 
 #: Noncharacters of Unicode around the number of a mark; `ControlTokens.escape` refuses text that holds them.
 _OPEN, _CLOSE = "\U0010fffe", "\U0010ffff"
@@ -37,18 +38,6 @@ _REMEMBERED = 64
 Part = Literal["content", "reasoning", "call", "name"]
 Level = Literal["whole", "words"]
 LEVELS: tuple[Level, ...] = ("whole", "words")
-
-
-class TextLost(CannotRender):
-    """The template leaves out, repeats or changes a text of the conversation."""
-
-    reason = "text_lost"
-
-
-class NotTraceable(CannotRender):
-    """The template rewrites texts so that nothing says where they went."""
-
-    reason = "not_traceable"
 
 
 class Text(NamedTuple):

@@ -11,8 +11,7 @@ from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session
-from ismdata.rendering.chat_template import TemplateRefused
-from ismdata.rendering.renderer import HistoryRewritten
+from ismdata.rendering.refusals import CannotEscape, HistoryRewritten, TemplateRefused
 from tests.support.scripted import END, AnewEncoder, CharacterEncoder, ScriptedModel
 from tests.support.tiny import tiny_model
 
@@ -301,7 +300,9 @@ def test_what_cannot_be_asked():
     assert session.messages == []
 
 
-@pytest.mark.parametrize("refusal", [TemplateRefused("no system role"), HistoryRewritten("no"), ValueError("U+10FFFF")])
+@pytest.mark.parametrize(
+    "refusal", [TemplateRefused("no system role"), HistoryRewritten("no"), CannotEscape("U+10FFFF")]
+)
 def test_what_the_template_does_not_take(refusal):
     session, _, encoder = session_of(TWO_TURNS)
     session.reply("ab")

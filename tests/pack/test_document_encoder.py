@@ -19,9 +19,9 @@ from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.requests import Requests
 from ismdata.pack.splitting import TurnRange, split, split_turns
 from ismdata.pack.token_runs import as_runs, taken_runs
-from ismdata.rendering.chat_template import CannotRender
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
+from ismdata.rendering.refusals import CannotRender
 from tests.conftest import encoding, template_named
 
 #: Text that templates or tokenizers could take for something else, between ordinary words.
@@ -89,7 +89,7 @@ def reference(
     head, lo, hi = int(requests.head[r]), int(requests.lo[r]), int(requests.hi[r])
     try:
         pieces = with_.document(messages[:head] + messages[lo:hi], tools)
-    except (CannotRender, ValueError):
+    except CannotRender:
         return None
     if requests.cut[r]:
         last = max(piece.span for piece in pieces if piece.kind == ANSWER)

@@ -19,12 +19,11 @@ from ismdata.masks.intervals import ANSWER
 from ismdata.pack import template_check as parity
 from ismdata.pack.conversation_batch import conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
-from ismdata.rendering.chat_template import CannotRender
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.encoding import Encoding
-from ismdata.rendering.messages import InvalidArguments, as_template_messages
-from ismdata.rendering.renderer import Chunk, HistoryRewritten, NotRendered
-from ismdata.rendering.tracing import TextLost
+from ismdata.rendering.messages import as_template_messages
+from ismdata.rendering.refusals import CannotRender, HistoryRewritten, InvalidArguments, NotRendered, TextLost
+from ismdata.rendering.renderer import Chunk
 from tests.conftest import encoding
 from tests.pack.test_document_encoder import whole
 

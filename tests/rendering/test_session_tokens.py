@@ -10,8 +10,8 @@ import torch
 
 from ismdata.generate.session import Session
 from ismdata.masks.intervals import ANSWER
-from ismdata.rendering.chat_template import CannotRender, TemplateRefused
 from ismdata.rendering.conversation_encoder import ConversationEncoder
+from ismdata.rendering.refusals import CannotRender, TemplateRefused
 from tests.conftest import conversations, encoding, template_named
 from tests.support.scripted import ScriptedModel
 

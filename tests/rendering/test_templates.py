@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ismdata.errors import DataError, UsageError
 from ismdata.masks.intervals import ANSWER
-from ismdata.rendering.chat_template import CannotRender, ChatTemplate, TemplateRefused, parse_arguments
+from ismdata.rendering.chat_template import ChatTemplate, parse_arguments
 from ismdata.rendering.control_tokens import ControlTokens
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.encoding import Encoding, load_encoding
-from ismdata.rendering.renderer import Chunk, HistoryRewritten
+from ismdata.rendering.refusals import CannotRender, HistoryRewritten, TemplateRefused
+from ismdata.rendering.renderer import Chunk
 from tests.conftest import TEMPLATES, conversations, encoding, template_named
 
 #: What rendering two turns shows (docs/templates.md): these rewrite history, all others are prefix-stable.
