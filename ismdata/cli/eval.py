@@ -1,4 +1,4 @@
-"""`ismdata eval` on the command line."""
+"""The command `ismdata eval`."""
 
 from __future__ import annotations
 
@@ -9,47 +9,58 @@ import typer
 
 from ismdata.choices import BleuTokenizer, Mask, Precision
 from ismdata.cli.common import show
-from ismdata.display import TerminalReporter, note
+from ismdata.display import TerminalReporter
 
 
 def eval_command(
     model: Annotated[
-        str, typer.Argument(help="A folder that `ismdata train` wrote; with --mask also a GGUF file or hub name.")
+        str,
+        typer.Argument(
+            help="A folder that `ismdata train` wrote, or, with --mask, any model: folder, GGUF file or hub name."
+        ),
     ],
     packed: Annotated[Path, typer.Argument(help="A folder that `ismdata pack` wrote.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write: eval.json and outputs.jsonl.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write eval.json and outputs.jsonl into.")
     ] = None,
     mask: Annotated[
         Mask | None,
-        typer.Option(help="Default: the one that the model was trained under. ism and causal shards serve each other."),
+        typer.Option(
+            help="Mask to run the model under. Default: the one it was trained under. ism and causal share shards."
+        ),
     ] = None,
     generate: Annotated[
-        int, typer.Option(metavar="N", help="Answer at most N conversations greedily, too: BLEU, chrF, ROUGE-L.")
+        int,
+        typer.Option(
+            metavar="N",
+            help="Also generate the answers of up to N conversations, and score them by BLEU, chrF and ROUGE-L.",
+        ),
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of one answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound on the tokens of a generated answer.")] = 256,
     bleu_tokenizer: Annotated[
         BleuTokenizer,
-        typer.Option(help="How sacrebleu cuts words. auto: zh for Chinese, char for Japanese and Thai, else 13a."),
+        typer.Option(help="Tokenizer of sacrebleu. auto: zh for Chinese, char for Japanese and Thai, else 13a."),
     ] = "auto",
     compare: Annotated[
         Path | None,
-        typer.Option(
-            metavar="OTHER_EVAL", help="A folder of another evaluation, of the same answers, to compare with."
-        ),
+        typer.Option(metavar="OTHER_EVAL", help="Folder of another evaluation, of the same answers, to compare with."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 4,
     precision: Annotated[
         Precision,
-        typer.Option(help="Of the model. auto: bfloat16 on a GPU, float32 elsewhere."),
+        typer.Option(help="Data type of the weights. auto: bfloat16 on a GPU, float32 elsewhere."),
     ] = "auto",
-    resamples: Annotated[int, typer.Option(help="How often conversations are drawn for an interval.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Decides what is drawn, and which conversations --generate takes.")] = 0,
+    resamples: Annotated[int, typer.Option(help="Number of bootstrap resamples for the intervals.")] = 1000,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the resamples, and of the conversations that --generate selects.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
 ) -> None:
-    """Measure how well a model answers: negative log-likelihood and perplexity of the answers, overall and by turn,
-    with intervals; generated answers; the difference to another evaluation.
+    """Measure how well a model answers.
+
+    Reports the negative log-likelihood and perplexity of the answers, overall and by turn, with confidence intervals.
+    --generate adds scores of generated answers, --compare the difference from another evaluation.
     """
     from ismdata.cli.views.evaluation import eval_report
     from ismdata.eval import EvalOptions, run_eval
@@ -71,8 +82,7 @@ def eval_command(
             output=output,
             compare_with=compare,
             overwrite=overwrite,
-            say=note,
-            progress=reporter.progress,
+            reporter=reporter,
             options=options,
         )
     show(eval_report(facts, None if output is None else str(output)), as_json=as_json)

@@ -89,11 +89,12 @@ class Collator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def check_serves(mask: str, *, packed_mask: str) -> None:
-    """Raise UsageError when shards packed for `packed_mask` cannot serve `mask`."""
+def check_serves(mask: str, *, packed_mask: str, place: str = "") -> None:
+    """Raise UsageError when shards packed for `packed_mask` cannot serve `mask`. The message begins with `place`."""
     if mask == packed_mask or {mask, packed_mask} == {"ism", "causal"}:
         return
     raise UsageError(
+        f"{place}{': ' if place else ''}"
         f"the shards were packed for the mask {packed_mask!r} and cannot serve {mask!r}: prefix has one document per "
         f"trained answer, the others one per conversation. Pack the corpus again with --mask {mask}"
     )

@@ -1,14 +1,14 @@
-"""Confidence intervals and paired tests by the percentile bootstrap, over groups.
+"""Confidence intervals and paired tests by the percentile bootstrap over conversations.
 
-Tokens of one conversation are not independent of each other, conversations are; so whole conversations are drawn, with
-replacement, and every statistic is computed anew from those drawn. All statistics here are functions of sums over
-conversations, so a resample is a row of counts and its sums are one matrix product. scipy.stats.bootstrap would make an
-index array of resamples x conversations for each statistic anew, which is why this is no call of it.
+Tokens of one conversation depend on each other; conversations do not. So whole conversations (groups) are resampled
+with replacement, and each statistic is recomputed on every resample. All statistics here are functions of sums over
+groups, so a resample is a row of counts and all sums are one matrix product. scipy.stats.bootstrap would instead build
+an index array of resamples x groups for every statistic.
 
-Sources: B. Efron, "Bootstrap methods: another look at the jackknife" (1979), for the percentile interval; P. Koehn,
+References: B. Efron, "Bootstrap methods: another look at the jackknife" (1979), for the percentile interval; P. Koehn,
 "Statistical significance tests for machine translation evaluation" (2004), for the paired test.
 
-Shape legend: G groups, S sums of a group, R resamples.
+Shape legend: G groups, S sums per group, R resamples.
 """
 
 from __future__ import annotations
@@ -23,16 +23,25 @@ from numpy.typing import ArrayLike, NDArray
 from ismdata.errors import UsageError
 
 FloatArray = NDArray[np.float64]
-#: From sums, float64[R, S], to the statistic of each row, float64[R]; NaN where a row has none.
+#: Maps sums, float64[R, S], to the statistic of each row, float64[R]; NaN where it is undefined.
 Statistic = Callable[[FloatArray], FloatArray]
 
-#: Counts held at once: 64 MiB.
+#: Counts in memory at a time: 64 MiB.
 _CHUNK = 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap:
-    """How often to draw, from which seed, and how wide an interval is."""
+    """Settings of the bootstrap.
+
+    Attributes:
+        resamples: Number of resamples.
+        seed: Seed of the random number generator.
+        confidence: Coverage of an interval, between 0 and 1.
+
+    Raises:
+        UsageError: If `resamples` is below 1.
+    """
 
     resamples: int = 1000
     seed: int = 0
@@ -43,9 +52,13 @@ class Bootstrap:
             raise UsageError(f"--resamples is {self.resamples}; expected 1 or more")
 
     def interval(self, replicates: FloatArray) -> tuple[float, float] | None:
-        """The percentile interval of a statistic's resamples, float64[R].
+        """The percentile interval of a statistic.
 
-        None where it could be computed in fewer than half of them: too few groups have any part in it.
+        Args:
+            replicates: The statistic of each resample, float64[R]; NaN where it is undefined.
+
+        Returns:
+            The ends of the interval, or None if the statistic is undefined in more than half of the resamples.
         """
         known = replicates[np.isfinite(replicates)]
         if 2 * len(known) < len(replicates):
@@ -55,9 +68,15 @@ class Bootstrap:
         return float(low), float(high)
 
     def sums(self, values: ArrayLike) -> FloatArray:
-        """Sums over resampled groups, float64[R, S], of values, [G, S]: each resample is G groups with replacement.
+        """Sum the values of each resample, G groups drawn with replacement.
 
-        The same groups are drawn for the same seed and G, so that two calls are paired.
+        The same seed and G draw the same groups, so results of two calls are paired.
+
+        Args:
+            values: Values of each group, [G, S].
+
+        Returns:
+            Sums over the groups of each resample, float64[R, S].
         """
         table = np.asarray(values, np.float64)
         groups = len(table)
@@ -72,24 +91,34 @@ class Bootstrap:
 
 
 def ratio(sums: FloatArray) -> FloatArray:
-    """The first sum over the second, [R, 2] to [R]; NaN where the second is 0."""
+    """The first sum divided by the second, [R, 2] to [R]; NaN where the second is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[:, 1] != 0, sums[:, 0] / sums[:, 1], np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A statistic of the data at hand, and its interval; None where there are too few groups for one."""
+    """A statistic of the data and its confidence interval; None where there are too few groups for one."""
 
     value: float
     interval: tuple[float, float] | None
 
     def as_json(self) -> dict[str, Any]:
+        """The estimate as eval.json stores it."""
         return {"value": self.value, "interval": None if self.interval is None else list(self.interval)}
 
 
 def estimate(values: ArrayLike, statistic: Statistic, bootstrap: Bootstrap) -> Estimate:
-    """A statistic of groups and its interval. values: [G, S], one row a group. One group alone has no interval."""
+    """Compute a statistic and its interval.
+
+    Args:
+        values: Values of each group, [G, S]. A single group has no interval.
+        statistic: The statistic, as a function of sums over groups.
+        bootstrap: How to resample.
+
+    Returns:
+        The statistic of all groups, with its interval.
+    """
     table = np.asarray(values, np.float64)
     value = float(statistic(table.sum(0, keepdims=True))[0])
     interval = bootstrap.interval(statistic(bootstrap.sums(table))) if len(table) > 1 else None
@@ -98,13 +127,14 @@ def estimate(values: ArrayLike, statistic: Statistic, bootstrap: Bootstrap) -> E
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What one system has more of a statistic than another, its interval, and how likely chance alone gives as much."""
+    """A statistic of one system minus that of another, its interval, and the p-value of no difference."""
 
     value: float
     interval: tuple[float, float] | None
     p_value: float | None
 
     def as_json(self) -> dict[str, Any]:
+        """The difference as eval.json stores it."""
         return {
             "value": self.value,
             "interval": None if self.interval is None else list(self.interval),
@@ -113,11 +143,19 @@ class Difference:
 
 
 def paired_difference(values: ArrayLike, other: ArrayLike, statistic: Statistic, bootstrap: Bootstrap) -> Difference:
-    """statistic(values) - statistic(other), [G, S] each, row by row of the same groups.
+    """Compute `statistic(values) - statistic(other)` with both systems resampled together.
 
-    The p-value is two-sided: twice the share of resamples, the data at hand among them, in which the difference has
-    the other sign or is 0; and no less than 2 / 2^G, which is as likely as G coins that fall on one side. One group
-    alone has neither interval nor p-value.
+    The p-value is two-sided: twice the share of resamples whose difference is 0 or has the other sign, where the data
+    themselves count as one more resample. It is at least 2 / 2^G, the probability that G fair coins all show one side.
+
+    Args:
+        values: Values of the first system for each group, [G, S].
+        other: Values of the second system for the same groups in the same order, [G, S].
+        statistic: The statistic, as a function of sums over groups.
+        bootstrap: How to resample.
+
+    Returns:
+        The difference; a single group has neither interval nor p-value.
     """
     left, right = np.asarray(values, np.float64), np.asarray(other, np.float64)
     value = float(statistic(left.sum(0, keepdims=True))[0] - statistic(right.sum(0, keepdims=True))[0])

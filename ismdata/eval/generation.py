@@ -1,7 +1,7 @@
-"""Greedy answers to the contexts of packed shards, each given its conversation's true history.
+"""Generate greedy answers to the contexts of packed shards, each after its conversation's true history.
 
-What a model is fed are the shards' own tokens before the answer under its mask's own intervals, so it sees in each
-context what it was trained to see there (law 3: the same as feeding it turn by turn with a cache).
+The model is fed the shards' own tokens before the answer, under the intervals of its mask. So it sees each context as
+in training. Law 3 makes this equal to feeding the conversation turn by turn with a cache.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ismdata.data import PackedDataset
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.eval.answers import Answers
-from ismdata.eval.likelihood import Progress
 from ismdata.generate import Encoder, Prompt, end_of_turn, greedy_answers, positions_of
 from ismdata.masks import intervals
 
@@ -28,22 +28,37 @@ def generate_answers(
     *,
     mask: str,
     max_new_tokens: int,
-    progress: Progress = lambda done, total: None,
+    reporter: Reporter = LOGGED,
 ) -> list[list[int]]:
-    """The tokens of the model's answer in the place of each chosen one, without its end of turn.
+    """Generate the model's answer in place of each chosen one.
 
-    model: attached and in evaluation mode. encoder: the shards'. answers: those of the dataset (`find_answers`), of
-    which `chosen` are numbers. An answer ends at its end of turn, at an end-of-text token of the model's, after
-    max_new_tokens, or with the model's positions. Raises UsageError for max_new_tokens below 1.
+    An answer ends at its end of turn, at an end-of-text token of the model, after `max_new_tokens`, or at the model's
+    last position.
+
+    Args:
+        model: An attached model in evaluation mode.
+        encoder: The encoder of the shards.
+        dataset: The packed shards.
+        answers: All answers of the shards, from `find_answers`.
+        chosen: Indices into `answers`.
+        mask: The mask to run the model under.
+        max_new_tokens: Upper bound on the tokens of an answer.
+        reporter: Receives the progress in answers.
+
+    Returns:
+        The tokens of each answer, in the order of `chosen`, without the end of turn.
+
+    Raises:
+        UsageError: If `max_new_tokens` is below 1.
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}; expected 1 or more")
     positions = positions_of(model)
     prompts = []
-    for at in chosen:
-        sequence = dataset[int(answers.row[at])].sequence
+    for index in chosen:
+        sequence = dataset[int(answers.row[index])].sequence
         _, kv_end = intervals(sequence.seq_lens, sequence.spans, seq_len=dataset.seq_len, mask=mask)
-        begin, start = int(answers.document[at]), int(answers.start[at])
+        begin, start = int(answers.document[index]), int(answers.start[index])
         second = sequence.position_ids_2
         prompts.append(
             Prompt(
@@ -54,4 +69,4 @@ def generate_answers(
                 limit=max_new_tokens if positions is None else min(max_new_tokens, positions - (start - begin)),
             )
         )
-    return greedy_answers(model, prompts, end_of_turn(model, encoder), progress=progress)
+    return greedy_answers(model, prompts, end_of_turn(model, encoder), reporter=reporter)

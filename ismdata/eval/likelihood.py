@@ -1,15 +1,15 @@
-"""How likely a model finds the answers of packed shards: negative log-likelihood and perplexity, also by turn.
+"""Negative log-likelihood of the answers in packed shards, overall and by turn.
 
-Every target of the shards counts exactly once, and the same: its loss is -ln p(token | what the mask lets its row see),
-in nats, and sums over tokens are float64. Message weights say how a model is to be trained, not what it is to be
-measured by, so they are left out here; a message of weight 0 has no targets at all.
+Every target counts exactly once and with the same weight. Its loss is -ln p(token | the keys its row sees), in nats;
+sums are float64. `loss_weight` is not applied: it says how to train, not what to measure. A message of weight 0 has no
+targets.
 
-Shape legend: B samples, T = seq_len, N targets, A answers, H width of the model, V vocabulary.
+Shape legend: B samples, T = seq_len, N targets, A answers, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +20,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ismdata.data import Collator, PackedDataset, check_serves
+from ismdata.data import Collator, PackedDataset
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError
 from ismdata.eval.answers import Answers
 from ismdata.eval.bootstrap import Bootstrap, Estimate, FloatArray, estimate, ratio
 from ismdata.masks import IGNORE_INDEX
 
-#: The most logits made at once: a quarter of a GiB in float32.
+#: Upper bound on the logits in memory at a time: 256 MiB in float32.
 _CHUNK_LOGITS = 1 << 26
-
-Progress = Callable[[int, int], None]
 
 
 @torch.inference_mode()
 def target_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of each target of a batch in nats, [N], sequence by sequence; float32, or as the logits if wider.
+    """Compute the loss of each target of a batch.
 
-    model: attached and in evaluation mode. batch: the Collator's. Logits exist for some targets at a time, unless the
-    model does something of its own between head and logits: then for a sequence at a time.
+    Logits are made for a chunk of targets at a time. Where the model changes the logits after its head (a scale, a
+    cap), they are made for one sequence at a time instead.
+
+    Args:
+        model: An attached model in evaluation mode.
+        batch: A batch of the Collator.
+
+    Returns:
+        Losses in nats, [N], in the order of the sequences; float32, or the dtype of the logits if that is wider.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("labels", "loss_weight")}
     labels = batch["labels"].to(model.device)
@@ -46,12 +52,12 @@ def target_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
     if not len(target):
         return torch.zeros(0)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    # A row of each sequence that has targets: padding may come out as zeros, which every head makes the same of.
-    tried = torch.unique(is_target.int().argmax(-1))
-    with _hidden_states(model) as seen:
-        logits = model(**inputs, logits_to_keep=tried).logits
-    if head is not None and len(seen) == 1 and torch.equal(head(seen[0][:, tried]), logits):
-        rows = seen[0][:, :-1][is_target]  # [N, H]
+    # Compare on rows with targets: hidden states of padding may be zeros, which give equal logits under any scale.
+    compared = torch.unique(is_target.int().argmax(-1))
+    with _hidden_states(model) as states:
+        logits = model(**inputs, logits_to_keep=compared).logits
+    if head is not None and len(states) == 1 and torch.equal(head(states[0][:, compared]), logits):
+        rows = states[0][:, :-1][is_target]  # [N, H]
         size = max(1, _CHUNK_LOGITS // logits.shape[-1])
         parts = [_losses(head(rows[at : at + size]), target[at : at + size]) for at in range(0, len(rows), size)]
     else:
@@ -67,12 +73,12 @@ def target_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor
 
 @contextmanager
 def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """What the model below the head gives while it is called, [B, T, H] each time."""
-    seen: list[Tensor] = []
-    below: nn.Module = model.base_model
-    hook = below.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    """Record the output of the base model, [B, T, H], for each call inside the context."""
+    states: list[Tensor] = []
+    base: nn.Module = model.base_model
+    hook = base.register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
-        yield seen
+        yield states
     finally:
         hook.remove()
 
@@ -89,16 +95,25 @@ def answer_losses(
     *,
     mask: str,
     batch_size: int = 4,
-    progress: Progress = lambda done, total: None,
+    reporter: Reporter = LOGGED,
 ) -> FloatArray:
-    """The summed loss of each answer in nats, float64[A].
+    """Sum the losses of the targets in each answer.
 
-    answers: those of the dataset (`find_answers`). mask: what the model is run under; ism and causal share shards.
-    batch_size: sequences at a time. progress: called with sequences done and their total.
+    Args:
+        model: An attached model in evaluation mode.
+        dataset: The packed shards.
+        answers: All answers of the shards, from `find_answers`.
+        mask: The mask to run the model under. `ism` and `causal` share shards.
+        batch_size: Sequences per batch.
+        reporter: Receives the progress in sequences.
 
-    Raises UsageError where the shards cannot serve the mask, DataError where a loss is no number.
+    Returns:
+        The loss of each answer in nats, float64[A].
+
+    Raises:
+        UsageError: If the shards cannot be used under the mask.
+        DataError: If a loss is not finite, or a target lies outside the answers.
     """
-    check_serves(mask, packed_mask=dataset.mask)
     collator = Collator(mask)
     sums = np.zeros(len(answers), np.float64)
     bounds = np.searchsorted(answers.row, np.arange(len(dataset) + 1))
@@ -107,27 +122,35 @@ def answer_losses(
         losses = target_losses(model, collator([dataset[row] for row in range(first, last)])).double().cpu().numpy()
         mine = slice(bounds[first], bounds[last])
         ends = np.cumsum(answers.targets[mine])
-        if len(losses) != (ends[-1] if len(ends) else 0):
+        expected = ends[-1] if len(ends) else 0
+        if len(losses) != expected:
             raise DataError(
-                f"{dataset.shards.folder}: rows {first} to {last - 1} have {len(losses)} targets, "
-                f"{ends[-1] if len(ends) else 0} of them in answers; expected all. Run `ismdata verify` on it"
+                f"{dataset.shards.folder}: rows {first} to {last - 1} have {len(losses)} targets, {expected} of them "
+                "in answers; expected all of them in answers. Run `ismdata verify` on the folder"
             )
         if len(losses):
             sums[mine] = np.add.reduceat(losses, ends - answers.targets[mine])
         if not np.isfinite(sums[mine]).all():
-            at = int(np.flatnonzero(~np.isfinite(sums[mine]))[0]) + mine.start
+            index = int(np.flatnonzero(~np.isfinite(sums[mine]))[0]) + mine.start
             raise DataError(
-                f"{dataset.shards.folder}: row {answers.row[at]}: the loss of turn {answers.turn[at]} of "
-                f"{answers.conversation[at]} is {sums[at]}; expected a finite number. The model's weights are broken, "
-                "or too large for the precision: try --precision float32"
+                f"{dataset.shards.folder}: row {answers.row[index]}: the loss of turn {answers.turn[index]} of "
+                f"{answers.conversation[index]} is {sums[index]}; expected a finite number. The model's weights are "
+                "broken, or exceed the range of the precision. Try --precision float32"
             )
-        progress(last, len(dataset))
+        reporter.progress("evaluate", last, len(dataset))
     return sums
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Loss per token over some answers. Perplexity is its exponential."""
+    """The loss per token over a set of answers; perplexity is its exponential.
+
+    Attributes:
+        conversations: Number of conversations that have such an answer.
+        answers: Number of answers.
+        target_tokens: Number of targets.
+        nll: Mean loss in nats per target.
+    """
 
     conversations: int
     answers: int
@@ -135,6 +158,7 @@ class Likelihood:
     nll: Estimate
 
     def as_json(self) -> dict[str, Any]:
+        """The likelihood as eval.json stores it, with the perplexity."""
         interval = self.nll.interval
         perplexity = Estimate(
             value=float(np.exp(self.nll.value)),
@@ -150,9 +174,15 @@ class Likelihood:
 
 
 def likelihood(answers: Answers, losses: FloatArray, bootstrap: Bootstrap) -> tuple[Likelihood, dict[int, Likelihood]]:
-    """Loss per token over all answers, and over those of each turn number; intervals by drawing conversations.
+    """Compute the loss per token over all answers and over those of each turn number.
 
-    losses: float64[A], as `answer_losses` gives them.
+    Args:
+        answers: The answers.
+        losses: The loss of each answer, float64[A], from `answer_losses`.
+        bootstrap: How to resample the conversations for the intervals.
+
+    Returns:
+        The likelihood of all answers, and one for each turn number in ascending order.
     """
     group = conversation_numbers(answers.conversation)
     everything = np.ones(len(answers), np.bool_)
@@ -166,7 +196,7 @@ def likelihood(answers: Answers, losses: FloatArray, bootstrap: Bootstrap) -> tu
 def _likelihood(
     answers: Answers, losses: FloatArray, group: NDArray[np.int64], chosen: NDArray[np.bool_], bootstrap: Bootstrap
 ) -> Likelihood:
-    """Over the chosen answers, of the conversations that have any: bool[A]."""
+    """The likelihood of the answers in `chosen`, bool[A]; conversations without any of them are not resampled."""
     _, owner = np.unique(group[chosen], return_inverse=True)
     sums = group_sums(owner, np.stack([losses[chosen], answers.targets[chosen]], axis=1))
     return Likelihood(
@@ -178,12 +208,12 @@ def _likelihood(
 
 
 def conversation_numbers(conversation: Sequence[str]) -> NDArray[np.int64]:
-    """Which conversation each answer is of, by number, int64[A]: the order of their ids, so the same in any packing."""
+    """Number the conversations of answers by the order of their ids, int64[A]; the same in any packing."""
     return np.unique(np.array(conversation, dtype=object), return_inverse=True)[1].astype(np.int64)
 
 
 def group_sums(group: NDArray[np.int64], values: NDArray[Any]) -> FloatArray:
-    """Sums over each group, float64[G, S], of values, [A, S]."""
+    """Sum values, [A, S], over each group, float64[G, S]."""
     sums = np.zeros((int(group.max(initial=-1)) + 1, values.shape[1]), np.float64)
     np.add.at(sums, group, values)
     return sums

@@ -1,4 +1,4 @@
-"""`ismdata eval`, top to bottom: a model and packed shards in; likelihoods, generated answers and a comparison out."""
+"""Evaluate a model on packed shards: likelihoods, generated answers and a comparison with another evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from transformers.utils import logging
 
 from ismdata import __version__
 from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model
-from ismdata.choices import BleuTokenizer, Precision, check_choice
+from ismdata.choices import BleuTokenizer, Precision, check_choice, check_mask
 from ismdata.data import PackedDataset, check_serves, open_output
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.eval.answers import Answers, find_answers
 from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate
@@ -33,13 +33,24 @@ from ismdata.eval.text_scores import bleu, bleu_counts, require_sacrebleu, text_
 from ismdata.rendering import ConversationEncoder
 from ismdata.train import weights_digest
 
-#: Called with a stage, how much of it is done, and the total.
-Stages = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """How to evaluate. `generate`: the most conversations whose answers are generated. Raises UsageError."""
+    """Options of an evaluation.
+
+    Attributes:
+        mask: The mask to run the model under; None for the one in its config.
+        generate: Upper bound on the conversations whose answers are generated.
+        max_new_tokens: Upper bound on the tokens of a generated answer.
+        bleu_tokenizer: A value of `choices.BleuTokenizer`.
+        batch_size: Sequences per batch.
+        precision: A value of `choices.Precision`.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples and of the choice of conversations.
+
+    Raises:
+        UsageError: If a value is not allowed.
+    """
 
     mask: str | None = None
     generate: int = 0
@@ -51,6 +62,8 @@ class EvalOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.mask is not None:
+            check_mask(self.mask, "--mask")
         for name, least in (("generate", 0), ("max_new_tokens", 1), ("batch_size", 1), ("resamples", 1)):
             if getattr(self, name) < least:
                 given = f"--{name.replace('_', '-')} is {getattr(self, name)}"
@@ -60,6 +73,7 @@ class EvalOptions:
 
     @property
     def bootstrap(self) -> Bootstrap:
+        """The settings of the bootstrap."""
         return Bootstrap(resamples=self.resamples, seed=self.seed)
 
 
@@ -70,17 +84,29 @@ def run_eval(
     output: Path | None = None,
     compare_with: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
-    progress: Stages = lambda stage, done, total: None,
+    reporter: Reporter = LOGGED,
     options: EvalOptions | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """Evaluate a model on the shards in `packed`; what eval.json says (schemas/eval.schema.json).
+    """Evaluate a model on packed shards.
 
-    name: a folder that `ismdata train` wrote or, with a mask among the options, any model. options: how; or the same as
-    keywords. compare_with: another evaluation, of the same answers. output: the folder to write, where one is wanted.
+    Args:
+        name: A folder that `ismdata train` wrote; or, if the options name a mask, any model.
+        packed: A folder that `ismdata pack` wrote.
+        output: The folder to write; None to write nothing.
+        compare_with: The folder of another evaluation of the same answers.
+        overwrite: Whether to replace an earlier evaluation in `output`.
+        reporter: Receives notes and progress.
+        options: How to evaluate.
+        **fields: Fields of EvalOptions, which take precedence over `options`.
 
-    Raises UsageError, DataError and UnsupportedModelError before the first batch, but for a loss that is no number.
+    Returns:
+        The content of eval.json (schemas/eval.schema.json).
+
+    Raises:
+        UsageError: If the call is wrong: the options, the mask for these shards, or the output folder.
+        DataError: If the model, the shards or the other evaluation cannot be used, or a loss is not finite.
+        UnsupportedModelError: If the mask cannot be attached to the model.
     """
     options = dataclasses.replace(options or EvalOptions(), **fields)
     began = time.monotonic()
@@ -88,12 +114,12 @@ def run_eval(
         require_sacrebleu()
     dataset = PackedDataset(packed)
     if options.mask is not None:
-        _check_mask(options.mask, dataset)
+        check_serves(options.mask, packed_mask=dataset.mask, place=str(packed))
     other = None if compare_with is None else read_results(compare_with)
     answers = find_answers(dataset.shards)
     if not len(answers):
-        what = "no answer is to be trained" if len(dataset) else "no sequences"
-        raise DataError(f"{packed}: {what}; expected at least one answer to measure. Look at its quarantine.jsonl")
+        found = "no answer has targets" if len(dataset) else "no sequences"
+        raise DataError(f"{packed}: {found}; expected at least one answer to measure. Look at its quarantine.jsonl")
     tokenizer_sha256 = dataset.shards.index["tokenizer"].get("sha256")
     if other is not None:
         check_same_answers(other, packed, answers, tokenizer_sha256)
@@ -104,16 +130,9 @@ def run_eval(
         nullcontext() if output is None else open_output(output, overwrite=overwrite, marker=EVAL_NAME, inputs=inputs)
     )
     with writing as folder:
-        model, mask, described = _ready_model(name, dataset, options, say)
-        losses = answer_losses(
-            model,
-            dataset,
-            answers,
-            mask=mask,
-            batch_size=options.batch_size,
-            progress=lambda done, total: progress("evaluate", done, total),
-        )
-        generation, generated = _generation(model, encoder, dataset, answers, mask, options, progress)
+        model, mask, described = _open_attached(name, dataset, options, reporter)
+        losses = answer_losses(model, dataset, answers, mask=mask, batch_size=options.batch_size, reporter=reporter)
+        generation, generated = _generate(model, encoder, dataset, answers, mask, options, reporter)
         outputs = _outputs(encoder, dataset, answers, losses, generated)
         if generation is not None:
             generation |= _scores(outputs, options)
@@ -144,19 +163,12 @@ def run_eval(
     return facts
 
 
-def _check_mask(mask: str, dataset: PackedDataset) -> None:
-    try:
-        check_serves(mask, packed_mask=dataset.mask)
-    except UsageError as error:
-        raise UsageError(f"{dataset.shards.folder}: {error}") from error
-
-
-def _ready_model(
-    name: str, dataset: PackedDataset, options: EvalOptions, say: Callable[[str], None]
+def _open_attached(
+    name: str, dataset: PackedDataset, options: EvalOptions, reporter: Reporter
 ) -> tuple[PreTrainedModel, str, dict[str, Any]]:
-    """The model on its device with its mask attached, the mask, and what eval.json says of the model."""
+    """The model on its device with its mask attached, the mask, and the description for eval.json."""
     if name in PRESETS:
-        raise UsageError(f"{name}: a preset has no weights to evaluate; expected a folder that `ismdata train` wrote")
+        raise UsageError(f"{name}: is a preset, which has no weights; expected a folder that `ismdata train` wrote")
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = open_model(name, dataset)
@@ -164,12 +176,12 @@ def _ready_model(
     mask = options.mask or trained_under
     if mask is None:
         raise UsageError(
-            f"{name}: config.json records no ismdata_mask, so it is unknown under which mask the model was trained. "
-            "Name one: --mask causal for a model that was not trained with ismdata"
+            f"{name}: config.json records no ismdata_mask, so the mask that the model was trained under is unknown. "
+            "Pass it with --mask; a model that was not trained with ismdata takes --mask causal"
         )
-    _check_mask(mask, dataset)
+    check_serves(mask, packed_mask=dataset.mask, place=str(dataset.shards.folder))
     if trained_under not in (None, mask):
-        say(f"{name}: was trained under the mask {trained_under} and is evaluated under {mask}")
+        reporter.note(f"{name}: trained under the mask {trained_under}, evaluated under {mask}")
     on_gpu = torch.cuda.is_available()
     precision = ("bfloat16" if on_gpu else "float32") if options.precision == "auto" else options.precision
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -187,43 +199,37 @@ def _ready_model(
 
 
 def _config_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of what a model's config says of the model, and not of where it was loaded from."""
+    """SHA-256 of a model's config, without its location, library version and dtype."""
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _generation(
+def _generate(
     model: PreTrainedModel,
     encoder: ConversationEncoder,
     dataset: PackedDataset,
     answers: Answers,
     mask: str,
     options: EvalOptions,
-    progress: Stages,
+    reporter: Reporter,
 ) -> tuple[dict[str, Any] | None, dict[int, list[int]]]:
-    """What was generated, as eval.json describes it and as tokens by the answer's number; None where nothing was."""
+    """The description of the generation for eval.json, and the tokens by index of the answer; None and {} if off."""
     if options.generate == 0:
         return None, {}
     drawn = sorted(set(answers.conversation), key=lambda each: _rank(each, options.seed))[: options.generate]
-    of_drawn = set(drawn)
-    chosen = [at for at, conversation in enumerate(answers.conversation) if conversation in of_drawn]
+    drawn_set = set(drawn)
+    chosen = [index for index, conversation in enumerate(answers.conversation) if conversation in drawn_set]
     began = time.monotonic()
+    length = options.max_new_tokens
     tokens = generate_answers(
-        model,
-        encoder,
-        dataset,
-        answers,
-        chosen,
-        mask=mask,
-        max_new_tokens=options.max_new_tokens,
-        progress=lambda done, total: progress("generate", done, total),
+        model, encoder, dataset, answers, chosen, mask=mask, max_new_tokens=length, reporter=reporter
     )
     described = {
         "conversations": len(drawn),
         "answers": len(chosen),
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": length,
         "tokens": sum(map(len, tokens)),
         "seconds": round(time.monotonic() - began, 3),
     }
@@ -231,7 +237,7 @@ def _generation(
 
 
 def _rank(conversation: str, seed: int) -> bytes:
-    """Decides which conversations are drawn: by their ids, so that every packing draws the same."""
+    """A pseudo-random sort key that depends on the id alone, so that every packing draws the same conversations."""
     return hashlib.sha256(f"{seed} {conversation}".encode()).digest()
 
 
@@ -242,26 +248,26 @@ def _outputs(
     losses: FloatArray,
     generated: dict[int, list[int]],
 ) -> list[dict[str, Any]]:
-    """The lines of outputs.jsonl: one an answer, conversation by conversation."""
+    """The lines of outputs.jsonl, one per answer, ordered by conversation and turn."""
     ending = encoder.end_of_turn_ids
     lines = []
-    for at in np.lexsort((answers.turn, conversation_numbers(answers.conversation))).tolist():
-        start, end = int(answers.start[at]), int(answers.end[at])
-        reference = dataset[int(answers.row[at])].sequence.input_ids[start:end].tolist()
+    for index in np.lexsort((answers.turn, conversation_numbers(answers.conversation))).tolist():
+        start, end = int(answers.start[index]), int(answers.end[index])
+        reference = dataset[int(answers.row[index])].sequence.input_ids[start:end].tolist()
         if ending and reference[-len(ending) :] == ending:
             del reference[-len(ending) :]
         elif reference[-1] in encoder.next_turn_end_ids:
             del reference[-1]
         lines.append(
             {
-                "conversation": answers.conversation[at],
-                "turn": int(answers.turn[at]),
-                "answer": answers.digest[at],
-                "context_tokens": int(answers.context_tokens[at]),
-                "target_tokens": int(answers.targets[at]),
-                "nll": float(losses[at]),
+                "conversation": answers.conversation[index],
+                "turn": int(answers.turn[index]),
+                "answer": answers.digest[index],
+                "context_tokens": int(answers.context_tokens[index]),
+                "target_tokens": int(answers.targets[index]),
+                "nll": float(losses[index]),
                 "reference": encoder.decode(reference).strip(),
-                "generated": encoder.decode(generated[at]).strip() if at in generated else None,
+                "generated": encoder.decode(generated[index]).strip() if index in generated else None,
             }
         )
     return lines

@@ -1,8 +1,8 @@
-"""What `ismdata eval` writes, and two of them compared.
+"""Write, read and compare the folders of `ismdata eval`.
 
-A folder of two files: `eval.json` (schemas/eval.schema.json) and `outputs.jsonl`, one answer a line. Two evaluations
-can be compared where both are of the same answers after the same histories; the shards may differ, as those for
-`prefix` must from those for `ism`.
+A folder holds two files: `eval.json` (schemas/eval.schema.json) and `outputs.jsonl`, one answer per line. Two
+evaluations can be compared if they cover the same answers after the same histories. The shards may differ: those for
+`prefix` always differ from those for `ism`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ FORMAT = "ismdata.eval/1"
 EVAL_NAME = "eval.json"
 OUTPUTS_NAME = "outputs.jsonl"
 
-#: Generated answers can be compared where both were made and scored alike.
+#: Generated answers are compared only if these facts are equal.
 _GENERATION = ("conversations", "answers", "max_new_tokens", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """An evaluation: what eval.json says, and the lines of outputs.jsonl."""
+    """An evaluation.
+
+    Attributes:
+        name: The folder, for messages.
+        facts: The content of eval.json.
+        outputs: The lines of outputs.jsonl.
+    """
 
     name: str
     facts: dict[str, Any]
@@ -40,7 +46,13 @@ class Results:
 
 
 def write_results(folder: Path, facts: dict[str, Any], outputs: Sequence[dict[str, Any]]) -> None:
-    """Write both files into `folder`."""
+    """Write eval.json and outputs.jsonl into an existing folder.
+
+    Args:
+        folder: The folder.
+        facts: The content of eval.json, without the entry of outputs.jsonl.
+        outputs: The lines of outputs.jsonl.
+    """
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in outputs).encode("utf-8", "backslashreplace")
     (folder / OUTPUTS_NAME).write_bytes(lines)
     whole = {**facts, "outputs": {"name": OUTPUTS_NAME, "sha256": hashlib.sha256(lines).hexdigest()}}
@@ -49,7 +61,17 @@ def write_results(folder: Path, facts: dict[str, Any], outputs: Sequence[dict[st
 
 
 def read_results(folder: Path) -> Results:
-    """What `write_results` wrote. Raises DataError where the folder holds something else, or was changed."""
+    """Read an evaluation.
+
+    Args:
+        folder: A folder that `ismdata eval -o` wrote.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        DataError: If the folder is not an evaluation, or was changed since.
+    """
     path = folder / EVAL_NAME
     if not path.is_file():
         found = f"no {EVAL_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
@@ -61,49 +83,66 @@ def read_results(folder: Path) -> Results:
         expected = facts["outputs"]["sha256"]
         lines = (folder / OUTPUTS_NAME).read_bytes()
         if hashlib.sha256(lines).hexdigest() != expected:
-            raise ValueError(f"{OUTPUTS_NAME} is not the one that it was written with")
+            raise ValueError(f"{OUTPUTS_NAME} was changed after it was written")
         outputs = [json.loads(line) for line in lines.splitlines()]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a whole evaluation ({error}). Make it again with `ismdata eval -o`") from error
+        raise DataError(f"{path}: not a complete evaluation ({error}). Run `ismdata eval -o` again") from error
     return Results(name=str(folder), facts=facts, outputs=outputs)
 
 
 def check_same_answers(other: Results, packed: Path, answers: Answers, tokenizer: str | None) -> None:
-    """Raise DataError, with the reason, unless another evaluation is of these answers after the same histories.
+    """Check that another evaluation covers the same answers after the same histories.
 
-    packed, tokenizer: the shards, and the SHA-256 of what made their tokens.
+    Args:
+        other: The other evaluation.
+        packed: The folder of shards, for the message.
+        answers: The answers of the shards.
+        tokenizer: SHA-256 of the shards' tokenizer; None if the index has none.
+
+    Raises:
+        DataError: If it does not, with the reason.
     """
     data = other.facts["data"]
     if data["answers_sha256"] == answers.sha256:
         return
     if data["tokenizer_sha256"] != tokenizer:
         reason = (
-            f"its tokens are another tokenizer's (SHA-256 {str(data['tokenizer_sha256'])[:12]}…, here "
+            f"it used another tokenizer (SHA-256 {str(data['tokenizer_sha256'])[:12]}…; expected "
             f"{str(tokenizer)[:12]}…)"
         )
     else:
         theirs = {(line["conversation"], line["answer"]) for line in other.outputs}
         mine = set(zip(answers.conversation, answers.digest, strict=True))
         reason = (
-            f"{len(theirs & mine):,} of its {len(theirs):,} answers are among the {len(mine):,} here, with the same "
-            "history before them"
+            f"{len(theirs & mine):,} of its {len(theirs):,} answers, with the same history, are among the "
+            f"{len(mine):,} answers here"
         )
         if theirs & mine:
             reason += (
-                ". Where long conversations were split, pack both alike; with --mask prefix, without --prefix-every"
+                ". If long conversations were split, pack both with one --seq-len; for --mask prefix leave out "
+                "--prefix-every"
             )
     raise DataError(
-        f"{other.name}: is of other data than {packed}: {reason}. Evaluate both models on the same conversations, "
-        "packed with one tokenizer"
+        f"{other.name}: evaluates other data than {packed}: {reason}. Evaluate both models on the same "
+        "conversations, packed with one tokenizer"
     )
 
 
 def compare(
     facts: dict[str, Any], outputs: list[dict[str, Any]], other: Results, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """An evaluation less another one of the same answers: loss per token, overall and by turn, and BLEU.
+    """Compute this evaluation minus another one of the same answers: loss per token, overall and by turn, and BLEU.
 
-    Conversations are drawn in pairs, so that what is hard for both models cancels out.
+    The same conversations are resampled for both, so the difficulty of a conversation cancels out.
+
+    Args:
+        facts: The facts of this evaluation.
+        outputs: The lines of outputs.jsonl of this evaluation.
+        other: The other evaluation.
+        bootstrap: How to resample.
+
+    Returns:
+        The entry `comparison` of eval.json.
     """
     mine, theirs = (sorted(lines, key=_key) for lines in (outputs, other.outputs))
     group = conversation_numbers([line["conversation"] for line in mine])
@@ -137,19 +176,19 @@ def _compare_bleu(
     theirs: list[dict[str, Any]],
     bootstrap: Bootstrap,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """The difference in BLEU, or why there is none. Lines are in pairs."""
+    """The difference in BLEU, or the reason why there is none. The lines of both are in the same order."""
     generation, reference = facts["generation"], other["generation"]
     if generation is None and reference is None:
         return None, None
     if generation is None or reference is None:
-        return None, "one of the two has no generated answers: --generate"
+        return None, "one of the two has no generated answers; run it with --generate"
     for name in _GENERATION:
         if generation[name] != reference[name]:
-            return None, f"{name.replace('_', ' ')} here {generation[name]}, there {reference[name]}"
+            return None, f"{name.replace('_', ' ')} is {generation[name]} here and {reference[name]} in the other"
     pairs = [pair for pair in zip(mine, theirs, strict=True) if pair[0]["generated"] is not None]
-    if any(there["generated"] is None for _, there in pairs):
-        return None, "other conversations were drawn to be answered: use one --seed"
-    group = conversation_numbers([here["conversation"] for here, _ in pairs])
+    if any(line["generated"] is None for _, line in pairs):
+        return None, "the two generated answers for different conversations; run both with one --seed"
+    group = conversation_numbers([line["conversation"] for line, _ in pairs])
     counts = [
         group_sums(
             group,

@@ -1,8 +1,8 @@
 """BLEU, chrF and ROUGE-L of generated answers.
 
-BLEU and chrF are sacrebleu's, with its signatures. ROUGE-L is the F1 of the longest common subsequence of words (Lin,
-2004), the mean over answers: ten lines here, since the package `rouge-score` finds no words in other scripts than
-Latin. On English it gives what `rouge-score` gives without stemming.
+BLEU and chrF come from sacrebleu, with its signatures. ROUGE-L (Lin, 2004) is the mean over answers of the F1 score of
+the longest common subsequence of words. It is implemented here because the package `rouge-score` finds words in Latin
+script only. On English it equals `rouge-score` without stemming.
 """
 
 from __future__ import annotations
@@ -19,26 +19,31 @@ from ismdata.errors import UsageError
 if TYPE_CHECKING:
     from ismdata.eval.bootstrap import FloatArray
 
-#: How BLEU cuts text into words.
+#: The tokenizers of sacrebleu that are used here.
 TOKENIZERS = ("13a", "zh", "char")
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-#: Scripts without blanks between words for which sacrebleu brings no words: kana, Thai, Lao, Burmese, Khmer.
+#: Scripts without spaces between words that no tokenizer of sacrebleu splits: kana, Thai, Lao, Burmese, Khmer.
 _UNSPACED = "\u3040-\u30ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-#: A word of ROUGE: a run of letters and digits; each character by itself where no blanks part words.
+#: A word of ROUGE: a run of letters and digits, or one character of a script without spaces.
 _WORDS = re.compile(f"[{_HAN}{_UNSPACED}]|[^\\W_{_HAN}{_UNSPACED}]+")
 
 
 def tokenizer_for(texts: Sequence[str]) -> str:
-    """sacrebleu's tokenizer for these texts, by the script of most of their letters.
+    """Choose sacrebleu's tokenizer by the script of the letters.
 
-    `char` where more than a tenth are of a script that writes no blanks and is not Chinese (half of Japanese is Han),
-    else `zh` where at least half are Han characters, else `13a`, mteval's words.
+    Args:
+        texts: The reference texts.
 
-    >>> tokenizer_for(["Hello, 你好"]), tokenizer_for(["你好吗, Anna?"]), tokenizer_for(["日本語です"])
-    ('13a', '13a', 'char')
-    >>> tokenizer_for(["你好吗? ok"])
-    'zh'
+    Returns:
+        `char` if more than a tenth of the letters are kana, Thai, Lao, Burmese or Khmer (half of Japanese text is Han);
+        else `zh` if at least half are Han; else `13a`, the tokenizer of mteval.
+
+    Example:
+        >>> tokenizer_for(["Hello, 你好"]), tokenizer_for(["你好吗, Anna?"]), tokenizer_for(["日本語です"])
+        ('13a', '13a', 'char')
+        >>> tokenizer_for(["你好吗? ok"])
+        'zh'
     """
     joined = "".join(texts)
     letters = sum(map(str.isalpha, joined))
@@ -49,7 +54,7 @@ def tokenizer_for(texts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TextScores:
-    """Scores of generated answers, BLEU and chrF from 0 to 100, ROUGE-L too."""
+    """Scores of generated answers; all of them from 0 to 100."""
 
     bleu: float
     bleu_signature: str
@@ -60,7 +65,19 @@ class TextScores:
 
 
 def text_scores(generated: Sequence[str], references: Sequence[str], tokenizer: str) -> TextScores:
-    """Of generated answers against one reference each, over the corpus. UsageError where sacrebleu is not installed."""
+    """Score generated answers against one reference each, over the corpus.
+
+    Args:
+        generated: The generated texts.
+        references: The reference texts, in the same order.
+        tokenizer: A value of `TOKENIZERS`.
+
+    Returns:
+        The scores.
+
+    Raises:
+        UsageError: If sacrebleu is not installed.
+    """
     metrics = require_sacrebleu()
     bleu, chrf = metrics.BLEU(tokenize=tokenizer, force=True), metrics.CHRF()
     bleu_score = bleu.corpus_score(list(generated), [list(references)])
@@ -76,56 +93,62 @@ def text_scores(generated: Sequence[str], references: Sequence[str], tokenizer: 
 
 
 def bleu_counts(generated: Sequence[str], references: Sequence[str], tokenizer: str) -> FloatArray:
-    """What BLEU is computed from, for each answer, float64[A, 10]: matches and n-grams of 1 to 4 words, both lengths.
+    """Count the n-grams of each answer. `bleu` of the summed counts is the BLEU of the corpus.
 
-    They add up: `bleu` of the sum is the corpus's BLEU.
+    Args:
+        generated: The generated texts, A of them.
+        references: The reference texts, in the same order.
+        tokenizer: A value of `TOKENIZERS`.
+
+    Returns:
+        Counts, float64[A, 10]: matching n-grams for n = 1 to 4, all n-grams for n = 1 to 4, and the lengths of the
+        generated text and of the reference in words.
     """
-    metric = require_sacrebleu().BLEU(
-        tokenize=tokenizer, effective_order=True
-    )  # the order changes the score, not the counts
+    # Without `effective_order` sentence_score warns. It changes the score, not the counts.
+    metric = require_sacrebleu().BLEU(tokenize=tokenizer, effective_order=True)
     scores = [metric.sentence_score(text, [reference]) for text, reference in zip(generated, references, strict=True)]
     rows = [[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores]
     return np.array(rows, np.float64).reshape(-1, 10)
 
 
 def bleu(counts: FloatArray) -> FloatArray:
-    """BLEU of summed counts, [R, 10] to [R], as sacrebleu computes it of a corpus."""
+    """Compute the corpus BLEU of summed counts, [R, 10] to [R], as sacrebleu does."""
     compute = require_sacrebleu().BLEU.compute_bleu
     rows = counts.astype(np.int64).tolist()
     return np.array([compute(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in rows], np.float64)
 
 
 def rouge_l(generated: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words, 0 to 1; case does not count.
+    """Compute the F1 score of the longest common subsequence of words, 0 to 1, ignoring case.
 
     >>> round(rouge_l("the cat sat there", "The cat sat."), 3)
     0.857
     """
-    mine, true = (_WORDS.findall(text.lower()) for text in (generated, reference))
-    if not mine or not true:
+    words, reference_words = (_WORDS.findall(text.lower()) for text in (generated, reference))
+    if not words or not reference_words:
         return 0.0
-    return 2 * common_subsequence(mine, true) / (len(mine) + len(true))
+    return 2 * common_subsequence(words, reference_words) / (len(words) + len(reference_words))
 
 
 def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by bits: one addition a word (Hyyrö, 2004).
+    """Compute the length of the longest common subsequence with bit vectors, one addition per word (Hyyrö, 2004).
 
     >>> common_subsequence("abcbdab", "bdcaba")
     4
     """
-    places: dict[str, int] = {}
-    for at, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << at
-    everywhere = (1 << len(first)) - 1
-    row = everywhere
+    positions: dict[str, int] = {}
+    for index, word in enumerate(first):
+        positions[word] = positions.get(word, 0) | 1 << index
+    ones = (1 << len(first)) - 1
+    row = ones
     for word in second:
-        matched = row & places.get(word, 0)
-        row = (row + matched | row - matched) & everywhere
-    return (row ^ everywhere).bit_count()
+        matched = row & positions.get(word, 0)
+        row = (row + matched | row - matched) & ones
+    return (row ^ ones).bit_count()
 
 
 def require_sacrebleu() -> Any:
-    """sacrebleu's metrics. Raises UsageError where it is not installed."""
+    """Import sacrebleu's metrics. Raises UsageError if it is not installed."""
     try:
         from sacrebleu import metrics
     except ImportError as error:

@@ -8,7 +8,7 @@ Shape legend: B prompts of a batch, L tokens of its longest prompt, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ismdata.attention import takes_two_positions
+from ismdata.display import LOGGED, Reporter
 from ismdata.generate.sampling import EndOfTurn
 
 #: Tokens of a batch's prompts and answers together: what bounds its cache.
@@ -53,12 +54,12 @@ def greedy_answers(
     end: EndOfTurn,
     *,
     batch_size: int = _BATCH_PROMPTS,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    reporter: Reporter = LOGGED,
 ) -> list[list[int]]:
     """The tokens of the likeliest answer to each prompt, in order, without their end of turn.
 
     model: attached and in evaluation mode. end: where answers end, but for each prompt's limit. batch_size: the most
-    prompts at a time; fewer where they are long. progress: called with prompts done and their total.
+    prompts at a time; fewer where they are long. reporter: receives the progress in prompts.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
@@ -69,7 +70,7 @@ def greedy_answers(
             for at, answer in zip(fed, _answer_batch(model, [prompts[at] for at in fed], end), strict=True):
                 answers[at] = end.content(answer)
         done += len(batch)
-        progress(done, len(prompts))
+        reporter.progress("generate", done, len(prompts))
     return answers
 
 

@@ -27,6 +27,7 @@ from ismdata.generate.sampling import EndOfTurn
 from ismdata.pack.pipeline import pack
 from tests.pack.test_glm_layout import save_tokenizer
 from tests.support.oracle import Row
+from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -100,22 +101,15 @@ def test_losses_equal_those_of_each_conversation_alone(tmp_path, mask, batch_siz
     expected = plain_losses(tiny_model(), documents, mask)
     dataset = packed_folder(tmp_path / "p", documents, mask=mask, rows=in_rows(20, 4, seed=1))
     answers = find_answers(dataset.shards)
-    seen = []
-    losses = answer_losses(
-        attach(tiny_model()),
-        dataset,
-        answers,
-        mask=mask,
-        batch_size=batch_size,
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    reporter = Recorder()
+    losses = answer_losses(attach(tiny_model()), dataset, answers, mask=mask, batch_size=batch_size, reporter=reporter)
     keys = list(zip(answers.conversation, answers.turn.tolist(), strict=True))
     assert len(set(keys)) == len(keys)  # each once
     found = {key: (loss, count) for key, loss, count in zip(keys, losses, answers.targets.tolist(), strict=True)}
     assert found.keys() == expected.keys()
     for key, (loss, count) in expected.items():
         assert found[key] == (pytest.approx(loss, abs=1e-8), count)
-    assert seen[-1] == (5, 5)
+    assert reporter.steps[-1] == ("evaluate", 5, 5)
 
 
 def by_answer(dataset, model, *, mask, **options):
@@ -335,10 +329,10 @@ def test_answers_end_at_their_limits():
     model, never = attach(tiny_model()), EndOfTurn(ids=(), stop=frozenset())
     limits = [3, 0, -2, 8, 5]
     prompts = [prompt(length, limit) for length, limit in zip((7, 10, 12, 3, 0), limits, strict=True)]
-    counts = []
-    found = greedy_answers(model, prompts, never, progress=lambda done, total: counts.append((done, total)))
+    reporter = Recorder()
+    found = greedy_answers(model, prompts, never, reporter=reporter)
     assert [len(answer) for answer in found] == [3, 0, 0, 8, 0]
-    assert counts == [(5, 5)]
+    assert reporter.steps == [("generate", 5, 5)]
     assert greedy_answers(model, [], never) == []
 
 
