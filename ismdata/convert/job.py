@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ismdata.convert.canonical import Rules
 from ismdata.convert.corpus_format import CorpusFormat
 from ismdata.convert.digests import digests
 from ismdata.convert.filters import Cleaner, Cleaning
-from ismdata.convert.parts import EMPTY, UNKNOWN, FormatChoice, Placed, UnknownFormat, opened
+from ismdata.convert.parts import EMPTY, UNKNOWN, FormatChoice, Placed, ResultIterator, UnknownFormat, opened
 from ismdata.convert.read_block import BlockResult, read_block
 from ismdata.convert.sampling import SPLIT_NAMES, parse_split, sampled, split_of
 from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
@@ -154,12 +154,11 @@ class ConversionJob:
         for source in [] if self.mark.drawing else sources[len(self.mark.reports) :]:
             digest = None if source.once else workers.submit_thread(source.sha256)
             seen: list[tuple[str, str]] = []
-            blocks = self._unread(
-                self._blocks(source, format, seen, partial(_further, progress, done, total)), source.name
-            )
+            blocks = ResultIterator(self._blocks(source, format, seen, partial(_further, progress, done, total)))
+            unread = self._unread(blocks, source.name)
             # Enough blocks are pending that no worker waits.
             results = map_in_order(
-                partial(_read, rules=rules), blocks, submit=workers.submit, pending=2 * workers.count + 1
+                partial(_read, rules=rules), unread, submit=workers.submit, pending=2 * workers.count + 1
             )
             for read in results:
                 self.mark.checksum = _chained(self.mark.checksum, read.checksum)
@@ -177,7 +176,7 @@ class ConversionJob:
                 layout=", ".join(layouts) or EMPTY,
                 format=", ".join(formats) or EMPTY,
                 records=self.mark.records,
-                left_aside=tuple(source.passed_over),
+                left_aside=(*source.passed_over, *blocks.result),
             )
             reports = [*self.mark.reports, report]
             self.mark = _Mark(reports=reports, ignored=self.mark.ignored, unknown=self.mark.unknown)
@@ -190,13 +189,15 @@ class ConversionJob:
         format: FormatChoice,
         seen: list[tuple[str, str]],
         progress: Callable[[int], None],
-    ) -> Iterator[_Sorted]:
+    ) -> Generator[_Sorted, None, list[str]]:
         """The blocks of all parts of a source; layout and format of each part go to `seen`.
 
-        A file that was not named but found in a folder is left aside when its first part is of no known format.
+        Returns the names of what was not read. A file that was not named but found in a folder is left aside when its
+        first part is of no known format.
         """
+        parts = ResultIterator(opened(source, format))
         try:
-            for part in opened(source, format):
+            for part in parts:
                 seen.append((part.layout, part.format))
                 if part.corpus_format is not None:
                     for placed in part.blocks:
@@ -206,8 +207,9 @@ class ConversionJob:
             if seen or not (isinstance(source, FileSource) and source.found):
                 raise
             seen.append((UNKNOWN, UNKNOWN))
-            source.passed_over.append(source.name)
             self.mark.unknown.append(f"left aside: {error}")
+            return [source.name]
+        return parts.result
 
     def _unread(self, blocks: Iterable[_Sorted], name: str) -> Iterator[_Sorted]:
         """The blocks after those that an earlier run has read, which must be what they were. Raises DataError."""

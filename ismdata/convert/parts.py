@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,9 @@ from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, framing_of, skip_mark
 from ismdata.convert.sources.framing import ByteQueue, Framed
 from ismdata.errors import DataError, Refused, shown
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Placed = tuple[Block, Place]
 
@@ -71,15 +75,29 @@ class SourcePart:
     position: Callable[[], int]
 
 
-def opened(source: Source | SavedDataset, format: FormatChoice) -> Iterator[SourcePart]:
+class ResultIterator(Generic[Item, Result]):
+    """Iterates over a generator and keeps its return value: `result` is there after the last item."""
+
+    result: Result
+
+    def __init__(self, generator: Generator[Item, None, Result]) -> None:
+        self._generator = generator
+
+    def __iter__(self) -> Iterator[Item]:
+        self.result = yield from self._generator
+
+
+def opened(source: Source | SavedDataset, format: FormatChoice) -> Generator[SourcePart, None, list[str]]:
     """The parts of a source, one after the other: each is to be read to its end before the next is asked for.
 
+    Returns the names of what is in the source and was not read.
     Raises DataError when a part cannot be read, UnknownFormat when it is of no known format.
     """
     if isinstance(source, SavedDataset):
         yield _known(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
-        return
-    for part in source.parts():
+        return []
+    parts = ResultIterator(source.parts())
+    for part in parts:
         if part.is_parquet:
             yield _known(_table_blocks(part), part.name, "Parquet", format, part.position)
             continue
@@ -88,6 +106,7 @@ def opened(source: Source | SavedDataset, format: FormatChoice) -> Iterator[Sour
         layout, framing = framing_of(queue, format.is_record)
         _check_layout(part.name, layout, format, queue)
         yield _known(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
+    return parts.result
 
 
 def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:

@@ -26,7 +26,7 @@ from ismdata.convert.corpus_format import Choices
 from ismdata.convert.explain import explain
 from ismdata.convert.formats import registry
 from ismdata.convert.mapping_file import parse_mapping
-from ismdata.convert.parts import Format as Reading
+from ismdata.convert.parts import FormatChoice as Reading
 from ismdata.convert.pipeline import ConvertReport, convert
 from ismdata.data.verification import verify
 from ismdata.errors import DataError

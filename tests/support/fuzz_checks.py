@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -86,14 +86,11 @@ class Memory:
 
     data: bytes
     name: str = "x"
-    passed_over: list[str] = field(default_factory=list)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Generator[Part, None, list[str]]:
         stream: Any = io.BufferedReader(io.BytesIO(self.data))
         size = len(self.data)
-        yield from parts_of(
-            stream, name=self.name, stem="x", position=lambda: 0, packed=lambda: size, left=self.passed_over
-        )
+        return (yield from parts_of(stream, name=self.name, stem="x", position=lambda: 0, packed=lambda: size))
 
 
 def check_file(data: bytes, name: str, format: FormatChoice, rules: Rules) -> None:

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -214,10 +214,9 @@ def parts_of(
     stem: str,
     position: Position,
     packed: Position,
-    left: list[str],
     also: Container[str] = (),
-) -> Iterator[Part]:
-    """The parts of a stream that may be compressed, a tar or a zip archive; names that are not read go to `left`.
+) -> Generator[Part, None, list[str]]:
+    """The parts of a stream that may be compressed, a tar or a zip archive. Returns the names that were not read.
 
     `packed` counts the packed bytes read so far, for the limit. `also` names members of a tar archive that are read
     whatever they are called. Raises NoCorpus where an archive has nothing to read, DataError while a part is read too.
@@ -225,15 +224,15 @@ def parts_of(
     plain = unpacked(stream, name, packed)
     head = plain.peek(_TAR_BLOCK)[:_TAR_BLOCK]
     if is_tar(head):
-        yield from _tar_parts(plain, name=name, position=position, packed=packed, left=left, also=also)
-    elif head.startswith((ZIP, EMPTY_ZIP)):
+        return (yield from _tar_parts(plain, name=name, position=position, packed=packed, also=also))
+    if head.startswith((ZIP, EMPTY_ZIP)):
         with seekable(plain) as file, opened_zip(file, name) as archive:
             members, others = zip_members(archive, name)
-            left += others
             for member in members:
                 yield zip_part(archive, member, name=f"{name}!{printable(member.filename)}", position=position)
-    else:
-        yield Part(name=name, stem=stem, stream=plain, position=position)
+        return others
+    yield Part(name=name, stem=stem, stream=plain, position=position)
+    return []
 
 
 class NoCorpus(DataError):
@@ -268,9 +267,12 @@ class _Header(tarfile.TarInfo):
 
 
 def _tar_parts(
-    stream: io.BufferedReader, *, name: str, position: Position, packed: Position, left: list[str], also: Container[str]
-) -> Iterator[Part]:
-    """The corpora of a tar archive in one pass, in the archive's order; DailyDialog's texts are corpora too."""
+    stream: io.BufferedReader, *, name: str, position: Position, packed: Position, also: Container[str]
+) -> Generator[Part, None, list[str]]:
+    """The corpora of a tar archive in one pass, in the archive's order; DailyDialog's texts are corpora too.
+
+    Returns the names that were not read.
+    """
     others: list[str] = []
     no_files: list[str] = []
     read = 0
@@ -298,7 +300,7 @@ def _tar_parts(
         raise unreadable(name, error) from error
     if not read:
         raise NoCorpus(name, others)
-    left += [*map(printable, passed_over(others, [])), *no_files]
+    return [*map(printable, passed_over(others, [])), *no_files]
 
 
 def _expect_zeros(archive: tarfile.TarFile, name: str) -> None:

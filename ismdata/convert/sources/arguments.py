@@ -11,13 +11,13 @@ import stat
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -46,8 +46,6 @@ from ismdata.convert.sources.file_names import (
 from ismdata.errors import DataError
 
 STANDARD_INPUT = "-"
-#: Archives that DailyDialog's splits lie in, beside them as files or not.
-_DIALOGUE_ARCHIVES = frozenset({"train.zip", "validation.zip", "test.zip"})
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
 #: Endings that no name on the hub has.
 _FILE_ENDING = re.compile(r"(?i)\.(txt|gz|zst|bz2|xz|zip|tar|tgz|jsonl?|ndjson|parquet|csv|tsv|ya?ml)$")
@@ -60,9 +58,9 @@ _ROWS = 1000
 class FileSource:
     """A file, or one member of a zip archive. `name` is what reports call it, `path` the file that is read and hashed.
 
-    `passed_over` names what was left aside on the way to it: in its folder or zip archive (said at the first source of
-    these), and in the tar archive that it is (once its parts have been read). `found` says that it was not named but
-    found in a folder: an archive without a corpus or a file of no known format is then passed over, not refused.
+    `passed_over` names the files that were not read beside it in its folder or zip archive; the first source of these
+    has it. `found` says that it was not named but found in a folder: an archive without a corpus or a file of no known
+    format is then passed over, not refused.
     `told_apart_as` is what records without an id are named after where another source's file has the same name.
     """
 
@@ -72,7 +70,7 @@ class FileSource:
     member: zipfile.ZipInfo | None = None
     archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
     found: bool = False
-    passed_over: list[str] = field(default_factory=list, compare=False)
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
 
     #: Whether it can be read only once; `bytes` and `sha256()` are then known only after that.
     once = False
@@ -96,43 +94,39 @@ class FileSource:
         found = self._stat()
         return {"name": self.name, "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
 
-    def parts(self) -> Iterator[Part]:
-        """What it holds, one after the other: itself, or the members of a tar archive. Raises DataError."""
+    def parts(self) -> Generator[Part, None, list[str]]:
+        """What it holds, one after the other: itself, or the members of a tar archive.
+
+        Returns the names of what it holds that was not read. Raises DataError.
+        """
         try:
-            yield from self._parts(())
+            return (yield from self._parts(()))
         except NoCorpus as error:
             # Texts are read where nothing else is there, which shows only at a tar archive's end.
             texts = chosen(error.names)
             if texts:
-                yield from self._parts(texts)
-            elif self.found:
-                self.passed_over.append(self.name)
-            else:
-                raise
+                return (yield from self._parts(texts))
+            if self.found:
+                return [self.name]
+            raise
 
-    def _parts(self, also: Any) -> Iterator[Part]:
+    def _parts(self, also: Container[str]) -> Generator[Part, None, list[str]]:
         if self.member is not None and self.archive is not None:
             member, size = zip_part(self.archive, self.member, name=self.name), self.member.compress_size
-            yield from parts_of(
-                member.stream,
-                name=self.name,
-                stem=self.told_apart_as or member.stem,
-                position=member.position,
-                packed=lambda: size,
-                left=self.passed_over,
-                also=also,
+            return (
+                yield from parts_of(
+                    member.stream,
+                    name=self.name,
+                    stem=self.told_apart_as or member.stem,
+                    position=member.position,
+                    packed=lambda: size,
+                    also=also,
+                )
             )
-            return
         with _opened(self.name, self.path) as file:
-            yield from parts_of(
-                file,
-                name=self.name,
-                stem=self.told_apart_as or stem_of(self.path.name),
-                position=file.tell,
-                packed=file.tell,
-                left=self.passed_over,
-                also=also,
-            )
+            stem = self.told_apart_as or stem_of(self.path.name)
+            position = file.tell
+            return (yield from parts_of(file, name=self.name, stem=stem, position=position, packed=position, also=also))
 
     def _stat(self) -> os.stat_result:
         try:
@@ -165,7 +159,7 @@ class StreamSource:
     name: str
     stem: str
     stream: BinaryIO = field(repr=False)
-    passed_over: list[str] = field(default_factory=list, compare=False)
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
     _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
     _count: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
     _ended: list[bool] = field(default_factory=list, repr=False, compare=False)
@@ -186,7 +180,7 @@ class StreamSource:
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": None, "mtime_ns": None}
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Generator[Part, None, list[str]]:
         """As `FileSource.parts`, once. Raises DataError."""
 
         def reached() -> int:
@@ -194,12 +188,11 @@ class StreamSource:
 
         watched = Watched(self._read, self.name)
         stream: io.BufferedReader = io.BufferedReader(watched)
-        yield from parts_of(
-            stream, name=self.name, stem=self.stem, position=reached, packed=reached, left=self.passed_over
-        )
+        passed_over = yield from parts_of(stream, name=self.name, stem=self.stem, position=reached, packed=reached)
         while watched.read(1 << 20):  # what the parts did not need is part of the hash
             pass
         self._ended.append(True)
+        return passed_over
 
     def _read(self, size: int) -> Any:
         chunk = self.stream.read(size)
@@ -216,7 +209,7 @@ class SavedDataset:
     stem: str
     path: Path | None
     dataset: Any
-    passed_over: list[str] = field(default_factory=list, compare=False)
+    passed_over: tuple[str, ...] = field(default=(), compare=False)
 
     once = False
 
@@ -300,10 +293,22 @@ def _kind(name: str, path: Path) -> int | None:
 
 def _named(name: str, path: Path, kind: int) -> list[Source | SavedDataset]:
     if kind == stat.S_IFDIR:
-        return _saved(name, path) or [*_folder(name, path)]
+        return _saved(name, path) or _folder(name, path)
     if kind != stat.S_IFREG:
         return [StreamSource(name=printable(name), stem=stem_of(path.name), stream=_opened(printable(name), path))]
-    return [*_file(printable(name), path)]
+    return _file(printable(name), path).sources()
+
+
+class _Found(NamedTuple):
+    """The files that are read of a folder, an archive or a pattern's matches, and the names of the others."""
+
+    files: list[FileSource]
+    passed_over: list[str]
+
+    def sources(self) -> list[Source | SavedDataset]:
+        """The files; the first one has the names of those that are not read."""
+        first, *rest = self.files
+        return [replace(first, passed_over=tuple(self.passed_over)), *rest]
 
 
 def _globbed(pattern: str) -> list[Source | SavedDataset]:
@@ -317,26 +322,28 @@ def _globbed(pattern: str) -> list[Source | SavedDataset]:
             files.setdefault(os.path.realpath(match), match)
     if not folders and not files:
         raise DataError(f"{printable(pattern)}: no file or folder of such a name; expected corpora. See the pattern")
-    sources: list[Source | SavedDataset] = []  # of the files
+    found = _Found([], [])
     if pattern.endswith("*"):  # takes what a folder would give; `*.txt` names its files itself
         root = Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
-        sources += _gathered(root, {os.path.relpath(match, root): Path(match) for match in files.values()}, [])
-    if not sources and not folders:
+        found = _gathered(root, {os.path.relpath(match, root): Path(match) for match in files.values()}, [])
+    if not found.files and not folders:
         return [source for match in files.values() for source in expand(match)]
-    left = [] if sources else files.values()
-    sources += [source for match in folders for source in expand(match)]
-    sources[0].passed_over.extend(map(printable, left))
-    return sources
+    inner = [source for match in folders for source in expand(match)]
+    if found.files:
+        return [*found.sources(), *inner]
+    first, *rest = inner
+    return [replace(first, passed_over=(*first.passed_over, *map(printable, files.values()))), *rest]
 
 
-def _file(name: str, path: Path) -> list[FileSource]:
+def _file(name: str, path: Path) -> _Found:
+    """A file as it is, or the members of the zip archive that it is."""
     with _opened(name, path) as file:
         try:
             magic = file.read(4)
         except OSError as error:
             raise unreadable(name, error) from error
     if magic not in (ZIP, EMPTY_ZIP):
-        return [FileSource(name=name, path=path)]
+        return _Found([FileSource(name=name, path=path)], [])
     with ExitStack() as opened:
         archive = opened_zip(opened.enter_context(_opened(name, path)), name)
         members, left = zip_members(archive, name)
@@ -345,36 +352,35 @@ def _file(name: str, path: Path) -> list[FileSource]:
         FileSource(name=f"{name}!{printable(member.filename)}", path=path, member=member, archive=archive)
         for member in members
     ]
-    sources[0].passed_over.extend(f"{name}!{other}" for other in left)
-    return sources
+    return _Found(sources, [f"{name}!{other}" for other in left])
 
 
-def _folder(name: str, path: Path) -> list[FileSource]:
+def _folder(name: str, path: Path) -> list[Source | SavedDataset]:
     files, left = _walked(Path(name), path)
-    sources = _gathered(Path(name), files, left)
-    if not sources:
+    found = _gathered(Path(name), files, left)
+    if not found.files:
         held = ", ".join(map(printable, sorted(files)[:5])) or "nothing"
         raise DataError(
             f"{printable(name)}: the folder holds {held}; expected {expected()}, or a saved dataset. Name a file"
         )
-    return sources
+    return found.sources()
 
 
-def _gathered(root: Path, files: dict[str, Path], left: list[str]) -> list[FileSource]:
-    """What is read of `files`, whose names are relative to `root`; the first one says what is not, and `left`."""
+def _gathered(root: Path, files: dict[str, Path], others: Sequence[str]) -> _Found:
+    """What is read of `files`, whose names are relative to `root`; of the rest the names, after `others`."""
+    left = [*others]
     found: dict[str, FileSource] = {}
     tars: set[str] = set()
     for file, path in sorted(files.items()):
         shown = printable(str(root / file))
         try:
-            members = _file(shown, path) if is_corpus(file) or is_archive(file) else []
+            members, beside = _file(shown, path) if is_corpus(file) or is_archive(file) else _Found([], [])
         except NoCorpus:
-            members = []
+            members, beside = [], []
+        left += beside
         if is_archive(file) and members and members[0].member is None:
             tars.add(file)
         for source in members or [FileSource(name=shown, path=path)]:
-            left += source.passed_over
-            source.passed_over.clear()
             key = file if source.member is None else f"{file}!{source.member.filename}"
             found[key] = replace(source, found=True)
     # DailyDialog comes with its splits as archives and as files: each is read once.
@@ -383,11 +389,9 @@ def _gathered(root: Path, files: dict[str, Path], left: list[str]) -> list[FileS
     names = [key for key in found if key not in again and (is_dialogues(key) or not is_archive(key))]
     taken = [*chosen(names, texts=not tars, only=False), *tars]
     if not taken:
-        return []
+        return _Found([], left)
     left += [found[key].name for key in passed_over([*found], taken)]
-    sources = [found[key] for key in sorted(taken)]
-    sources[0].passed_over.extend(left)
-    return sources
+    return _Found([found[key] for key in sorted(taken)], left)
 
 
 def _walked(name: Path, path: Path) -> tuple[dict[str, Path], list[str]]:
