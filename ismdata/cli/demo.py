@@ -1,7 +1,7 @@
-"""The whole road on the bundled sample: convert, pack, verify, inspect, train, chat. No network, no GPU.
+"""`ismdata demo`: convert, pack, verify, inspect, train and chat on the bundled sample. No network, no GPU.
 
-Each step prints the command that does the same, so that the demo reads like typing it all. Only the tokenizer
-is made here: a sample of nine thousand tokens deserves one of its own, and none has to be downloaded.
+Each step prints the command that does the same. Only the tokenizer is made here: the sample has nine thousand tokens,
+for which a tokenizer of its own suffices, and none has to be downloaded.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,8 @@ from ismdata.rendering import ConversationEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-#: The corpus that comes with the package; its README.md says what is in it.
-SAMPLE = Path(__file__).parents[1] / "sample"
+#: The corpus that comes with the package; its README.md describes it.
+SAMPLE = Path(str(resources.files("ismdata") / "sample"))
 
 VOCAB_SIZE = 2000
 SEQ_LEN = 512
@@ -37,7 +38,7 @@ BATCH_SIZE = 4
 LEARNING_RATE = 3e-3
 MAX_ANSWER = 64
 
-#: The shop assistant of the sample, and what the model is asked at the end: two conversations, the second without it.
+#: System prompt -> questions that the model is asked at the end. The first prompt is that of the sample.
 SYSTEM = "You are the assistant of Harbour Lane Hardware, a small shop. Be brief and friendly."
 QUESTIONS = {
     SYSTEM: ("Hello!", "When are you open?", "Thank you."),
@@ -48,7 +49,11 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 
 
 def sample_files() -> list[Path]:
-    """The corpus files of the bundled sample, in order. DataError when the installation lacks them."""
+    """List the corpus files of the bundled sample, in order.
+
+    Raises:
+        DataError: If the installation lacks them.
+    """
     files = sorted(path for path in SAMPLE.glob("*") if path.suffix in (".json", ".jsonl", ".txt"))
     if not files:
         raise DataError(f"{SAMPLE}: no sample files; expected those of the package. Install ismdata again")
@@ -56,7 +61,7 @@ def sample_files() -> list[Path]:
 
 
 def texts(converted: Path) -> Iterator[str]:
-    """Every message's text in a converted folder."""
+    """Yield the text of each message of a converted folder."""
     for path in sorted(converted.glob("conversations-*.arrow")):
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
             for batch in stream:
@@ -65,7 +70,7 @@ def texts(converted: Path) -> Iterator[str]:
 
 
 def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer for `corpus`, with the control tokens of ChatML: any text has tokens in it."""
+    """Train a byte-level BPE tokenizer on `corpus`, with the control tokens of ChatML. It can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,24 +93,33 @@ def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> P
 
 
 def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, console: Console | None = None) -> None:
-    """Walk the whole road into `output`: `converted`, `tokenizer`, `packed`, `model` in it, each complete or absent.
+    """Run the whole pipeline on the bundled sample. Takes under a minute on two idle cores.
 
-    Takes under a minute on two idle cores. Raises UsageError when `output` holds something and `overwrite` is off.
+    Args:
+        output: Folder for `converted`, `tokenizer`, `packed` and `model`.
+        steps: Training steps.
+        overwrite: Replace what `output` holds.
+        console: Where to print; standard output by default.
+
+    Raises:
+        UsageError: If `output` is not empty and `overwrite` is off.
     """
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: is in use; expected an empty or absent folder. Name another, or pass --overwrite")
+        raise UsageError(
+            f"{output}: is not empty; expected an empty or absent folder. Name another one, or pass --overwrite"
+        )
     started = time.monotonic()
     stage = _Stage(console or Console())
     converted, tokenizer, packed, model = (output / name for name in ("converted", "tokenizer", "packed", "model"))
 
     files = [str(_short(file)) for file in sample_files()]
-    stage("Read the bundled sample, dirty records and all", "convert", *files, "-o", converted)
+    stage("Read the bundled sample, with its faulty records", "convert", *files, "-o", converted)
     stage.show(reports.convert_report(convert(files, converted, overwrite=overwrite)))
 
     with open_output(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
         train_tokenizer(texts(converted)).save_pretrained(str(folder))
     options = ("--tokenizer", tokenizer, "--chat-template", "chatml", "--seq-len", SEQ_LEN)
-    stage("Pack it, with a tokenizer trained on it just now", "pack", converted, "-o", packed, *options)
+    stage("Pack it, with a tokenizer trained on it", "pack", converted, "-o", packed, *options)
     packing = pack(
         [converted], packed, tokenizer=str(tokenizer), chat_template="chatml", seq_len=SEQ_LEN, overwrite=overwrite
     )
@@ -115,7 +129,7 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
     verification = verify(packed)
     stage.show(reports.verify_report(verification))
     if not verification.ok:
-        raise DataError(f"{packed}: does not verify right after packing; this is a bug in ismdata. Please report it")
+        raise DataError(f"{packed}: is not sound directly after packing. This is a bug in ismdata; please report it")
 
     stage("Look at the folder", "inspect", packed)
     stage.show(view.folder_summary(packed))
@@ -151,33 +165,33 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
 
 
 def _ending(output: Path, seconds: float) -> Text:
-    """Where everything lies, and what to type next."""
+    """Say where everything is, and what to type next."""
     return Text(
-        f"""Done in {seconds:.0f} s. Everything lies in {output}:
-  {output / "converted"}: the conversations; quarantine.jsonl has what was refused, and why
+        f"""Done in {seconds:.0f} s. Everything is in {output}:
+  {output / "converted"}: the conversations; quarantine.jsonl lists the refused records with reasons
   {output / "tokenizer"}: the tokenizer
   {output / "packed"}: sequences with spans, targets and block tables
   {output / "model"}: the model, with metrics.csv
 
-Go on talking with it:
+Continue the conversation:
   {command("chat", output / "model", "--system", SYSTEM)}
-Or take your own data:
+Or use your own data:
   {command("convert", "YOUR.jsonl", "-o", "converted")}"""
     )
 
 
 def command(*words: object) -> str:
-    """A command line as one would type it."""
+    """A command line as typed."""
     return shlex.join(["ismdata", *map(str, words)])
 
 
 def _short(path: Path) -> Path:
-    """A path as seen from here, where that is shorter."""
+    """A path relative to the working directory, if it is below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class _Stage:
-    """Announces each stage with the command that does the same, and shows what came of it."""
+    """Prints each stage: its title, the command that does the same, and its result."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""`ismdata inspect`: a folder at a glance, or one packed row."""
+"""`ismdata inspect`: summarize a folder, or draw one packed row."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ismdata.cli.common import AsJson, show
 
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="A converted or packed folder.")],
-    row: Annotated[int | None, typer.Option(help="Show this row: its text by spans, its targets, its mask.")] = None,
+    row: Annotated[int | None, typer.Option(help="Draw this row: its text by spans, its targets, its mask.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at a folder: counts, lengths, fill and quarantine; or at one packed row."""
+    """Summarize a folder: counts, lengths, fill and quarantine. With --row, draw one packed row."""
     from ismdata.cli.views import folders as view
 
     if row is None:

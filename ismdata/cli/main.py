@@ -1,6 +1,7 @@
-"""The command line: options in, one call, errors out.
+"""The command line `ismdata`: one file per command in this package, wired here.
 
-Heavy imports stand inside the commands, so that `ismdata --help` is quick.
+A command turns options into one call and the result into a view. It imports heavy packages inside its function, so
+that `ismdata --help` is quick.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Multi-turn conversations to packed Arrow shards, and models trained with the Intermittent "
+    help="Prepare multi-turn conversations as packed Arrow shards, and train models with the Intermittent "
     "Semi-working Mask.\n\n"
-    "The road: convert raw corpora, pack them with a tokenizer, verify, inspect, train, eval, chat. "
-    "`ismdata demo` walks all of it on a bundled sample.",
+    "The usual order: convert raw corpora, pack them with a tokenizer, verify, inspect, train, eval, chat. "
+    "`ismdata demo` runs all of it on a bundled sample.",
     epilog="Exit codes: 0 done, 1 the data or a file is at fault, 2 the call is at fault.",
 )
 app.add_typer(bench_app, name="bench")
@@ -52,13 +53,14 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("demo"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Walk the whole road on the bundled sample: no network, no GPU, a few minutes."""
+    """Run the whole pipeline on the bundled sample. Needs no network and no GPU; takes about a minute."""
     from ismdata.cli.demo import run_demo
 
     run_demo(output, overwrite=overwrite)
 
 
 def main() -> None:
+    """Run the command line; SIGTERM ends a command as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _terminate)
     app()
 

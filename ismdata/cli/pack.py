@@ -1,4 +1,4 @@
-"""`ismdata pack`: conversations to packed sequences."""
+"""`ismdata pack`: tokenize conversations and pack them into sequences."""
 
 from __future__ import annotations
 
@@ -17,62 +17,70 @@ from ismdata.errors import UsageError
 def pack_command(
     converted: Annotated[list[Path], typer.Argument(help="Folders that `ismdata convert` wrote.")],
     output: Output,
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer: local folder, GGUF file or hub name.")],
+    tokenizer: Annotated[str, typer.Option(help="The tokenizer: a local folder, a GGUF file or a hub name.")],
     chat_template: Annotated[
-        str | None, typer.Option(help="A Jinja file, or chatml. Default: the tokenizer's own template.")
+        str | None, typer.Option(help="The chat template: a Jinja file, or chatml. Default: the tokenizer's own.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, a multiple of 128.")] = 8192,
-    mask: Annotated[Mask, typer.Option(help="The mask that block tables and targets are made for.")] = "ism",
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence, a multiple of 128.")] = 8192,
+    mask: Annotated[Mask, typer.Option(help="The attention mask that targets and block tables are made for.")] = "ism",
     over_long: Annotated[
         OverLong,
-        typer.Option(help="Conversations longer than a sequence: split at turn borders, drop, truncate, or stop."),
+        typer.Option(
+            help="What happens to conversations longer than a sequence: split between turns, drop, truncate, or stop."
+        ),
     ] = "split",
     history: Annotated[
         History,
         typer.Option(
-            help="Templates that rewrite earlier turns: append keeps what was fed, as a KV cache does; "
-            "expand makes one document an answer, each exactly as rendered."
+            help="For templates that rewrite earlier turns. append: keep earlier turns as they were first fed, as a KV "
+            "cache does. expand: make one document per answer, each exactly as rendered."
         ),
     ] = "append",
     template_arg: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the template, as in enable_thinking=false.")
+        list[str] | None, typer.Option(help="NAME=VALUE for the template, e.g. enable_thinking=false. Repeatable.")
     ] = None,
     template_date: Annotated[
-        str | None, typer.Option(metavar="YYYY-MM-DD", help="What templates print as today. Default: 2024-07-26.")
+        str | None,
+        typer.Option(metavar="YYYY-MM-DD", help="The date that templates print as today. Default: 2024-07-26."),
     ] = None,
-    prefix_every: Annotated[int, typer.Option(help="With --mask prefix: a document for every N-th answer only.")] = 1,
+    prefix_every: Annotated[
+        int, typer.Option(help="With --mask prefix: make a document for every N-th answer only.")
+    ] = 1,
     train_on: Annotated[
         TrainOn,
         typer.Option(
-            help="Of the answers that messages' own flags leave: train all, the last one of each conversation, or all "
-            "without their reasoning."
+            help="Which answers to train, of those that the messages' own flags allow: all, the last of each "
+            "conversation, or all without their reasoning (content)."
         ),
     ] = "all",
     layout: Annotated[
         Layout,
-        typer.Option(help="glm: [MASK] and [START] before answers, two positions a token (for glm-tiny, glm-small)."),
+        typer.Option(
+            help="glm: put [MASK] and [START] before answers and give tokens two positions (for glm-tiny, glm-small)."
+        ),
     ] = "plain",
     glm_mask_token: Annotated[
-        str | None, typer.Option(help="The control token that is [MASK]. Default: the tokenizer's own.")
+        str | None, typer.Option(help="The control token to use as [MASK]. Default: the tokenizer's own.")
     ] = None,
     glm_start_token: Annotated[
-        str | None, typer.Option(help="The control token that is [START]. Default: the tokenizer's own.")
+        str | None, typer.Option(help="The control token to use as [START]. Default: the tokenizer's own.")
     ] = None,
     tokenizer_backend: Annotated[
         TokenizerBackend,
         typer.Option(
-            help="auto: gigatoken (pip install 'ismdata[fast]') where it gives the ids of Hugging Face tokenizers on a "
-            "sample of the corpus, else those (hf)."
+            help="auto: use gigatoken (pip install 'ismdata[fast]') if its ids equal those of Hugging Face tokenizers "
+            "(hf) on a sample of the corpus, otherwise hf."
         ),
     ] = "auto",
     workers: Workers = 0,
-    seed: Annotated[int, typer.Option(help="Decides which documents share a sequence, and the order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides which documents share a sequence, and their order.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize conversations and pack them into sequences: tokens, spans, targets, positions, block tables.
+    """Tokenize conversations and pack them into sequences.
 
-    Conversations in = packed + quarantined. Every answer of a packed conversation is a target exactly once.
+    Writes tokens, spans, targets, positions and block tables. Conversations read = packed + quarantined. Each answer
+    of a packed conversation is a target exactly once.
     """
     from ismdata.cli.views import reports
     from ismdata.pack import pack

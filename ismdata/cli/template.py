@@ -1,4 +1,4 @@
-"""`ismdata template`: what a chat template can carry, for people who debug masks."""
+"""`ismdata template`: report what a chat template supports, to debug loss masks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ def template_command(
     ],
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="With a Jinja file: the tokenizer. Default: a stand-in that knows the template's markers."),
+        typer.Option(
+            help="The tokenizer for a Jinja file. Default: a substitute that has the "
+            "template's markers as special tokens."
+        ),
     ] = None,
-    history: Annotated[History, typer.Option(help="How the conversation at the end is cut, as for pack.")] = "append",
+    history: Annotated[History, typer.Option(help="How the example conversation is divided, as for pack.")] = "append",
     template_arg: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the template, as in enable_thinking=false.")
+        list[str] | None, typer.Option(help="NAME=VALUE for the template, e.g. enable_thinking=false. Repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a chat template can carry: which conversations can be packed, what ends an answer and whether that is
-    trained, what becomes of reasoning and tool calls; and one conversation with its spans.
+    """Report what a chat template supports.
+
+    Shows which kinds of conversation can be packed, what ends an answer and whether it is trained, what happens to
+    reasoning and tool calls, and one conversation with its spans.
     """
     from ismdata.cli.views.template import drawing
     from ismdata.display import View

@@ -1,4 +1,4 @@
-"""`ismdata verify`: check a folder against its index and against every invariant."""
+"""`ismdata verify`: check a folder against its index and against all invariants."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def verify_command(
     conversations: Annotated[
         list[Path] | None,
         typer.Option(
-            help="For a packed folder: a converted folder that it was made of. Decodes every row and looks for every "
-            "text in its place. Several times."
+            help="A converted folder that the packed folder was made from. Every row is decoded, and every text of the "
+            "conversations must be in its place. Repeatable."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a folder: files against its index, and every invariant on every row. Exit code 1 where one is broken.
+    """Check a folder: its files against its index, and all invariants on all rows.
 
-    With --conversations also that no text of theirs was lost, and none trained that should not be.
+    With --conversations, also check that no text was lost and that only answers are trained. Exit code 1 if a check
+    fails.
     """
     from ismdata.cli.views import reports
     from ismdata.data import verify

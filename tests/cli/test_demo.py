@@ -57,7 +57,7 @@ def test_its_commands_exist_and_cover_the_road(walked: tuple[Path, str]) -> None
 
 def test_refuses_a_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(UsageError, match="in use"):
+    with pytest.raises(UsageError, match="is not empty"):
         run_demo(tmp_path, steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -1,7 +1,6 @@
-"""What a person looks at: a folder at a glance, and what each command has done. Rows are drawn in `row.py`.
+"""Summarize a converted or packed folder for `ismdata inspect`: facts as JSON, and a drawing of them.
 
-Every view is the same thing twice: facts as a JSON object, and a drawing of exactly these facts for the terminal. The
-drawing says with letters what it says with colours, so that nothing is lost in a pipe.
+One row is described and drawn in `row.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,29 +19,25 @@ from rich.console import Group, RenderableType
 
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
+from ismdata.cli.views.quarantine import quarantine
 from ismdata.data import INDEX_NAME, ShardFile, load_index, read_index, shards
-from ismdata.display import View, histogram_bars, numbers, quarantine, share_bar, title
+from ismdata.display import View, histogram_bars, numbers, share_bar, title
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
 
-if TYPE_CHECKING:
-    pass
-
-
-#: Histograms have a bar for each value up to this maximum, beyond it a bar for each doubling.
+#: Histograms have one bar per value up to this maximum, and one per doubling beyond it.
 _SINGLE_BARS = 12
-
-#: Files left aside that are named; of more there is only the number.
-_NAMED = 8
-#: Sources that are listed; of more there is only the sum.
-_LISTED = 12
 
 
 # ---- folders ----
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """What a converted or packed folder holds, as a JSON object. Raises DataError when it is neither."""
+    """Describe a converted or packed folder as a JSON object.
+
+    Raises:
+        DataError: If the folder is neither.
+    """
     path = folder / INDEX_NAME
     if not path.is_file():
         what = f"no {INDEX_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
@@ -53,16 +48,27 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def folder_summary(folder: Path) -> View:
-    """A folder at a glance. Raises DataError when it is neither a converted nor a packed one."""
+    """Summarize a folder.
+
+    Raises:
+        DataError: If it is neither a converted nor a packed folder.
+    """
     facts = summary(folder)
     drawing = _draw_converted(facts) if facts["format"] == conversation.FORMAT else _draw_packed(facts)
     return View(facts=facts, drawing=drawing)
 
 
 def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]], str]]) -> View:
-    """One packed row: its text by spans, its targets, its mask. `decode` gives the function that turns ids into text.
+    """Draw one packed row: its text by spans, its targets, its mask.
 
-    Raises UsageError when there is no such row, DataError when the folder is not a packed one.
+    Args:
+        folder: A packed folder.
+        number: The row, counted from 0.
+        decode: Returns the function that turns ids into text; called once the row is known to exist.
+
+    Raises:
+        UsageError: If there is no such row.
+        DataError: If the folder is not a packed one.
     """
     packed = shards.PackedShards(folder)
     if not 0 <= number < len(packed):
@@ -72,7 +78,7 @@ def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]],
 
 
 def histogram(values: NDArray[np.integer[Any]]) -> list[dict[str, int]]:
-    """Counts of positive integers, as bars of `from`, `to` (inclusive) and `count`: one a value, or one a doubling."""
+    """Count positive integers in bars with `from`, `to` (inclusive) and `count`: one bar per value or per doubling."""
     if not len(values):
         return []
     low, high = int(values.min()), int(values.max())
@@ -119,7 +125,7 @@ def _packed_summary(folder: Path) -> dict[str, Any]:
 def _answers_per_document(
     seq_lens: pa.ListArray, spans: pa.ListArray, seq_len: int, *, layout: str
 ) -> NDArray[np.int64]:
-    """How many answers each document of some rows has, int64[D]."""
+    """Count the answers of each document of some rows, int64[D]."""
     documents = pc.list_value_length(seq_lens).to_numpy().astype(np.int64)
     lengths = seq_lens.flatten().to_numpy().astype(np.int64)
     before = np.cumsum(lengths) - lengths
@@ -129,7 +135,7 @@ def _answers_per_document(
     flat = spans.flatten()
     row_of_span = np.repeat(np.arange(len(spans)), pc.list_value_length(spans).to_numpy())
     answer = flat.field("kind").to_numpy() == ANSWER
-    if layout == "glm":  # [START] is a span before each answer: an answer is a run of spans
+    if layout == "glm":  # [START] is a span of its own before each answer, so an answer is a run of spans
         answer[1:] &= ~answer[:-1]
     place = (flat.field("start").to_numpy() + row_of_span * seq_len)[answer]
     return np.bincount(np.searchsorted(start, place, side="right") - 1, minlength=len(lengths))
@@ -165,7 +171,7 @@ def _converted_summary(folder: Path) -> dict[str, Any]:
 
 
 def _turns(messages: pa.ListArray, role: pa.StringArray) -> NDArray[np.int64]:
-    """Turns per conversation: runs of messages by one party, system prompts aside. Tools are the assistant's."""
+    """Turns per conversation: runs of messages by one party. System prompts do not count; tools are the assistant's."""
     lengths = pc.list_value_length(messages).to_numpy()
     conversation_of = np.repeat(np.arange(len(lengths)), lengths)
     code = pc.index_in(role, value_set=pa.array(conversation.ROLES)).to_numpy(zero_copy_only=False)
@@ -189,7 +195,7 @@ def _conversation_batches(folder: Path, index: dict[str, Any]) -> Iterator[pa.Re
 
 
 def _first_refusals(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """For each reason, source and detail of the first refused record."""
+    """The source and detail of the first refused record for each reason."""
     first: dict[str, dict[str, str]] = {}
     wanted = {reason for reason, count in index["counts"]["quarantined"].items() if count}
     path = folder / index["quarantine"]["name"]
@@ -215,15 +221,15 @@ def _draw_packed(facts: dict[str, Any]) -> RenderableType:
     extra = f"lower bound {bound:,} · × {facts['sequences'] / bound:.4f}" if bound else ""
     handled = [f"{facts[name]:,} {name}" for name in ("split", "truncated", "dropped") if facts[name]]
     layout = "" if facts["layout"] == "plain" else f"layout {facts['layout']} · "
-    head = f"mask {facts['mask']} · {layout}{facts['seq_len']:,} tokens a sequence"
+    head = f"mask {facts['mask']} · {layout}{facts['seq_len']:,} tokens per sequence"
     return Group(
         title(facts["folder"], head + (f" · tokenizer {facts['tokenizer']}" if facts["tokenizer"] else "")),
         numbers(
             ("conversations", facts["conversations"], " · ".join(handled)),
             ("documents", facts["documents"], ""),
             ("sequences", facts["sequences"], extra),
-            ("tokens", facts["tokens"], share_bar(facts["fill"], "of all places filled", "cyan")),
-            ("targets", facts["target_tokens"], share_bar(facts["target_share"], "of the tokens trained", "green")),
+            ("tokens", facts["tokens"], share_bar(facts["fill"], "of all positions filled", "cyan")),
+            ("targets", facts["target_tokens"], share_bar(facts["target_share"], "of the tokens are targets", "green")),
         ),
         *histogram_bars("tokens per document", facts["lengths"]),
         *histogram_bars("answers per document", facts["answers"]),
@@ -243,6 +249,3 @@ def _draw_converted(facts: dict[str, Any]) -> RenderableType:
         *histogram_bars("turns per conversation", facts["turns"]),
         *quarantine(facts),
     )
-
-
-# ---- what commands have done ----

@@ -1,4 +1,4 @@
-"""What each command says when it is done."""
+"""Draw what each command reports when it is done."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from ismdata.convert import ConvertReport, Explanation
     from ismdata.pack import PackReport
     from ismdata.train import TrainReport
-from ismdata.cli.views.folders import _LISTED
-from ismdata.display import View, heading, numbers, printable, quarantine, title
+from ismdata.cli.views.quarantine import quarantine
+from ismdata.display import View, heading, numbers, printable, title
+
+#: Sources and files that are listed; of further ones only the number is shown.
+_LISTED_SOURCES, _LISTED_FILES = 12, 8
 
 
 def verify_report(report: VerifyReport) -> View:
-    """What `verify` found: the counts and that all is well, or every problem."""
+    """What `verify` found: counts if the folder is sound, otherwise every problem."""
     facts = {
         "folder": str(report.folder),
         "format": report.format,
@@ -33,13 +36,13 @@ def verify_report(report: VerifyReport) -> View:
     head = Text.assemble(
         ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
     )
-    # A path is of use only whole: no wrapping inside it.
+    # Do not wrap: a path is only useful in one piece.
     problems = [Text(f"  {printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
     return View(facts=facts, drawing=Group(head, *problems))
 
 
 def convert_report(report: ConvertReport) -> View:
-    """What `convert` has read and written."""
+    """What `convert` read and wrote."""
     first = {reason: {"source": one.source, "detail": one.detail} for reason, one in report.first.items()}
     facts = {
         "output": str(report.output),
@@ -64,8 +67,10 @@ def convert_report(report: ConvertReport) -> View:
         "shards": report.shards,
         "seconds": report.seconds,
     }
-    sources = [(f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED]]
-    if rest := report.sources[_LISTED:]:
+    sources = [
+        (f"{one.name}  ({one.format}, {one.layout})", one.records, "") for one in report.sources[:_LISTED_SOURCES]
+    ]
+    if rest := report.sources[_LISTED_SOURCES:]:
         sources.append((f"… and {len(rest):,} more sources", sum(one.records for one in rest), ""))
     parts = [
         title(str(report.output), f"{report.read:,} read, {report.written:,} written in {report.seconds:.1f} s"),
@@ -79,22 +84,26 @@ def convert_report(report: ConvertReport) -> View:
         parts.append(heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
     if left := [name for source in report.sources for name in source.left_aside]:
         parts.append(
-            heading("files left aside", ", ".join(left[:8]) + (f" and {len(left) - 8:,} more" if len(left) > 8 else ""))
+            heading(
+                "files not read",
+                ", ".join(left[:_LISTED_FILES])
+                + (f" and {len(left) - _LISTED_FILES:,} more" if len(left) > _LISTED_FILES else ""),
+            )
         )
     if report.ignored_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.ignored_fields.items())
-        parts.append(heading("fields left aside", names))
+        parts.append(heading("fields not used", names))
     parts += [heading("note", text) for text in report.notes]
     return View(facts=facts, drawing=Group(*parts))
 
 
 def explanation(found: Explanation) -> View:
-    """What a source would be taken for, its first record as it would be read, and a mapping to start from."""
+    """How a source would be read: its format, its first conversation, and a mapping to start from."""
     return View(facts=found.as_json(), drawing=Text(found.text()))
 
 
 def pack_report(report: PackReport) -> View:
-    """What `pack` has made; `ismdata inspect` shows the rest."""
+    """What `pack` wrote; `ismdata inspect` shows more."""
     first = {one.reason: {"source": one.source, "detail": one.detail} for one in reversed(report.first_refusals)}
     facts = {
         "output": str(report.output),
@@ -139,7 +148,7 @@ def train_report(report: TrainReport) -> View:
         numbers(
             ("parameters", report.parameters, ""),
             ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
-            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} a second"),
+            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} per second"),
             ("targets", report.target_tokens, ""),
         ),
     )

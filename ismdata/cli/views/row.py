@@ -1,7 +1,7 @@
-"""One packed row for the eye: its text by spans, what of it is trained, and the mask in half-block characters.
+"""Draw one packed row: its text by spans, its targets, and its mask in half-block characters.
 
-Kinds of span have a name and a colour; targets are underlined, and an answer that is trained has a full dot beside its
-name, one that is not an empty one, so that a pipe loses nothing.
+Each kind of span has a name and a colour. Targets are underlined. A full dot beside an answer's name says that it is
+trained, an empty dot that it is not, so that nothing is lost where there are no colours.
 """
 
 from __future__ import annotations
@@ -20,26 +20,33 @@ from rich.table import Table
 from rich.text import Text
 
 from ismdata.data import PackedSequence, PackedShards
-from ismdata.display import _PICTURES, printable
-from ismdata.masks import intervals
+from ismdata.display import printable
+from ismdata.masks import START, intervals
 
 KINDS = ("prompt", "query", "answer")
 _STYLES = {"prompt": "magenta", "query": "blue", "answer": "green"}
 
-#: The mask is drawn with at most so many cells a side.
+#: The mask is drawn with at most this many cells per side.
 _CELLS = 64
 _BEHIND, _AHEAD = "cyan", "yellow"
 
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
 
 def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """A row as a JSON object: documents, their spans as text, and which runs of these are targets."""
+    """Describe a row as a JSON object: its documents, their spans as text, and which parts of these are targets.
+
+    Args:
+        packed: The packed folder.
+        number: The row's number.
+        decode: Turns token ids into text.
+
+    Returns:
+        `row`, `rows`, `seq_len`, `mask`, `layout`, `target_tokens`, `padding_tokens` and `documents`.
+    """
     sequence = packed[number]
     documents = []
     ends = np.cumsum(sequence.seq_lens).tolist()
     for name, length, end in zip(sequence.conversation_ids, sequence.seq_lens.tolist(), ends, strict=True):
-        inside = (sequence.spans[:, 0] >= end - length) & (sequence.spans[:, 0] < end)
+        inside = (sequence.spans[:, START] >= end - length) & (sequence.spans[:, START] < end)
         spans = [_span(sequence, span, decode) for span in sequence.spans[inside].tolist()]
         documents.append({"conversation_id": name, "start": end - length, "end": end, "spans": spans})
     return {
@@ -63,7 +70,7 @@ def _span(sequence: PackedSequence, span: list[int], decode: Callable[[list[int]
         for low, high in itertools.pairwise(borders)
     ]
     facts = {"kind": KINDS[kind], "start": start, "end": end, "train": bool(train), "runs": runs}
-    if sequence.position_ids_2 is not None:  # first and last: within a span a position stands still or counts
+    if sequence.position_ids_2 is not None:  # the ends are enough: within a span a position is constant or counts up
         for name, positions in (("position_1", sequence.position_ids), ("position_2", sequence.position_ids_2)):
             facts[name] = [int(positions[start]), int(positions[end - 1])]
     return facts
@@ -71,7 +78,7 @@ def _span(sequence: PackedSequence, span: list[int], decode: Callable[[list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class RowDrawing:
-    """Draws a row's facts, and its mask from its spans, on a rich console."""
+    """Draws the facts about a row, and its mask, on a rich console."""
 
     facts: dict[str, Any]
     sequence: PackedSequence
@@ -104,9 +111,7 @@ class RowDrawing:
         seq_len = self.facts["seq_len"]
         seen, ahead = mask_cells(self.sequence, mask=self.mask, seq_len=seq_len)
         side = len(seen)
-        yield Text(
-            f"  each row what a token sees, each column a token seen, {seq_len / side:,.0f} tokens a cell", "dim"
-        )
+        yield Text(f"  row: a token, column: a token that it sees; {seq_len / side:,.0f} tokens per cell", "dim")
         yield Text(f"  ┌{'─' * side}┐", "dim")
         for upper in range(0, side, 2):
             line = Text.assemble(("  │", "dim"))
@@ -126,7 +131,7 @@ class RowDrawing:
 
 
 def _half_block(upper: str | None, lower: str | None, *, colours: bool) -> tuple[str, Style]:
-    """The character for two cells, one above the other, each a colour or nothing."""
+    """The character and style for two cells, one above the other; each is a colour or None."""
     if upper and lower:
         return ("▀", Style(color=upper, bgcolor=lower)) if colours and upper != lower else ("█", Style(color=upper))
     if upper:
@@ -135,9 +140,16 @@ def _half_block(upper: str | None, lower: str | None, *, colours: bool) -> tuple
 
 
 def mask_cells(sequence: PackedSequence, *, mask: str, seq_len: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The mask in at most 64 x 64 cells: which are mostly seen, and which of them mostly ahead of the token that sees.
+    """Reduce a row's mask to at most 64 x 64 cells.
 
-    bool[N, N] each. A cell is N-th by N-th of the sequence; it counts where at least half of it does.
+    Args:
+        sequence: The row.
+        mask: `ism`, `causal` or `prefix`.
+        seq_len: Tokens per sequence.
+
+    Returns:
+        Two arrays bool[N, N], N = min(64, seq_len). The first is true where at least half of a cell is visible, the
+        second where besides at least half of the visible part lies ahead of the token that sees it.
     """
     doc_start, kv_end = intervals(sequence.seq_lens, sequence.spans, seq_len=seq_len, mask=mask)
     side = min(_CELLS, seq_len)
@@ -145,7 +157,7 @@ def mask_cells(sequence: PackedSequence, *, mask: str, seq_len: int) -> tuple[ND
     token = np.arange(seq_len)
 
     def share(low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.float64]:
-        """Of each cell the part that lies in the intervals [low, high) of its rows, [N, N]."""
+        """The part of each cell, [N, N], that lies in the intervals [low, high) of its rows."""
         inside = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
         areas = np.add.reduceat(np.maximum(inside, 0), edges[:-1], axis=0)
         part: NDArray[np.float64] = areas / (np.diff(edges)[:, None] * np.diff(edges))
@@ -157,7 +169,7 @@ def mask_cells(sequence: PackedSequence, *, mask: str, seq_len: int) -> tuple[ND
 
 
 def draw_spans(spans: list[dict[str, Any]]) -> Table:
-    """Spans below each other: `kind` and `runs` of `text`, each a `target` or not."""
+    """Draw spans below each other. Each has a `kind` and `runs`: parts of its `text` that are a `target` or not."""
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(no_wrap=True, width=8, justify="right")
     table.add_column(overflow="fold", ratio=1)
@@ -178,7 +190,7 @@ def _range(ends: list[int]) -> str:
 
 
 def _border_breaks(text: Text) -> Text:
-    """The same text with a sign for the line break it begins or ends with, which would draw an empty line."""
+    """Show a line break at the start or end of a text as a sign; it would be drawn as an empty line."""
     if text.plain.startswith("\n"):
         text = Text.assemble(("⏎", "dim"), text[1:])
     if text.plain.endswith("\n"):

@@ -1,4 +1,4 @@
-"""What `ismdata template` shows: the facts of `rendering/template_report.py`, drawn."""
+"""Draw what `ismdata template` reports."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.text import Text
 from ismdata.cli.views.row import draw_spans
 from ismdata.display import printable
 
-#: What the report says where an answer's end is trained.
+#: When the end of an answer is trained.
 _TRAINED = {
     "always": "trained with every answer",
-    "last": "trained where the answer is the last message; in history answers end with their text",
-    "followed": "trained where another message follows; the last answer of a conversation has no end",
-    "never": "nothing: answers have no end that could be trained",
+    "last": "trained if the answer is the last message; answers in history end with their text",
+    "followed": "trained if another message follows; the last answer of a conversation has no end",
+    "never": "never trained: answers have no end",
 }
 _REASONING = {
     "kept": "kept, in history too",
-    "cut": "written in the newest answer, cut from history",
-    "left out": "left out: pack says how many answers that concerns",
-    "refused": "such conversations are refused",
+    "cut": "rendered in the newest answer, removed from history",
+    "left out": "left out; pack reports how many answers lose it",
+    "refused": "conversations with it are refused",
 }
 
 
@@ -36,11 +36,11 @@ def drawing(facts: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    stable = "yes: what was fed stays a prefix of what is rendered"
+    stable = "yes: the tokens fed so far stay a prefix of the next rendering"
     if not facts["prefix_stable"]:
         difference = facts["difference"] or {"fed": "", "rewritten": ""}
         stable = (
-            f"no: after {quoted(difference['fed'][:60])} was fed, it renders {quoted(difference['rewritten'][:60])}"
+            f"no: {quoted(difference['fed'][:60])} becomes {quoted(difference['rewritten'][:60])} in the next rendering"
         )
     table.add_row("prefix-stable", stable)
     table.add_row("generation prompt", quoted(facts["generation_prompt"]))
@@ -55,7 +55,7 @@ def drawing(facts: dict[str, Any]) -> RenderableType:
     table.add_row("reasoning, in the text", _REASONING[facts["reasoning_in_text"]])
     table.add_row("arguments of calls", f"read as {facts['arguments']}")
     if facts["prints_date"]:
-        table.add_row("date", "printed: pack fixes it with --template-date")
+        table.add_row("date", "printed; pack fixes it with --template-date")
 
     shapes = Table.grid(padding=(0, 2))
     shapes.add_column(no_wrap=True)
@@ -80,6 +80,6 @@ def drawing(facts: dict[str, Any]) -> RenderableType:
         "",
         shapes,
         "",
-        Rule(Text("a conversation with its spans", "bold"), align="left", style="dim", characters="─"),
-        draw_spans(spans) if spans else Text("none: the template refuses each that was tried"),
+        Rule(Text("example conversation with its spans", "bold"), align="left", style="dim", characters="─"),
+        draw_spans(spans) if spans else Text("none: the template refuses all conversations that were tried"),
     )
