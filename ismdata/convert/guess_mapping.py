@@ -17,9 +17,9 @@ import numpy as np
 
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.corpus_format import ID_FIELDS, CorpusFormat, Draft, Place
-from ismdata.convert.formats.dialogue_rows import cell_id, columns_of
-from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Said, at
-from ismdata.convert.formats.speakers import casts
+from ismdata.convert.formats.dialogue_rows import find_columns, id_text
+from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Utterance, value_at
+from ismdata.convert.formats.speakers import assign_roles
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
 from ismdata.errors import Refused
@@ -172,7 +172,7 @@ def _role_field(objects: Sequence[Mapping[str, Any]]) -> str | None:
     best: tuple[float, str] | None = None
     names = dict.fromkeys(name for fields in objects for name in fields if isinstance(name, str) and name)
     for path in [*names, *dict.fromkeys(path for fields in objects for path, _ in _texts(fields, ""))]:
-        values = [cell_id(at(fields, path)) for fields in objects]
+        values = [id_text(value_at(fields, path)) for fields in objects]
         said = [value for value in values if value is not None and len(value) <= _ROLE_LENGTH]
         if len(said) < len(objects) or not said:
             continue
@@ -190,13 +190,13 @@ def _role_field(objects: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _grouped(rows: list[dict[str, Any]]) -> Mapped | None:
     """Rows that belong together by an id: the usual column names, else an id that comes again and a role."""
-    columns = columns_of(rows[0])
+    columns = find_columns(rows[0])
     if columns is not None:
         return Mapped(group=columns.dialogue, order=columns.order, role=columns.speaker, content=columns.text)
     role = _role_field(rows)
     texts = [name for name in _text_fields(rows) if name != role]
     for name in rows[0]:
-        values = [cell_id(row.get(name)) for row in rows]
+        values = [id_text(row.get(name)) for row in rows]
         groups = set(values)
         runs = 1 + sum(one != other for one, other in pairwise(values))
         content = next((text for text in texts if text != name), None)
@@ -210,7 +210,7 @@ def _grouped(rows: list[dict[str, Any]]) -> Mapped | None:
 def _order(rows: list[dict[str, Any]], taken: set[str | None]) -> str | None:
     for name in rows[0]:
         if name and name not in taken and re.search(r"turn|idx|index|order|pos|num|seq|^no?\b|utt", name.lower()):
-            values = [cell_id(row.get(name)) for row in rows]
+            values = [id_text(row.get(name)) for row in rows]
             if all(value is not None and re.fullmatch("[0-9]{1,9}", value) for value in values):
                 return name
     return None
@@ -234,7 +234,7 @@ def _exchanged(rows: list[dict[str, Any]], sides: tuple[str, str]) -> Mapped | N
 def _cut(rows: list[dict[str, Any]]) -> Mapped | None:
     """The field with the most text, where it is cut by marks that stand between turns."""
     for name in _text_fields(rows)[:3]:
-        texts = [text for text in (at(row, name) for row in rows) if isinstance(text, str)]
+        texts = [text for text in (value_at(row, name) for row in rows) if isinstance(text, str)]
         found = _one_string(name, texts)
         if found is not None:
             return found
@@ -256,10 +256,10 @@ def _one_string(path: str, texts: list[str]) -> Mapped | None:
     return None
 
 
-def _said(mapped: Mapped, record: Any) -> list[Said]:
+def _said(mapped: Mapped, record: Any) -> list[Utterance]:
     """The messages of a record before roles are given; none where it is refused."""
     try:
-        return mapped.said(record)
+        return mapped.utterances(record)
     except Refused:
         return []
 
@@ -278,7 +278,7 @@ def _roles(talks: Sequence[Sequence[str]]) -> dict[str, str]:
     names = dict.fromkeys(name.strip() for talk in talks for name in talk)
     unknown = [name for name in names if name.lower() not in ROLE_NAMES]
     try:
-        found = casts(list(names), ROLE_NAMES, "second")[0][1]
+        found = assign_roles(list(names), ROLE_NAMES, "second")[0][1]
     except Refused:
         usual = Counter(name for talk in talks for name in {speaker.strip() for speaker in talk})
         always = [name for name in unknown if usual[name] >= 0.9 * len(talks)]
@@ -292,7 +292,7 @@ def _id_field(records: Sequence[Any]) -> str | None:
     if len(rows) < 2 or any(name in rows[0] for name in ID_FIELDS):
         return None
     for name in rows[0]:
-        values = [cell_id(row.get(name)) for row in rows]
+        values = [id_text(row.get(name)) for row in rows]
         called = isinstance(name, str) and re.search(r"(^|_)id$|[a-z]I[dD]$|^qid$", name) is not None
         if called and None not in values and len(set(values)) == len(values):
             return str(name)
@@ -306,5 +306,5 @@ def _numbered(name: Any) -> bool:
 def _amount(mapped: Mapped, elements: Sequence[Any]) -> int:
     """How much text a list would give."""
     names = mapped.exchange or ((mapped.content or WHOLE),)
-    texts = (at(element, name) for element in elements for name in names)
+    texts = (value_at(element, name) for element in elements for name in names)
     return sum(len(text) for text in texts if isinstance(text, str))

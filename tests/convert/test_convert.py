@@ -391,7 +391,7 @@ def test_sources_that_are_none(tmp_path):
     (tmp_path / "corpus.jsonl").write_bytes(lines({"instruction": "q", "output": "a"}))
     with pytest.raises(DataError, match=r"found JSON Lines; expected lines of text.*Leave out --format dailydialog"):
         convert([str(tmp_path / "corpus.jsonl")], out, format="dailydialog")
-    with pytest.raises(DataError, match=r"corpus\.jsonl:1: the record has no 'messages'"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: the record has the fields .*; expected 'messages'"):
         convert([str(tmp_path / "corpus.jsonl")], out, format="messages")
     assert not out.exists()
 

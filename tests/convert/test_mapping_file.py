@@ -17,7 +17,7 @@ from ismdata.conversation import ROLES
 from ismdata.convert.canonical import Rules, canonicalize, role_table
 from ismdata.convert.corpus_format import Choices, CorpusFormat, with_choices
 from ismdata.convert.explain import explain, explain_records
-from ismdata.convert.formats.mapped import Mapped, at, without
+from ismdata.convert.formats.mapped import Mapped, remove_at, value_at
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.guess_mapping import guessed, regrouped
 from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
@@ -142,11 +142,11 @@ def test_the_rest_of_a_record() -> None:
 
 def test_paths() -> None:
     record = {"a": {"b": [{"c": 1}]}, "a.b": 2}
-    assert (at(record, "a.b"), at(record, "a.b.0.c"), at(record, ".")) == (2, 1, record)
-    assert without(record, "a.b") == {"a": {"b": [{"c": 1}]}}
-    assert without({"a": {"b": 1, "c": 2}}, "a.b") == {"a": {"c": 2}}
-    assert without({"a": [1], "d": 3}, "a.0") == {"d": 3}
-    assert without(record, "x.y") == record
+    assert (value_at(record, "a.b"), value_at(record, "a.b.0.c"), value_at(record, ".")) == (2, 1, record)
+    assert remove_at(record, "a.b") == {"a": {"b": [{"c": 1}]}}
+    assert remove_at({"a": {"b": 1, "c": 2}}, "a.b") == {"a": {"c": 2}}
+    assert remove_at({"a": [1], "d": 3}, "a.0") == {"d": 3}
+    assert remove_at(record, "x.y") == record
 
 
 # ---- what the file cannot say ----

@@ -1,1 +1,1 @@
-"""One corpus format a file, and their registry."""
+"""The corpus formats, one file per format or family of formats, and their registry."""

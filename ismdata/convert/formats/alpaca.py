@@ -1,4 +1,4 @@
-"""Alpaca: one instruction, its answer, and the exchanges before it in `history`."""
+"""Alpaca: an instruction and its answer, with earlier exchanges in `history`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ import pyarrow.compute as pc
 from ismdata.arrays import offsets_of
 from ismdata.convert.columnar import BLANKS, flat_list, held, mask, per_record
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.speakers import spoken
+from ismdata.convert.formats.fields import missing_field, take_text
+from ismdata.convert.formats.speakers import to_messages
 from ismdata.errors import Refused, shown
 
-_TEXTS = ("instruction", "input", "output", "system", "tools")
+_TEXTS = ("instruction", "input", "output", "system")
 _SCHEMA = pa.schema(
-    [("id", pa.string()), *((name, pa.string()) for name in _TEXTS), ("history", pa.list_(pa.list_(pa.string())))]
+    [
+        *((name, pa.string()) for name in ("id", *_TEXTS, "tools")),
+        ("history", pa.list_(pa.list_(pa.string()))),
+    ]
 )
-#: How a prompt ends that is a whole dialogue, and how its turns open.
+#: The end of a prompt that holds a whole dialogue, and the start of each turn in it.
 ANSWER_MARK = "Assistant:"
 _TURN = re.compile(r"\n(Human|Assistant):")
 _NAMES = pa.array(["system", "user", "assistant"])
@@ -29,7 +33,7 @@ _NAMES = pa.array(["system", "user", "assistant"])
 
 @dataclass(frozen=True, kw_only=True)
 class Alpaca(CorpusFormat):
-    """`instruction` and `input` (joined by a line break) are the user's, `output` is the assistant's."""
+    """The user's message is `instruction` and `input`, joined by a line break; the assistant's is `output`."""
 
     expects: str = "instruction/input/output, history, system"
     plain_text: bool = False
@@ -41,19 +45,15 @@ class Alpaca(CorpusFormat):
         fields = dict(fields_of(record))
         for name in ("instruction", "output"):
             if name not in fields:
-                found = f"the record has no {name!r}; it has {', '.join(fields) or 'nothing'}"
-                raise Refused("missing_field", f"{found}; expected {self.expects}")
-        texts = {name: fields.pop(name, None) for name in _TEXTS if name != "tools"}
-        for name, text in texts.items():
-            if text is not None and not isinstance(text, str):
-                raise Refused("invalid_field", f"{name} is {kind_of(text)}; expected a string")
-        messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
-        for pair in _pairs(fields.pop("history", None)):
-            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+                raise missing_field(fields, f"{name!r}, as in {self.expects}")
+        texts = {name: take_text(fields, name) for name in _TEXTS}
+        messages: list[dict[str, Any]] = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        for pair in _history_pairs(fields.pop("history", None)):
+            messages += to_messages(("user", "assistant"), pair)
         parts = [text for text in (texts["instruction"], texts["input"]) if text]
         prompt = "\n".join(parts) if parts else texts["instruction"]
-        earlier = earlier_turns(prompt) if isinstance(prompt, str) else []
-        messages += spoken(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
+        earlier = split_prompt(prompt) if isinstance(prompt, str) else []
+        messages += to_messages(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
         messages.append({"role": "assistant", "content": texts["output"]})
         tools = fields.pop("tools", None)
         return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
@@ -72,14 +72,14 @@ class Alpaca(CorpusFormat):
         joined = pc.binary_join_element_wise(instruction, given, "\n")
         prompts = pc.if_else(pa.array(held(table["input"])), joined, instruction)
 
-        # Rows that need care may have ragged pairs: their history is left out here so that the others line up.
+        # Rows that need care may have ragged pairs; counting no history for them keeps the other rows aligned.
         counts = np.where(care, 0, np.diff(pair_offsets))
         first = sizes[pair_offsets[:-1]]
         with_system = held(table["system"])
         offsets = offsets_of(with_system + 2 * counts + 2)
         n, total = len(care), int(offsets[-1])
-        # One pool of texts, and for each message the place in it of its text: system, history, prompt, output.
-        pool = pa.concat_arrays([table["system"].combine_chunks(), earlier, prompts, output])
+        # All texts in one array: system, history, prompt, output. `at` is the index of each message's text in it.
+        texts = pa.concat_arrays([table["system"].combine_chunks(), earlier, prompts, output])
         at = np.empty(total, np.int64)
         role = np.zeros(total, np.int8)
         at[offsets[:-1][with_system]] = np.flatnonzero(with_system)
@@ -96,15 +96,15 @@ class Alpaca(CorpusFormat):
             ids=table["id"].combine_chunks(),
             offsets=offsets,
             roles=pa.DictionaryArray.from_arrays(pa.array(role), _NAMES),
-            contents=pool.take(pa.array(at)),
+            contents=texts.take(pa.array(at)),
             care=care,
         )
 
 
-def earlier_turns(prompt: str) -> list[tuple[str, str]]:
-    """The turns of a prompt that is a dialogue up to the mark of the answer, as BELLE has them; else empty.
+def split_prompt(prompt: str) -> list[tuple[str, str]]:
+    """The turns of a prompt that is a dialogue ending in "Assistant:", as in BELLE; an empty list for other prompts.
 
-    >>> earlier_turns("Human:Hi\\nAssistant:Hello!\\nHuman:Bye\\nAssistant:")
+    >>> split_prompt("Human:Hi\\nAssistant:Hello!\\nHuman:Bye\\nAssistant:")
     [('Human', 'Hi'), ('Assistant', 'Hello!'), ('Human', 'Bye')]
     """
     if not prompt.rstrip().endswith(ANSWER_MARK):
@@ -116,7 +116,7 @@ def earlier_turns(prompt: str) -> list[tuple[str, str]]:
     return turns[:-1] if begins and ordered and len(turns) > 1 and not turns[-1][1] else []
 
 
-def _pairs(history: Any) -> list[Any]:
+def _history_pairs(history: Any) -> list[Any]:
     if history is None:
         return []
     if not isinstance(history, list):

@@ -1,4 +1,4 @@
-"""What ChatGPT exports: a tree of messages in `mapping`, of which the path to `current_node` was last on the screen."""
+"""Chats as ChatGPT exports them: a tree of messages in `mapping`; the path to `current_node` is the chat last shown."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.errors import Refused, shown
 
-#: Content types that are no part of what was said: thoughts, settings.
+#: Content types that are no part of the conversation: thoughts, settings.
 _ASIDE = frozenset({"user_editable_context", "model_editable_context", "thoughts", "reasoning_recap"})
 _OTHER_BRANCHES = "messages of other branches"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatGptExport(CorpusFormat):
-    """A record is a chat: the messages from the root of `mapping` to `current_node`; other branches are left out."""
+    """A record is a chat: the messages from the root of `mapping` to `current_node`. Other branches are left out."""
 
     expects: str = "mapping and current_node, as ChatGPT exports chats"
     plain_text: bool = False
@@ -30,36 +30,36 @@ class ChatGptExport(CorpusFormat):
         if not isinstance(mapping, dict):
             raise Refused("invalid_field", f"mapping is {kind_of(mapping)}; expected an object of messages by id")
         path = _path(mapping, current)
-        ignored = [_OTHER_BRANCHES] * (sum(_said(node) is not None for node in mapping.values()) - len(path))
-        messages = [message for node in path for message in _messages(node, ignored)]
+        ignored = [_OTHER_BRANCHES] * (sum(_message_of(node) is not None for node in mapping.values()) - len(path))
+        messages = [message for node in path for message in _converted(node, ignored)]
         return [Draft(messages=messages, id=take_id(fields), extra=fields, ignored=ignored)]
 
 
 def _path(mapping: Mapping[str, Any], current: Any) -> list[dict[str, Any]]:
-    """The messages that lead to the current one, root first. Raises Refused where they do not hang together."""
+    """The messages from the root to the current one. Raises Refused if a parent is missing or they form a circle."""
     path: list[dict[str, Any]] = []
     seen: set[str] = set()
     while current is not None:
         node = mapping.get(current) if isinstance(current, str) else None
         if not isinstance(node, dict):
-            raise Refused("broken_tree", f"the message {shown(current)} is not in mapping; expected all of the chat")
+            raise Refused("broken_tree", f"the message {shown(current)} is not in mapping; expected the complete chat")
         if current in seen:
             raise Refused("broken_tree", f"the message {shown(current)} is its own ancestor; expected a tree")
         seen.add(current)
-        said = _said(node)
-        path += [said] if said is not None else []
+        message = _message_of(node)
+        path += [message] if message is not None else []
         current = node.get("parent")
     return path[::-1]
 
 
-def _said(node: Any) -> dict[str, Any] | None:
+def _message_of(node: Any) -> dict[str, Any] | None:
     message = node.get("message") if isinstance(node, dict) else None
     return message if isinstance(message, dict) else None
 
 
-def _messages(said: Mapping[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
-    """The message of a node; none where it holds no words that were said. Raises Refused."""
-    author, content = said.get("author"), said.get("content")
+def _converted(message: Mapping[str, Any], ignored: list[str]) -> list[dict[str, Any]]:
+    """The message of a draft; none for thoughts, settings and an empty system prompt. Raises Refused."""
+    author, content = message.get("author"), message.get("content")
     role = author.get("role") if isinstance(author, dict) else None
     kind = content.get("content_type") if isinstance(content, dict) else None
     parts = content.get("parts") if isinstance(content, dict) else None
@@ -68,10 +68,10 @@ def _messages(said: Mapping[str, Any], ignored: list[str]) -> list[dict[str, Any
         return []
     if kind != "text" or not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         what = f"content of type {shown(kind)}" if kind != "text" else "parts that are not text"
-        raise Refused("unsupported_content", f"a message of {shown(role)} has {what}; expected text only")
+        raise Refused("unsupported_content", f"a message of {shown(role)} has {what}; expected only text")
     text = "".join(parts)
     if not text and role == "system":
-        return []  # each chat opens with one
+        return []  # each chat begins with one
     return [{"role": role, "content": text}]
 
 

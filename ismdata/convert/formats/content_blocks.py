@@ -1,6 +1,6 @@
-"""Messages made of blocks, as the APIs of Anthropic, Amazon Bedrock and Google have them, in the shape of OpenAI's.
+"""Messages made of blocks (the APIs of Anthropic, Amazon Bedrock and Google), converted to OpenAI's messages.
 
-There a tool's result is a block of a user's message; here it is a message of its own.
+In those APIs a tool's result is a block of a user's message; with OpenAI it is a message of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from ismdata.convert.canonical import json_text
 
-#: Keys of blocks that bear no `type`: Bedrock's, then Gemini's, in both of its spellings.
+#: Keys of blocks without a `type`: Bedrock's, then Gemini's in both spellings.
 _KEYS = (
     "toolUse",
     "toolResult",
@@ -21,20 +21,21 @@ _KEYS = (
     "function_response",
     "text",
 )
-_SPREAD = frozenset({"tool_use", "tool_result"})
+_TOOL_TYPES = frozenset({"tool_use", "tool_result"})
 
 
 def has_blocks(content: Any) -> bool:
-    """Whether a message's content holds blocks that OpenAI's messages do not have."""
+    """Whether a message's content has blocks that OpenAI's messages do not have."""
     return isinstance(content, list) and any(
-        isinstance(block, dict) and (block.get("type") in _SPREAD if _typed(block) else True) for block in content
+        isinstance(block, dict) and (block.get("type") in _TOOL_TYPES if _has_type(block) else True)
+        for block in content
     )
 
 
-def spread(message: Mapping[str, Any], blocks: Sequence[Any]) -> list[dict[str, Any]]:
-    """A message with such blocks as messages with `content`, `tool_calls` and `tool_call_id`, in order.
+def split_blocks(message: Mapping[str, Any], blocks: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages with `content`, `tool_calls` and `tool_call_id`, in order, from a message with such blocks.
 
-    What is neither text nor of a tool stays as a typed part, which is refused as such later on.
+    Blocks that are neither text nor about a tool remain as parts with a type, which are refused later.
     """
     found: list[dict[str, Any]] = []
     parts: list[Any] = []
@@ -47,7 +48,7 @@ def spread(message: Mapping[str, Any], blocks: Sequence[Any]) -> list[dict[str, 
         calls.clear()
 
     for block in blocks:
-        kind, body = _kind_of(block)
+        kind, body = _converted(block)
         if kind == "call":
             calls.append(body)
         elif kind == "result":
@@ -59,22 +60,22 @@ def spread(message: Mapping[str, Any], blocks: Sequence[Any]) -> list[dict[str, 
     return found or [{**message, "content": ""}]
 
 
-def tools_of(tools: Any) -> Any:
-    """Tool descriptions in OpenAI's shape where they are in one of the others; all else as it stands."""
+def openai_tools(tools: Any) -> Any:
+    """Tool descriptions of these APIs in OpenAI's shape; anything else is returned unchanged."""
     if isinstance(tools, dict) and isinstance(tools.get("tools"), list):
         tools = tools["tools"]  # Bedrock's toolConfig
     if not isinstance(tools, list):
         return tools
     found: list[Any] = []
     for tool in tools:
-        declared = next((_held(tool, name) for name in ("functionDeclarations", "function_declarations")), None)
-        spec = _held(tool, "toolSpec")
+        declared = next((_get(tool, name) for name in ("functionDeclarations", "function_declarations")), None)
+        spec = _get(tool, "toolSpec")
         if isinstance(declared, list):
             found += declared
         elif isinstance(spec, dict):
             schema = spec.get("inputSchema")
             found.append(_function(spec, "inputSchema", schema.get("json") if isinstance(schema, dict) else schema))
-        elif isinstance(_held(tool, "input_schema"), dict):
+        elif isinstance(_get(tool, "input_schema"), dict):
             found.append(_function(tool, "input_schema", tool["input_schema"]))
         else:
             found.append(tool)
@@ -82,7 +83,7 @@ def tools_of(tools: Any) -> Any:
 
 
 def system_blocks(value: Any) -> Any:
-    """The text or the blocks of a system prompt, of Gemini's too: `{"parts": […]}`."""
+    """The text or the list of blocks of a system prompt; Gemini's is `{"parts": […]}`."""
     parts = value.get("parts", value) if isinstance(value, dict) else value
     return [parts] if isinstance(parts, dict) else parts
 
@@ -92,19 +93,19 @@ def _function(tool: Mapping[str, Any], schema_name: str, schema: Any) -> dict[st
     return {"type": "function", "function": {**rest, "parameters": schema}}
 
 
-def _typed(block: Mapping[str, Any]) -> bool:
+def _has_type(block: Mapping[str, Any]) -> bool:
     return isinstance(block.get("type"), str)
 
 
-def _held(value: Any, name: str) -> Any:
+def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _kind_of(block: Any) -> tuple[str, Any]:
-    """What a block is ("call", "result" or "part") and what becomes of it."""
+def _converted(block: Any) -> tuple[str, Any]:
+    """The kind of a block ("call", "result" or "part") and its body in OpenAI's shape."""
     if not isinstance(block, dict):
         return "part", block
-    if _typed(block):
+    if _has_type(block):
         if block["type"] == "tool_use":
             return "call", _call(block, "id", "input")
         if block["type"] == "tool_result":
@@ -121,14 +122,14 @@ def _kind_of(block: Any) -> tuple[str, Any]:
     if name in ("functionCall", "function_call"):
         return "call", _call(body, "id", "args")
     if name == "toolResult":
-        return "result", _result(body, "toolUseId", _held(body, "content"))
+        return "result", _result(body, "toolUseId", _get(body, "content"))
     if name in ("functionResponse", "function_response"):
-        return "result", {**_result(body, "id", [{"json": _held(body, "response")}]), "name": _held(body, "name")}
-    return "part", {"type": "thinking", "text": _held(_held(body, "reasoningText"), "text")}
+        return "result", {**_result(body, "id", [{"json": _get(body, "response")}]), "name": _get(body, "name")}
+    return "part", {"type": "thinking", "text": _get(_get(body, "reasoningText"), "text")}
 
 
 def _call(body: Any, id_name: str, arguments: str) -> Any:
-    """A tool call in OpenAI's shape; what is no object is left for the check of tool calls to refuse."""
+    """A tool call in OpenAI's shape. A value that is no object is returned as is; it is refused later."""
     if not isinstance(body, dict):
         return body
     call = {"type": "function", "function": {"name": body.get("name"), "arguments": body.get(arguments)}}
@@ -137,11 +138,11 @@ def _call(body: Any, id_name: str, arguments: str) -> Any:
 
 def _result(body: Any, id_name: str, content: Any) -> dict[str, Any]:
     blocks = content if isinstance(content, list) else ["" if content is None else content]
-    return {"tool_call_id": _held(body, id_name), "content": [_result_part(block) for block in blocks]}
+    return {"tool_call_id": _get(body, id_name), "content": [_result_part(block) for block in blocks]}
 
 
 def _result_part(block: Any) -> Any:
-    if isinstance(block, dict) and not _typed(block):
+    if isinstance(block, dict) and not _has_type(block):
         if "json" in block:
             return {"type": "text", "text": json_text(block["json"], "a tool's result")}
         if "text" in block:

@@ -1,4 +1,4 @@
-"""DailyDialog: one dialogue a line, `__eou__` after or between utterances, speakers alternate."""
+"""DailyDialog: one dialogue per line, with `__eou__` after each utterance or between two; the speakers alternate."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ismdata.arrays import offsets_of
 from ismdata.choices import Side
 from ismdata.convert.columnar import BLANKS, flat_list, mask
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
-from ismdata.convert.formats.speakers import alternating, spoken, turns
+from ismdata.convert.formats.speakers import alternating_role_column, alternating_roles, to_messages
 from ismdata.errors import Refused, shown
 
 END_OF_UTTERANCE = "__eou__"
-#: XDailyDialog has topic, acts and emotions beside the text: columns of numbers, one for the line or one an utterance.
+#: XDailyDialog has topic, acts and emotions after the text: columns of numbers, one per line or one per utterance.
 _LABELS = re.compile(r"[0-9]+( [0-9]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DailyDialog(CorpusFormat):
-    """Blanks around an utterance go, and so does the empty piece after a last `__eou__`.
+    """Whitespace around an utterance is removed, and so is the empty piece after a final `__eou__`.
 
-    Columns of numbers after the text, set apart by tabs, are labels: they become the list `labels` in `meta`.
+    Columns of numbers after the text, separated by tabs, are labels: they become the list `labels` in `meta`.
     """
 
     expects: str = "lines of text with __eou__ after each utterance"
@@ -46,13 +46,13 @@ class DailyDialog(CorpusFormat):
         text, *labels = record.split("\t")
         for number, label in enumerate(labels, 2):
             if not _LABELS.fullmatch(label):
-                found = f"the line has a tab, and after it {shown(label)} as column {number}"
+                found = f"after a tab, column {number} of the line is {shown(label)}"
                 raise Refused("invalid_row", f"{found}; expected labels, which are numbers, or no tab")
-        pieces = pieces_of(text, END_OF_UTTERANCE)
+        utterances = split_utterances(text, END_OF_UTTERANCE)
         extra = {"labels": labels} if labels else {}
         return [
-            Draft(messages=spoken(roles, pieces), part=part, extra=extra)
-            for part, roles in alternating(len(pieces), self.assistant)
+            Draft(messages=to_messages(roles, utterances), part=part, extra=extra)
+            for part, roles in alternating_roles(len(utterances), self.assistant)
         ]
 
     def parse_block(self, block: Block) -> Columns | None:
@@ -63,10 +63,10 @@ class DailyDialog(CorpusFormat):
         return replace(columns, care=columns.care | mask(pc.match_substring(lines, "\t")))
 
 
-def pieces_of(line: str, separator: str) -> list[str]:
-    """The utterances of a line without the blanks around them; what is empty after a last separator is none.
+def split_utterances(line: str, separator: str) -> list[str]:
+    """The utterances of a line without surrounding whitespace; an empty piece after the last separator is dropped.
 
-    >>> pieces_of("Hi ! __eou__ Hello ! __eou__", "__eou__")
+    >>> split_utterances("Hi ! __eou__ Hello ! __eou__", "__eou__")
     ['Hi !', 'Hello !']
     """
     pieces = [piece.strip() for piece in line.split(separator)]
@@ -74,7 +74,7 @@ def pieces_of(line: str, separator: str) -> list[str]:
 
 
 def columns_of_lines(lines: pa.Array, separator: str, assistant: Side, *, fewest: int = 1) -> Columns:
-    """`pieces_of` for string[N] at once; lines of less than `fewest` pieces need care. Not for "both"."""
+    """`split_utterances` of string[N] at once; lines with fewer than `fewest` utterances need care. Not for "both"."""
     offsets, pieces = flat_list(pa.chunked_array([pc.split_pattern(lines, separator)]))
     pieces = pc.utf8_trim(pieces, BLANKS)
     keep = np.ones(len(pieces), np.bool_)
@@ -84,7 +84,7 @@ def columns_of_lines(lines: pa.Array, separator: str, assistant: Side, *, fewest
     return Columns(
         ids=None,
         offsets=offsets,
-        roles=turns(offsets, assistant),
+        roles=alternating_role_column(offsets, assistant),
         contents=pieces.filter(pa.array(keep)),
         care=np.diff(offsets) < fewest,
     )

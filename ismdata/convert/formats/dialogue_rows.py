@@ -1,34 +1,32 @@
-"""Rows of a table, each an utterance with the id of its dialogue and the name of its speaker, as MELD's CSV files."""
+"""Rows of a table, each an utterance with its dialogue's id and its speaker's name, as in MELD's CSV files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ismdata.choices import Side
-from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of
-from ismdata.convert.formats.speakers import played
-from ismdata.convert.sources.grouping import by_key, in_order
+from ismdata.convert.corpus_format import Block, Draft, Place, fields_of, kind_of
+from ismdata.convert.formats.fields import missing_field
+from ismdata.convert.formats.speakers import SpeakerFormat, to_messages
+from ismdata.convert.sources.grouping import group_by_key, sort_rows
 from ismdata.errors import Refused, shown
 
-#: The usual names of the columns, without regard to case and to what is no letter; the first one present is read.
+#: The usual column names, in lower case and without anything but letters; the first one present is read.
 _DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "sessionid", "threadid")
 _ORDERS = ("utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
 _SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername")
 _TEXTS = ("utterance", "text", "content", "message")
 
-
-#: The columns of EmpatheticDialogues, whose texts have a word for the comma.
+#: The columns of EmpatheticDialogues, whose texts spell the comma as `_comma_`.
 _EMPATHETIC = frozenset({"conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowColumns:
-    """Which column holds what; without an `order` rows come as they stand."""
+    """The names of the columns. Without `order`, rows stay in the order of the file."""
 
     dialogue: str
     order: str | None
@@ -37,63 +35,65 @@ class RowColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DialogueRows(CorpusFormat):
+class DialogueRows(SpeakerFormat):
     """A record is the list of the rows of one dialogue."""
-
-    roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
-    assistant: Side = "second"
 
     @property
     def expects(self) -> str:
         return "rows of dialogue_id, turn, speaker, text"
 
     def matches(self, record: Any) -> bool:
-        columns = columns_of(record)
+        columns = find_columns(record)
         if columns is None:
             return False
         speaker, text = record[columns.speaker], record[columns.text]
-        return cell_id(record[columns.dialogue]) is not None and isinstance(speaker, str) and isinstance(text, str)
+        return id_text(record[columns.dialogue]) is not None and isinstance(speaker, str) and isinstance(text, str)
 
     def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
-        yield from by_key(blocks, _dialogue)
+        yield from group_by_key(blocks, _dialogue_of)
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
-        rows = [fields_of(row) for row in (record if isinstance(record, list) else [record])]
-        if not rows:
-            raise Refused("no_messages", "the dialogue has no rows")
-        columns = _expected_columns(rows[0])
-        rows = in_order(rows, columns.order)
-        speakers = [speaker_of(row.get(columns.speaker), number) for number, row in enumerate(rows, 1)]
-        used = {columns.dialogue, columns.order, columns.speaker, columns.text}
-        extra, ignored = shared(rows, used)
+        rows = rows_of(record)
+        columns = _required_columns(rows[0])
+        rows = sort_rows(rows, columns.order)
+        speakers = [speaker_name(row.get(columns.speaker), number) for number, row in enumerate(rows, 1)]
+        extra, ignored = other_cells(rows, {columns.dialogue, columns.order, columns.speaker, columns.text})
         texts = [row.get(columns.text) for row in rows]
         if rows[0].keys() >= _EMPATHETIC:
             texts = [text.replace("_comma_", ",") if isinstance(text, str) else text for text in texts]
         return [
             Draft(
-                messages=[{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)],
-                id=cell_id(rows[0].get(columns.dialogue)),
+                messages=to_messages(roles, texts),
+                id=id_text(rows[0].get(columns.dialogue)),
                 extra=extra,
                 ignored=ignored,
                 part=part,
             )
-            for part, roles in played(speakers, self.roles, self.assistant)
+            for part, roles in self.roles_of(speakers)
         ]
 
 
-def columns_of(record: Any) -> RowColumns | None:
-    """The columns that a row has, or None when one is missing.
+def rows_of(record: Any) -> list[dict[str, Any]]:
+    """The rows of a dialogue; a single row is a dialogue too. Raises Refused if there is none, or one is no object."""
+    rows = [fields_of(row) for row in (record if isinstance(record, list) else [record])]
+    if not rows:
+        raise Refused("no_messages", "the dialogue has no rows")
+    return rows
 
-    >>> columns_of({"Dialogue_ID": "0", "Speaker": "Ann", "Utterance": "Hi"})
+
+def find_columns(record: Any) -> RowColumns | None:
+    """The columns of a row, or None if one is missing.
+
+    >>> find_columns({"Dialogue_ID": "0", "Speaker": "Ann", "Utterance": "Hi"})
     RowColumns(dialogue='Dialogue_ID', order=None, speaker='Speaker', text='Utterance')
     """
     if not isinstance(record, dict) or not all(isinstance(name, str) for name in record):
         return None
-    return _columns(tuple(record))
+    return _columns_among(tuple(record))
 
 
 @lru_cache(maxsize=256)
-def _columns(names: tuple[str, ...]) -> RowColumns | None:
+def _columns_among(names: tuple[str, ...]) -> RowColumns | None:
     plain: dict[str, str] = {}
     for name in names:
         plain.setdefault(re.sub(r"[\W_]+", "", name.lower()), name)
@@ -107,46 +107,49 @@ def _columns(names: tuple[str, ...]) -> RowColumns | None:
     return RowColumns(dialogue=dialogue, order=first(_ORDERS), speaker=speaker, text=text)
 
 
-def _expected_columns(row: dict[str, Any]) -> RowColumns:
-    columns = columns_of(row)
+def _required_columns(row: dict[str, Any]) -> RowColumns:
+    columns = find_columns(row)
     if columns is None:
-        found = f"the row has {', '.join(map(str, row)) or 'nothing'}"
-        raise Refused("missing_field", f"{found}; expected columns such as dialogue_id, speaker and text")
+        raise missing_field(row, "columns such as dialogue_id, speaker and text")
     return columns
 
 
-def _dialogue(row: Any) -> Hashable:
+def _dialogue_of(row: Any) -> Hashable:
     fields = fields_of(row)
-    return group_of(fields, _expected_columns(fields).dialogue)
+    return dialogue_id(fields, _required_columns(fields).dialogue)
 
 
-def group_of(row: dict[str, Any], column: str) -> Hashable:
-    """What rows of one dialogue have in common. Raises Refused when a row does not say."""
-    name = cell_id(row.get(column))
+def dialogue_id(row: dict[str, Any], column: str) -> Hashable:
+    """The id that the rows of one dialogue share. Raises Refused if the row has none."""
+    name = id_text(row.get(column))
     if name is None:
         raise Refused("missing_field", f"{column} is {shown(row.get(column))}; expected the id of a dialogue")
     return name
 
 
-def cell_id(value: Any) -> str | None:
-    """A text or number that can name something, as text."""
+def id_text(value: Any) -> str | None:
+    """A string or number that can be an id, as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         return None
     return str(value) if not isinstance(value, int) or abs(value) < 1 << 64 else None
 
 
-def speaker_of(value: Any, number: int) -> str:
-    """Who speaks message `number`. Raises Refused when that is not said."""
+def speaker_name(value: Any, number: int) -> str:
+    """The name of the speaker of message `number`. Raises Refused if there is none."""
     if value is None or value == "":
-        raise Refused("missing_role", f"message {number} does not say who speaks; expected a name")
-    name = cell_id(value)
+        raise Refused("missing_role", f"message {number} has no speaker; expected a name")
+    name = id_text(value)
     if name is None:
         raise Refused("invalid_field", f"the speaker of message {number} is {kind_of(value)}; expected a name")
     return name
 
 
-def shared(rows: Sequence[dict[str, Any]], used: Iterable[str | None]) -> tuple[dict[str, Any], list[str]]:
-    """What all rows of a dialogue say alike, for its `meta`, and the names of the other cells, once for each."""
+def other_cells(rows: Sequence[dict[str, Any]], used: Iterable[str | None]) -> tuple[dict[str, Any], list[str]]:
+    """The cells outside the columns `used`.
+
+    Returns:
+        The cells that are equal in all rows, for `meta`, and the column name of each other cell that is not empty.
+    """
     first, done = rows[0], set(used)
     extra = {
         name: value

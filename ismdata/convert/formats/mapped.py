@@ -1,4 +1,4 @@
-"""A corpus of any shape, read as a mapping file says: `convert/mapping_file.py` reads that file."""
+"""A corpus of any shape, read as a mapping file says; `convert/mapping_file.py` reads that file."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 from ismdata.choices import Side
 from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
 from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of, take_id
-from ismdata.convert.formats.dialogue_rows import cell_id, group_of, shared, speaker_of
-from ismdata.convert.formats.speakers import alternating, played
-from ismdata.convert.sources.grouping import by_key, in_order
+from ismdata.convert.formats.dialogue_rows import dialogue_id, id_text, other_cells, rows_of, speaker_name
+from ismdata.convert.formats.fields import is_columns, listed_names, rows_of_columns
+from ismdata.convert.formats.speakers import alternating_roles, message_roles, with_roles
+from ismdata.convert.sources.grouping import group_by_key, sort_rows
 from ismdata.convert.training_flags import TRAINING_FLAGS
 from ismdata.errors import Refused, shown
 
-#: The path of a record itself.
+#: The path of the record itself.
 WHOLE = "."
-#: In the roles: whoever has no role by name.
+#: A name in the roles that stands for all other names.
 ANYONE = "*"
 
-#: Message fields that keep their names, where messages are objects.
+#: Message fields that keep their names, if messages are objects.
 _KEPT = frozenset({field.name for field in MESSAGE_TYPE} | {"function_call"} | TRAINING_FLAGS) - {"role", "content"}
 _ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
-    """One message before its role is known: `speaker` is None where speakers only alternate."""
+class Utterance:
+    """A message whose role is not known yet. `speaker` is None if the speakers only alternate."""
 
     speaker: str | None
     message: dict[str, Any]
@@ -37,7 +38,7 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped(CorpusFormat):
-    """Exactly one of `messages`, `text` and `group` is set: a list, one string, or rows. Paths are dotted.
+    """A format given by dotted paths. Exactly one of `messages` (a list), `text` (a string), `group` (rows) is set.
 
     `roles` maps role names in lower case to canonical roles; `ANYONE` among them stands for all other names.
     """
@@ -64,7 +65,7 @@ class Mapped(CorpusFormat):
         if self.group is not None:
             return f"rows of {', '.join(name for name in (self.group, self.order, self.role, self.content) if name)}"
         if self.text is not None:
-            return f"{self.text}, turns set apart by {self.separator!r}"
+            return f"{self.text}, turns separated by {self.separator!r}"
         inner = "/".join(self.exchange) or "/".join(name for name in (self.role, self.content) if name) or "text"
         return f"{self.messages}[].{inner}"
 
@@ -74,124 +75,113 @@ class Mapped(CorpusFormat):
 
     def matches(self, record: Any) -> bool:
         if self.group is not None:
-            return isinstance(record, dict) and self.group in record and at(record, self.content) is not _ABSENT
+            return isinstance(record, dict) and self.group in record and value_at(record, self.content) is not _ABSENT
         if self.text is not None:
-            return isinstance(at(record, self.text), str)
+            return isinstance(value_at(record, self.text), str)
         try:
-            listed = self._elements(at(record, self.messages))
+            elements = self._elements(value_at(record, self.messages))
         except Refused:
             return False
-        first = next((element for element in listed if element is not None), None)
+        first = next((element for element in elements if element is not None), None)
         if self.exchange:
-            return all(at(first, name) is not _ABSENT for name in self.exchange)
-        return isinstance(first, str) if self.content is None else at(first, self.content) is not _ABSENT
+            return all(value_at(first, name) is not _ABSENT for name in self.exchange)
+        return isinstance(first, str) if self.content is None else value_at(first, self.content) is not _ABSENT
 
     def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
         if self.group is None:
             yield from blocks
         else:
-            yield from by_key(blocks, partial(_row_group, column=self.group))
+            yield from group_by_key(blocks, partial(_row_group, column=self.group))
 
-    def said(self, record: Any) -> list[Said]:
+    def utterances(self, record: Any) -> list[Utterance]:
         """The messages of a record before they have roles. Raises Refused."""
-        return self._apart(record, [])[0]
+        return self._split(record, [])[0]
 
-    def _apart(self, record: Any, ignored: list[str]) -> tuple[list[Said], dict[str, Any]]:
-        """The messages of a record and its other fields; names of fields that are left out go to `ignored`."""
+    def _split(self, record: Any, ignored: list[str]) -> tuple[list[Utterance], dict[str, Any]]:
+        """The messages of a record and its other fields; adds the names of fields that are left out to `ignored`."""
         if self.group is not None:
-            return self._of_rows(record, self.group, ignored)
+            return self._from_rows(record, self.group, ignored)
         if self.text is not None:
-            return self._of_text(_required(record, self.text)), without(record, self.text)
+            return self._from_text(_required(record, self.text)), remove_at(record, self.text)
         listed = _required(record, self.messages)
-        said = self._of_elements(self._elements(listed), f"{self.messages}[]", ignored)
-        fields = without(record, self.messages)
-        if listed is record:  # one exchange: the other fields of the record say something of all of it
-            fields = {name: value for name, value in fields.items() if name not in self._inside}
-        return said, fields
+        utterances = self._from_elements(self._elements(listed), f"{self.messages}[]", ignored)
+        fields = remove_at(record, self.messages)
+        if listed is record:  # one exchange: its other fields describe the whole record
+            fields = {name: value for name, value in fields.items() if name not in self._message_fields}
+        return utterances, fields
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         ignored: list[str] = []
-        said, fields = self._apart(record, ignored)
-        first, fields = self._system(fields)
-        tools, fields = _taken(fields, self.tools or "tools")
-        own, fields = (take_id(fields), fields) if self.id is None else _taken(fields, self.id)
+        utterances, fields = self._split(record, ignored)
+        system, fields = self._system_prompt(fields)
+        tools, fields = _take_at(fields, self.tools or "tools")
+        own_id, fields = (take_id(fields), fields) if self.id is None else _take_at(fields, self.id)
         whole = Draft(
-            messages=(), id=own if self.id is None else cell_id(own), tools=tools, extra=fields, ignored=ignored
+            messages=(),
+            id=own_id if self.id is None else id_text(own_id),
+            tools=tools,
+            extra=fields,
+            ignored=ignored,
         )
-        messages = [self._stripped(one.message) for one in said]
+        messages = [self._stripped(one.message) for one in utterances]
         return [
-            replace(
-                whole,
-                messages=first + [{**message, "role": role} for message, role in zip(messages, roles, strict=True)],
-                part=part,
-            )
-            for part, roles in self._roles([one.speaker for one in said])
+            replace(whole, messages=system + with_roles(messages, roles), part=part)
+            for part, roles in self._roles([one.speaker for one in utterances])
         ]
 
     @property
-    def _inside(self) -> set[str]:
+    def _message_fields(self) -> set[str]:
         """The fields of a message that are read."""
         return {name.split(".")[0] for name in (*self.exchange, self.role, self.content) if name}
 
     def _elements(self, value: Any) -> Sequence[Any]:
-        """The messages or exchanges: of a list, of an object that is one, or of an object's values."""
+        """The messages or exchanges: a list, an object that is one of them, or an object that holds them by name."""
         if value is None or isinstance(value, list):
             return value or []
         if not isinstance(value, dict):
             raise Refused("invalid_field", f"{self.messages} is {kind_of(value)}; expected a list or an object")
-        if self._inside and self._inside <= value.keys():
-            columns = list(value.values())
-            if not all(isinstance(column, list) for column in columns):
-                return [value]
-            if len({len(column) for column in columns}) > 1:
-                raise Refused(
-                    "invalid_field", f"the lists in {self.messages} differ in length; expected one entry each"
-                )
-            return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        if self._message_fields and self._message_fields <= value.keys():
+            return rows_of_columns(value, str(self.messages)) if is_columns(value) else [value]
         return [value[name] for name in sorted(value, key=_numbers)] if all(map(_numbers, value)) else [*value.values()]
 
-    def _of_elements(self, listed: Sequence[Any], name: str, ignored: list[str]) -> list[Said]:
-        said: list[Said] = []
+    def _from_elements(self, listed: Sequence[Any], name: str, ignored: list[str]) -> list[Utterance]:
+        found: list[Utterance] = []
         for number, element in enumerate(listed, 1):
             if self.exchange:
-                texts = {field: at(element, field) for field in self.exchange}
+                texts = {field: value_at(element, field) for field in self.exchange}
                 given = {field: text for field, text in texts.items() if text is not _ABSENT and text is not None}
                 if not given:
                     raise Refused(
                         "missing_field", f"{name} {number} is {shown(element)}; expected {', '.join(self.exchange)}"
                     )
-                said += [Said(speaker=field, message={"content": text}) for field, text in given.items()]
+                found += [Utterance(speaker=field, message={"content": text}) for field, text in given.items()]
                 if isinstance(element, dict) and name != f"{WHOLE}[]":
-                    ignored += _others(element, self._inside, name)
+                    ignored += _other_names(element, self._message_fields, name)
             elif self.content is None:
                 if not isinstance(element, str):
                     raise Refused("invalid_content", f"message {number} is {kind_of(element)}; expected a string")
-                said.append(Said(speaker=None, message={"content": element}))
+                found.append(Utterance(speaker=None, message={"content": element}))
             else:
                 fields = fields_of(element)
-                message = {kept: fields[kept] for kept in _KEPT - self._inside if kept in fields}
-                content = at(fields, self.content)
-                message["content"] = None if content is _ABSENT else content
-                said.append(Said(speaker=self._speaker(fields, number), message=message))
-                ignored += _others(fields, self._inside | _KEPT, name)
-        return said
+                message = {kept: fields[kept] for kept in _KEPT - self._message_fields if kept in fields}
+                message["content"] = _present(fields, self.content)
+                found.append(Utterance(speaker=self._speaker(fields, number), message=message))
+                ignored += _other_names(fields, self._message_fields | _KEPT, name)
+        return found
 
-    def _of_rows(self, record: Any, group: str, ignored: list[str]) -> tuple[list[Said], dict[str, Any]]:
-        rows = in_order([fields_of(row) for row in (record if isinstance(record, list) else [record])], self.order)
-        if not rows:
-            raise Refused("no_messages", "the dialogue has no rows")
-        said = []
-        for number, row in enumerate(rows, 1):
-            text = at(row, self.content)
-            content = None if text is _ABSENT else text
-            said.append(Said(speaker=self._speaker(row, number), message={"content": content}))
-        extra, others = shared(rows, {self.order, *self._inside})
+    def _from_rows(self, record: Any, group: str, ignored: list[str]) -> tuple[list[Utterance], dict[str, Any]]:
+        rows = sort_rows(rows_of(record), self.order)
+        found = [
+            Utterance(speaker=self._speaker(row, number), message={"content": _present(row, self.content)})
+            for number, row in enumerate(rows, 1)
+        ]
+        extra, others = other_cells(rows, {self.order, *self._message_fields})
         ignored += others
         if self.id is None:
             extra = {"id": extra.pop(group, None), **extra}
-        return said, extra
+        return found, extra
 
-    def _of_text(self, text: Any) -> list[Said]:
+    def _from_text(self, text: Any) -> list[Utterance]:
         if not isinstance(text, str):
             raise Refused("invalid_content", f"{self.text} is {kind_of(text)}; expected a string")
         pieces = text.split(self.separator)
@@ -199,27 +189,24 @@ class Mapped(CorpusFormat):
             pieces.pop()
         if pieces and not pieces[0].strip():
             pieces.pop(0)
-        said = []
+        found = []
         for number, piece in enumerate(pieces, 1):
-            name, found, rest = piece.partition(self.speaker_separator) if self.speaker_separator else ("", "", piece)
-            if self.speaker_separator and not (found and name.strip()):
+            name, mark, rest = piece.partition(self.speaker_separator) if self.speaker_separator else ("", "", piece)
+            if self.speaker_separator and not (mark and name.strip()):
                 raise Refused(
                     "missing_role",
-                    f"turn {number} is {shown(piece)}; expected who speaks, then {self.speaker_separator!r}",
+                    f"turn {number} is {shown(piece)}; expected the speaker, then {self.speaker_separator!r}",
                 )
-            said.append(Said(speaker=name.strip() or None, message={"content": rest}))
-        return said
+            found.append(Utterance(speaker=name.strip() or None, message={"content": rest}))
+        return found
 
     def _speaker(self, fields: dict[str, Any], number: int) -> str | None:
-        if self.role is None:
-            return None
-        value = at(fields, self.role)
-        return speaker_of(None if value is _ABSENT else value, number)
+        return None if self.role is None else speaker_name(_present(fields, self.role), number)
 
-    def _system(self, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _system_prompt(self, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if self.system is None:
             return [], fields
-        text, fields = _taken(fields, self.system)
+        text, fields = _take_at(fields, self.system)
         if text is not None and not isinstance(text, str):
             raise Refused("invalid_field", f"{self.system} is {kind_of(text)}; expected a string")
         return ([{"role": "system", "content": text}] if text else []), fields
@@ -229,10 +216,10 @@ class Mapped(CorpusFormat):
         return {**message, "content": content.strip()} if self.strip and isinstance(content, str) else message
 
     def _roles(self, speakers: Sequence[str | None]) -> list[tuple[str, list[str]]]:
-        """The role name of each message; two lists under "both", where the data leave open who is who."""
+        """The role name of each message; two lists under "both" if the corpus leaves open who is the assistant."""
         named = [speaker.strip() for speaker in speakers if speaker is not None]
         if len(named) < len(speakers):
-            return alternating(len(speakers), self.assistant)
+            return alternating_roles(len(speakers), self.assistant)
         known = [name.lower() in self.roles or name.lower() in TOOL_CALL_ROLE_NAMES for name in named]
         if all(known) or ANYONE in self.roles:
             own = [name if knows else self.roles[ANYONE] for name, knows in zip(named, known, strict=True)]
@@ -240,16 +227,16 @@ class Mapped(CorpusFormat):
         calls = [name.lower() in TOOL_CALL_ROLE_NAMES and name.lower() not in self.roles for name in named]
         people = [name for name, call in zip(named, calls, strict=True) if not call]
         found = []
-        for part, roles in played(people, self.roles, self.assistant):
+        for part, roles in message_roles(people, self.roles, self.assistant):
             rest = iter(roles)
             found.append((part, [name if call else next(rest) for name, call in zip(named, calls, strict=True)]))
         return found
 
 
-def at(value: Any, path: str | None) -> Any:
-    """What lies at a dotted path, `_ABSENT` when nothing does. A field whose name has dots in it is found as well.
+def value_at(value: Any, path: str | None) -> Any:
+    """The value at a dotted path, `_ABSENT` if there is none. A field whose name contains dots is found too.
 
-    >>> at({"data": {"turns": ["Hi"]}}, "data.turns.0")
+    >>> value_at({"data": {"turns": ["Hi"]}}, "data.turns.0")
     'Hi'
     """
     if path is None:
@@ -268,42 +255,48 @@ def at(value: Any, path: str | None) -> Any:
     return value
 
 
-def without(value: Any, path: str | None) -> dict[str, Any]:
-    """A copy of the fields of a record, without what lies at a path."""
+def remove_at(value: Any, path: str | None) -> dict[str, Any]:
+    """A copy of a record's fields without the value at a path."""
     if not isinstance(value, dict) or path is None:
         return {}
-    if path == WHOLE or at(value, path) is _ABSENT:
+    if path == WHOLE or value_at(value, path) is _ABSENT:
         return dict(value)
     if path in value:
         return {name: inner for name, inner in value.items() if name != path}
     first, _, rest = path.partition(".")
     if not isinstance(value[first], dict):
         return {name: inner for name, inner in value.items() if name != first}
-    return {**value, first: without(value[first], rest)}
+    return {**value, first: remove_at(value[first], rest)}
 
 
-def _taken(fields: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:
-    found = at(fields, path)
-    return (None, fields) if found is _ABSENT else (found, without(fields, path))
+def _take_at(fields: dict[str, Any], path: str) -> tuple[Any, dict[str, Any]]:
+    found = value_at(fields, path)
+    return (None, fields) if found is _ABSENT else (found, remove_at(fields, path))
+
+
+def _present(fields: Mapping[str, Any], path: str | None) -> Any:
+    """The value at a path, None if there is none."""
+    found = value_at(fields, path)
+    return None if found is _ABSENT else found
 
 
 def _required(record: Any, path: str | None) -> Any:
-    found = at(record, path)
+    found = value_at(record, path)
     if found is _ABSENT:
-        has = ", ".join(map(str, record)) if isinstance(record, dict) else kind_of(record)
-        raise Refused("missing_field", f"the record has no {path}; it has {has or 'nothing'}")
+        has = f"has the fields {listed_names(record)}" if isinstance(record, dict) else f"is {kind_of(record)}"
+        raise Refused("missing_field", f"the record {has}; expected {path}")
     return found
 
 
-def _others(fields: Mapping[str, Any], read: Iterable[str], name: str) -> list[str]:
+def _other_names(fields: Mapping[str, Any], read: Iterable[str], name: str) -> list[str]:
     taken = set(read)
     return [f"{name}.{other}" for other, value in fields.items() if other not in taken and value is not None]
 
 
 def _numbers(name: str) -> list[int]:
-    """The numbers in a name, for `turn_10` to follow `turn_9`."""
+    """The numbers in a name: sorting by them puts `turn_10` after `turn_9`."""
     return [int(digits) for digits in re.findall("[0-9]{1,18}", name)]
 
 
 def _row_group(row: Any, *, column: str) -> Hashable:
-    return group_of(fields_of(row), column)
+    return dialogue_id(fields_of(row), column)

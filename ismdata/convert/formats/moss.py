@@ -1,4 +1,4 @@
-"""MOSS: turns by number, each with five channels between marks such as `<|Human|>: ` and `<eoh>`."""
+"""MOSS: numbered turns, each with five channels between marks such as `<|Human|>: ` and `<eoh>`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of
+from ismdata.convert.formats.fields import listed_names, take_text
 from ismdata.errors import Refused, shown
 
 _TURN = re.compile(r"turn_([0-9]{1,9})")
+_CHANNELS = ("Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS")
 _OPENING = re.compile(r"\s*<\|(Human|Inner Thoughts|Commands|Tool Responses|Results|MOSS)\|>:?")
 _CLOSINGS = ("<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>")
-#: What a channel says that is not used, with or without words on why.
+#: The text of an unused channel; an explanation may follow.
 _UNUSED = re.compile(r"None?(?!\w)")
 _CALL = re.compile(r'(\w+)\("([^"]*)"\)[\s,]*')
-#: How the system prompt tells what a tool's argument is called.
+#: The system prompt names the argument of each tool in this way.
 _API = re.compile(r"API: *(\w+)\((\w+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moss(CorpusFormat):
-    """The system prompt is `meta_instruction`; thoughts become the reasoning of the answer or of the call after them.
+    """The system prompt is `meta_instruction`; thoughts become the reasoning of the answer or call that follows them.
 
-    `conversation_id` counts within a folder only, so it goes to `meta` and the id is made from the place.
+    `conversation_id` is unique only within one folder. It goes to `meta`, and the id is made from file and place.
     """
 
     expects: str = "chat: {turn_1: {Human, MOSS, …}, …}"
@@ -44,43 +46,41 @@ class Moss(CorpusFormat):
         chat = fields.pop("chat", None)
         if not isinstance(chat, dict):
             raise Refused("missing_field", f"chat is {kind_of(chat)}; expected an object of turns")
-        system = fields.pop("meta_instruction", None)
-        if system is not None and not isinstance(system, str):
-            raise Refused("invalid_field", f"meta_instruction is {kind_of(system)}; expected a string")
+        system = take_text(fields, "meta_instruction")
         arguments = dict(_API.findall(system or ""))
         ignored: list[str] = []
         messages: list[dict[str, Any]] = []
-        for name in sorted(chat, key=_number):
-            messages += _turn(chat[name], name, arguments, ignored)
-        # `num_turns` says what can be counted.
+        for name in sorted(chat, key=_turn_number):
+            messages += _turn_messages(chat[name], name, arguments, ignored)
+        # `num_turns` only repeats the number of turns.
         fields.pop("num_turns", None)
         first = [{"role": "system", "content": system.strip()}] if system and system.strip() and messages else []
         return [Draft(messages=first + messages, extra=fields, ignored=ignored)]
 
 
-def _number(name: str) -> int:
+def _turn_number(name: str) -> int:
     match = _TURN.fullmatch(name)
     if match is None:
         raise Refused("invalid_field", f"chat has the turn {shown(name)}; expected turn_1, turn_2 and so on")
     return int(match.group(1))
 
 
-def _turn(turn: Any, place: str, arguments: Mapping[str, str], ignored: list[str]) -> list[dict[str, Any]]:
-    """The messages of one turn: the user's, and the answer; between them the calls and what came of them."""
+def _turn_messages(turn: Any, place: str, arguments: Mapping[str, str], ignored: list[str]) -> list[dict[str, Any]]:
+    """The messages of one turn: the user's, the tool calls and their results, the answer."""
     if not isinstance(turn, dict):
         raise Refused("not_an_object", f"{place} is {kind_of(turn)}; expected an object")
     for name in ("Human", "MOSS"):
         if name not in turn:
-            raise Refused("missing_field", f"{place} has no {name!r}; it has {', '.join(map(str, turn)) or 'nothing'}")
-    said = {name: _channel(turn.get(name), f"{place}'s {name}") for name in _CHANNELS}
+            raise Refused("missing_field", f"{place} has the fields {listed_names(turn)}; expected {name!r} among them")
+    texts = {name: _channel_text(turn.get(name), f"{place}'s {name}") for name in _CHANNELS}
     ignored += [f"chat.{name}" for name, value in turn.items() if name not in _CHANNELS and value is not None]
-    thoughts, commands, results = (_used(said[name]) for name in ("Inner Thoughts", "Commands", "Tool Responses"))
-    if commands is None and said["Commands"] not in (None, "", "None"):
+    thoughts, commands, results = (_used(texts[name]) for name in ("Inner Thoughts", "Commands", "Tool Responses"))
+    if commands is None and texts["Commands"] not in (None, "", "None"):
         ignored.append("chat.Commands")
-    messages: list[dict[str, Any]] = [{"role": "user", "content": said["Human"]}]
-    answer: dict[str, Any] = {"role": "assistant", "content": said["MOSS"]}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": texts["Human"]}]
+    answer: dict[str, Any] = {"role": "assistant", "content": texts["MOSS"]}
     if commands is not None:
-        calls = _calls(commands, place, arguments)
+        calls = _tool_calls(commands, place, arguments)
         messages.append({"role": "assistant", "content": None, "tool_calls": calls, "reasoning_content": thoughts})
     elif thoughts is not None:
         answer["reasoning_content"] = thoughts
@@ -89,11 +89,8 @@ def _turn(turn: Any, place: str, arguments: Mapping[str, str], ignored: list[str
     return [*messages, answer]
 
 
-_CHANNELS = ("Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS")
-
-
-def _channel(value: Any, place: str) -> str | None:
-    """A channel's text without the marks at its ends and the blanks beside them."""
+def _channel_text(value: Any, place: str) -> str | None:
+    """A channel's text without the marks at its ends and the whitespace around them."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -111,8 +108,8 @@ def _used(text: str | None) -> str | None:
     return None if not text or _UNUSED.match(text) else text
 
 
-def _calls(commands: str, place: str, arguments: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Tool calls of `Search("a"), Calculate("b")`; each has one argument, which is a text."""
+def _tool_calls(commands: str, place: str, arguments: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The tool calls in `Search("a"), Calculate("b")`; each has one argument, a string."""
     found, at = [], 0
     while match := _CALL.match(commands, at):
         name, value = match.groups()

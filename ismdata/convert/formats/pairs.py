@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.formats.fields import missing_field, take_text
+from ismdata.convert.formats.speakers import to_messages
 from ismdata.convert.formats.utterances import UTTERANCES
 from ismdata.errors import Refused, shown
 
-#: The two fields of one exchange, as corpora name them; the first ones present together are read.
+#: The two fields of one exchange, as corpora name them; the first pair with both present is read.
 EXCHANGES = (
     ("human", "assistant"),
     ("user", "assistant"),
@@ -40,7 +42,7 @@ EXCHANGES = (
     ("patient", "doctor"),
     ("context", "response"),
 )
-#: Where a record keeps its pairs; the first one present is read.
+#: The field in which a record holds its pairs; the first one present is read.
 _LISTS = ("conversation", "conversations", "dialog", "dialogue", "turns", "log", "history")
 #: Fields whose text becomes the first message.
 SYSTEMS = ("system", "system_prompt")
@@ -48,7 +50,7 @@ SYSTEMS = ("system", "system_prompt")
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(CorpusFormat):
-    """A record is an object with a list of pairs, or such a list: the first of each is the user's."""
+    """A record is a list of pairs, or an object with such a list. The first text of each pair is the user's."""
 
     expects: str = "conversation[].human/assistant, history: [[question, answer], …]"
     plain_text: bool = False
@@ -59,57 +61,49 @@ class Pairs(CorpusFormat):
             return pairs and not UTTERANCES.matches(record)
         if not isinstance(record, dict):
             return False
-        name = _name_of(record)
-        if name == "history" and ("output" in record or exchange_of(record) is not None):
-            return False  # the last exchange stands outside the list: Alpaca, or a prompt and its completion
+        name = _list_field(record)
+        if name == "history" and ("output" in record or find_exchange(record) is not None):
+            return False  # the last exchange is outside the list: Alpaca, or a prompt and its completion
         listed = record.get(name)
-        return (
-            isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed)) and not UTTERANCES.matches(record)
-        )
+        pairs = isinstance(listed, list) and bool(listed) and all(map(_is_pair, listed))
+        return pairs and not UTTERANCES.matches(record)
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         if isinstance(record, list):
-            return [Draft(messages=messages_of(record, "pair"))]
+            return [Draft(messages=pair_messages(record, "pair"))]
         fields = dict(fields_of(record))
-        name = _name_of(fields)
+        name = _list_field(fields)
         if name not in fields:
-            found = f"the record has {', '.join(map(str, fields)) or 'no field'}"
-            raise Refused("missing_field", f"{found}; expected a list of pairs in one of {', '.join(_LISTS)}")
+            raise missing_field(fields, f"a list of pairs in one of {', '.join(_LISTS)}")
         ignored: list[str] = []
-        messages = messages_of(fields.pop(name), name, ignored)
-        first = system_of(fields) if messages else []
+        messages = pair_messages(fields.pop(name), name, ignored)
+        system = take_system(fields) if messages else []
         tools = fields.pop("tools", None)
-        return [Draft(messages=first + messages, id=take_id(fields), tools=tools, extra=fields, ignored=ignored)]
+        return [Draft(messages=system + messages, id=take_id(fields), tools=tools, extra=fields, ignored=ignored)]
 
 
-def exchange_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The names under which an object holds one exchange, in any case of letters, or None.
+def find_exchange(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The names of the two fields of an exchange, in any case of letters; None if the object has none.
 
-    >>> exchange_of({"id": 3, "question": "What?", "answer": "That."})
+    >>> find_exchange({"id": 3, "question": "What?", "answer": "That."})
     ('question', 'answer')
     """
     own = {name.strip().lower(): name for name in reversed([*fields]) if isinstance(name, str)}
     own |= {name: name for name in fields}
     found = next((names for names in EXCHANGES if names[0] in own and names[1] in own), None)
     if found is None or (found[0] == "input" and "instruction" in own):
-        return None  # beside an instruction the input is what that is about: Alpaca
+        return None  # the input of an instruction: Alpaca
     return own[found[0]], own[found[1]]
 
 
-def system_of(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Take the system prompt out of a record's fields: one message, or none. Raises Refused when it is no text."""
-    found = []
-    for name in SYSTEMS:
-        text = fields.pop(name, None)
-        if text is not None and not isinstance(text, str):
-            raise Refused("invalid_field", f"{name} is {kind_of(text)}; expected a string")
-        if text:
-            found.append({"role": "system", "content": text})
-    return found
+def take_system(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Remove the system prompt from a record's fields. Returns its messages. Raises Refused if it is no text."""
+    texts = [take_text(fields, name) for name in SYSTEMS]
+    return [{"role": "system", "content": text} for text in texts if text]
 
 
-def messages_of(listed: Any, name: str, ignored: list[str] | None = None) -> list[dict[str, Any]]:
-    """Messages of a list of pairs; further fields of a pair go to `ignored`. Raises Refused."""
+def pair_messages(listed: Any, name: str, ignored: list[str] | None = None) -> list[dict[str, Any]]:
+    """The messages of a list of pairs; adds other fields of a pair to `ignored`. Raises Refused."""
     if listed is None:
         return []
     if not isinstance(listed, list):
@@ -120,29 +114,30 @@ def messages_of(listed: Any, name: str, ignored: list[str] | None = None) -> lis
             found = f"{name} {number} is {shown(pair)}"
             raise Refused("invalid_field", f"{found}; expected a question and its answer, two strings")
         if isinstance(pair, dict):
-            names = exchange_of(pair)
-            assert names is not None  # _is_pair saw to it
-            before = pair.get("system") if number == 1 else None
-            if isinstance(before, str):
-                messages += [{"role": "system", "content": before}] if before else []
+            names = find_exchange(pair)
+            assert names is not None  # by _is_pair
+            system = pair.get("system") if number == 1 else None
+            if isinstance(system, str):
+                messages += [{"role": "system", "content": system}] if system else []
                 pair = {other: value for other, value in pair.items() if other != "system"}
             if ignored is not None:
                 ignored += [
                     f"{name}[].{other}" for other, value in pair.items() if other not in names and value is not None
                 ]
             pair = [pair[one] for one in names]
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        messages += to_messages(("user", "assistant"), pair)
     return messages
 
 
 def _is_pair(pair: Any) -> bool:
     if isinstance(pair, dict):
-        names = exchange_of(pair)
+        names = find_exchange(pair)
         pair = [pair[name] for name in names] if names else None
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
-def _name_of(fields: Mapping[str, Any]) -> str:
+def _list_field(fields: Mapping[str, Any]) -> str:
+    """The field that holds the pairs, "" if there is none."""
     return next((name for name in _LISTS if name in fields), "")
 
 

@@ -1,4 +1,7 @@
-"""Preference data: a better and a worse answer to one prompt, of which `--preference` says which to read."""
+"""Preference data: a better and a worse answer to one prompt, or one answer with a label (KTO).
+
+`--preference` says which answers to read.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from typing import Any
 
 from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, take_id
+from ismdata.convert.formats.alpaca import ALPACA
+from ismdata.convert.formats.fields import listed_names, missing_field
 from ismdata.convert.formats.messages import OPENAI, SHAREGPT
-from ismdata.convert.formats.pairs import system_of
-from ismdata.convert.formats.separated import marked_turns
-from ismdata.convert.formats.speakers import spoken
+from ismdata.convert.formats.pairs import take_system
+from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION, side_messages
+from ismdata.convert.formats.separated import split_marked_turns
+from ismdata.convert.formats.speakers import to_messages
 from ismdata.errors import Refused, shown
 
 #: The two answers, as corpora name them.
@@ -22,12 +28,17 @@ _SIDES = (
     ("preferred_output", "non_preferred_output"),
     ("response", "rejected_response"),
 )
-#: Two conversations of which `winner` names the better one, by the end of its name: the arena's battles.
+#: Two conversations; the end of `winner` names the better one. Battles of Chatbot Arena.
 _BATTLE = ("conversation_a", "conversation_b")
 _WINNERS = {"model_a": _BATTLE, "model_b": _BATTLE[::-1]}
-#: Earlier messages, and single prompts: the first one present is what the answers answer.
+#: Earlier messages, and single prompts; the first one present precedes the answer.
 _EARLIER = ("messages", "conversations")
 _PROMPTS = ("prompt", "instruction", "question", "query", "input")
+
+#: The label of an answer: whether it is good.
+_LABELS = ("label", "kto_tag")
+#: The formats of a record without its label.
+_LABELLED: tuple[CorpusFormat, ...] = (OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)
 
 _Messages = list[dict[str, Any]]
 
@@ -36,7 +47,7 @@ _Messages = list[dict[str, Any]]
 class PreferencePairs(CorpusFormat):
     """A record is an object with a chosen and a rejected side, each an answer or a whole conversation.
 
-    A side is a text, a message or a list of messages. The side that is not read is counted among the ignored fields.
+    A side is a text, a message or a list of messages. The side that is not read counts as an ignored field.
     """
 
     expects: str = "prompt, chosen, rejected"
@@ -45,19 +56,18 @@ class PreferencePairs(CorpusFormat):
     roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
 
     def matches(self, record: Any) -> bool:
-        names = _names_of(record)
+        names = _side_names(record)
         return names is not None and all(isinstance(record[name], str | list | dict) for name in names)
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
-        names = _names_of(fields_of(record))
+        names = _side_names(fields_of(record))
         if names is None:
-            found = f"the record has {', '.join(map(str, record)) or 'no field'}"
-            raise Refused("missing_field", f"{found}; expected a chosen and a rejected side")
+            raise missing_field(record, "a chosen and a rejected side")
         if self.preference is None:
             raise Refused(
                 "no_preference",
-                "the record has a better and a worse answer; expected to be told which to read. "
-                "Pass --preference chosen to read the chosen side",
+                "the record has a better and a worse answer; expected a choice between them. "
+                "Use --preference chosen to read the better one",
             )
         fields = dict(record)
         if names == _BATTLE:
@@ -65,24 +75,24 @@ class PreferencePairs(CorpusFormat):
         wanted, other = names if self.preference == "chosen" else names[::-1]
         side = fields.pop(wanted)
         ignored = [other] if fields.pop(other) is not None else []
-        own, tools = take_id(fields), fields.pop("tools", None)
-        asked = fields.get("input")
-        if tools is None and isinstance(asked, dict):
-            tools = asked.get("tools")
-        first = system_of(fields)
+        own_id, tools = take_id(fields), fields.pop("tools", None)
+        prompt = fields.get("input")
+        if tools is None and isinstance(prompt, dict):
+            tools = prompt.get("tools")
+        system = take_system(fields)
         messages = self._messages(side, wanted, fields, ignored)
-        return [Draft(messages=first + messages, id=own, tools=tools, extra=fields, ignored=ignored)]
+        return [Draft(messages=system + messages, id=own_id, tools=tools, extra=fields, ignored=ignored)]
 
     def _messages(self, side: Any, name: str, fields: dict[str, Any], ignored: list[str]) -> _Messages:
-        """The conversation of one side; the fields that are part of it are taken out of `fields`."""
+        """The conversation of one side; removes the fields that are part of it from `fields`."""
         if isinstance(side, str):
-            turns = _marked(side, fields)
+            turns = _take_marked_turns(side, fields)
             if turns:
-                return spoken([speaker for speaker, _ in turns], [text for _, text in turns])
+                return to_messages(*zip(*turns, strict=True))
         answer = _side(side, "assistant", name, ignored)
         if not self._has_user(answer):
-            return self._earlier(fields, ignored) + answer
-        # A whole conversation: a prompt beside it that it repeats, and the same conversation again, have been read.
+            return self._take_prompt(fields, ignored) + answer
+        # A whole conversation. A prompt that it repeats, and a second copy of the conversation, are not needed.
         prompt = fields.get("prompt")
         if prompt in [message.get("content") for message in answer] or _is_opening(prompt, side):
             fields.pop("prompt", None)
@@ -93,12 +103,11 @@ class PreferencePairs(CorpusFormat):
         names = [message.get("role") for message in messages]
         return any(isinstance(name, str) and self.roles.get(name.lower()) == "user" for name in names)
 
-    def _earlier(self, fields: dict[str, Any], ignored: list[str]) -> _Messages:
-        """What an answer answers."""
+    def _take_prompt(self, fields: dict[str, Any], ignored: list[str]) -> _Messages:
+        """The messages before the answer; removes them from `fields`."""
         name = next((name for name in (*_EARLIER, *_PROMPTS) if fields.get(name) is not None), None)
         if name is None:
-            found = f"beside the answers the record has {', '.join(map(str, fields)) or 'nothing'}"
-            raise Refused("missing_field", f"{found}; expected a prompt in one of {', '.join((*_PROMPTS, *_EARLIER))}")
+            raise missing_field(fields, f"a prompt in one of {', '.join((*_PROMPTS, *_EARLIER))}")
         prompt = fields.pop(name)
         if name == "input" and isinstance(prompt, dict) and isinstance(prompt.get("messages"), list):
             prompt = prompt["messages"]  # OpenAI's preference files
@@ -109,7 +118,7 @@ class PreferencePairs(CorpusFormat):
         return _side(prompt, "user", name, ignored)
 
 
-def _names_of(record: Any) -> tuple[str, str] | None:
+def _side_names(record: Any) -> tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
     if all(name in record for name in (*_BATTLE, "winner")):
@@ -118,48 +127,79 @@ def _names_of(record: Any) -> tuple[str, str] | None:
 
 
 def _ranked(winner: Any) -> tuple[str, str]:
-    """The better and the worse conversation of a battle. Raises Refused where neither is."""
+    """The better and the worse conversation of a battle. Raises Refused if neither won."""
     if not isinstance(winner, str) or winner not in _WINNERS:
-        raise Refused(
-            "no_preference", f"winner is {shown(winner)}; expected {' or '.join(_WINNERS)}: neither is better"
-        )
+        raise Refused("no_preference", f"winner is {shown(winner)}; expected {' or '.join(_WINNERS)}")
     return _WINNERS[winner]
 
 
-def _marked(side: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """The turns of texts such as "Human: … Assistant: …"; empty where a side is not, or does not go on, such a text.
+def _take_marked_turns(side: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """The turns of a side that is a text such as "Human: … Assistant: …", or that continues such a prompt; else empty.
 
-    Beside a prompt of another kind an answer is an answer, whatever it looks like.
+    Beside a prompt of another kind, the side is a plain answer, even if it contains such marks.
     """
     prompt = fields.get("prompt")
-    if isinstance(prompt, str) and (turns := marked_turns(prompt)):
+    if isinstance(prompt, str) and (turns := split_marked_turns(prompt)):
         del fields["prompt"]
         if turns[-1][0] == "Assistant":
-            return marked_turns(prompt + side)
+            return split_marked_turns(prompt + side)
         return [*turns, ("Assistant", side.strip())]
     if any(fields.get(name) is not None for name in (*_EARLIER, *_PROMPTS)):
         return []
-    turns = marked_turns(side)
+    turns = split_marked_turns(side)
     return turns if len({speaker for speaker, _ in turns}) > 1 else []
 
 
 def _is_opening(prompt: Any, side: Any) -> bool:
-    """Whether a prompt, a list of messages, is what the messages of a side begin with."""
+    """Whether a prompt is a list of messages with which the messages of a side begin."""
     return isinstance(prompt, list) and isinstance(side, list) and side[: len(prompt)] == prompt
 
 
 def _side(value: Any, role: str, name: str, ignored: list[str]) -> _Messages:
-    """A text, one message or a list of messages as messages under our names. Raises Refused."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    listed = [value] if isinstance(value, dict) else value
-    if not isinstance(listed, list):
-        raise Refused("invalid_field", f"{name} is {kind_of(value)}; expected a text or messages")
+    """A text, a message or a list of messages, of OpenAI's or ShareGPT's format, as messages. Raises Refused."""
+    listed = value if isinstance(value, list) else [value]
     named_from = any(isinstance(message, dict) and "from" in message for message in listed)
-    corpus_format = SHAREGPT if named_from else OPENAI
-    (draft,) = corpus_format.parse_record({corpus_format.messages: listed})
-    ignored += [f"{name}[].{one.partition('.')[2]}" for one in draft.ignored]
-    return list(draft.messages)
+    return side_messages(value, role, name, ignored, SHAREGPT if named_from else OPENAI)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kto(CorpusFormat):
+    """An answer with a boolean label. Those labelled true are read, or false with `preference` "rejected"."""
+
+    expects: str = "messages or prompt/completion, label: true or false"
+    plain_text: bool = False
+    preference: Preference | None = None
+
+    def matches(self, record: Any) -> bool:
+        return (
+            isinstance(record, dict)
+            and isinstance(record.get(_label_field(record)), bool)
+            and _format_beside_label(record) is not None
+        )
+
+    def parse_record(self, record: Any) -> Sequence[Draft]:
+        fields = dict(fields_of(record))
+        name = _label_field(fields)
+        label = fields.pop(name, None)
+        if not isinstance(label, bool):
+            raise Refused("invalid_field", f"{name} is {shown(label)}; expected true or false")
+        inner = _format_beside_label(fields)
+        if inner is None:
+            found = f"beside {name} the record has the fields {listed_names(fields)}"
+            raise Refused("missing_field", f"{found}; expected messages, conversations or prompt/completion")
+        if label is (self.preference == "rejected"):
+            kind = "good, and --preference rejected reads bad answers" if label else "bad"
+            raise Refused("rejected", f"{name} is {str(label).lower()}: the answer is labelled as {kind}")
+        return inner.parse_record(fields)
+
+
+def _label_field(fields: dict[str, Any]) -> str:
+    return next((name for name in _LABELS if name in fields), _LABELS[0])
+
+
+def _format_beside_label(fields: dict[str, Any]) -> CorpusFormat | None:
+    return next((one for one in _LABELLED if one.matches(fields)), None)
 
 
 PREFERENCE = PreferencePairs()
+KTO = Kto()

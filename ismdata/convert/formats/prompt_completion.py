@@ -1,4 +1,4 @@
-"""One prompt and its completion, as texts or as lists of chat messages, with the exchanges before it in `history`."""
+"""One prompt and its completion, as texts or lists of chat messages, with earlier exchanges in `history`."""
 
 from __future__ import annotations
 
@@ -7,76 +7,80 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.messages import OPENAI
-from ismdata.convert.formats.pairs import exchange_of, messages_of, system_of
+from ismdata.convert.formats.fields import missing_field, take_text
+from ismdata.convert.formats.messages import OPENAI, MessageLists
+from ismdata.convert.formats.pairs import find_exchange, pair_messages, take_system
 from ismdata.errors import Refused
 
-#: Beside an instruction, what it is about: it follows after a line break, as Alpaca's `input` does.
+#: The subject of an instruction: it follows the instruction after a line break, as Alpaca's `input` does.
 _CONTEXTS = ("input", "context")
 
 
-#: The fields of a query that is answered by calls of tools: xLAM, APIGen.
+#: The fields of a query whose answer is a list of tool calls: xLAM, APIGen.
 _CALLING = frozenset({"query", "answers", "tools"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCompletion(CorpusFormat):
-    """A record is an object with a prompt and a completion under one of the usual pairs of names."""
+    """A record is an object with a prompt and a completion, under one of the usual pairs of names."""
 
     expects: str = "prompt/completion, question/answer and the like"
     plain_text: bool = False
 
     def matches(self, record: Any) -> bool:
-        names = exchange_of(record) if isinstance(record, dict) else None
+        names = find_exchange(record) if isinstance(record, dict) else None
         if names is None and isinstance(record, dict) and record.keys() >= _CALLING:
             return isinstance(record["query"], str) and isinstance(record["answers"], str | list)
         return names is not None and all(_is_side(record[name]) for name in names)
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
-        names = exchange_of(fields)
+        names = find_exchange(fields)
         if names is None and fields.keys() >= _CALLING:
             names = ("query", "answers")
             fields["answers"] = {"role": "assistant", "tool_calls": fields["answers"]}
         if names is None:
-            found = f"the record has {', '.join(map(str, fields)) or 'no field'}"
-            raise Refused("missing_field", f"{found}; expected {self.expects}")
+            raise missing_field(fields, self.expects)
         ignored: list[str] = []
         prompt, completion = (fields.pop(name) for name in names)
         if names[0] == "instruction" and isinstance(prompt, str):
-            prompt = "\n".join([prompt, *_contexts(fields)])
-        messages = messages_of(fields.pop("history", None), "history", ignored)
+            contexts = [take_text(fields, name) for name in _CONTEXTS]
+            prompt = "\n".join([prompt, *(text for text in contexts if text)])
+        messages = pair_messages(fields.pop("history", None), "history", ignored)
         for role, name, side in zip(("user", "assistant"), names, (prompt, completion), strict=True):
-            messages += side_of(side, role, name, ignored)
-        first = system_of(fields)
+            messages += side_messages(side, role, name, ignored)
+        system = take_system(fields)
         tools = fields.pop("tools", None)
-        return [Draft(messages=first + messages, id=take_id(fields), tools=tools, extra=fields, ignored=ignored)]
+        return [Draft(messages=system + messages, id=take_id(fields), tools=tools, extra=fields, ignored=ignored)]
 
 
-def side_of(value: Any, role: str, name: str, ignored: list[str]) -> list[dict[str, Any]]:
-    """One side of an exchange as messages: a text is one of `role`, a list or an object holds chat messages.
+def side_messages(
+    value: Any, role: str, name: str, ignored: list[str], corpus_format: MessageLists = OPENAI
+) -> list[dict[str, Any]]:
+    """The messages of one side of an exchange. Raises Refused.
 
-    Raises Refused for anything else.
+    Args:
+        value: A text, which is one message of `role`; or a chat message or a list of them.
+        role: The role of a text.
+        name: The field that holds the value.
+        ignored: Names of message fields that are left out are added to it.
+        corpus_format: The format of chat messages.
+
+    Returns:
+        The messages under canonical field names.
     """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list | dict):
         raise Refused("invalid_field", f"{name} is {kind_of(value)}; expected a string or a list of messages")
-    (draft,) = OPENAI.parse_record({"messages": [value] if isinstance(value, dict) else value})
+    listed = [value] if isinstance(value, dict) else value
+    (draft,) = corpus_format.parse_record({corpus_format.messages: listed})
     ignored += [f"{name}[].{one.partition('.')[2]}" for one in draft.ignored]
     return list(draft.messages)
 
 
 def _is_side(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and OPENAI.matches({"messages": value}))
-
-
-def _contexts(fields: dict[str, Any]) -> list[str]:
-    texts = {name: fields.pop(name, None) for name in _CONTEXTS}
-    for name, text in texts.items():
-        if text is not None and not isinstance(text, str):
-            raise Refused("invalid_field", f"{name} is {kind_of(text)}; expected a string")
-    return [text for text in texts.values() if text]
 
 
 PROMPT_COMPLETION = PromptCompletion()

@@ -1,4 +1,4 @@
-"""Questions about a story and their answers, in two lists side by side: CoQA and its kin."""
+"""Questions about a story and their answers, in two parallel lists: CoQA and similar corpora."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.formats.speakers import to_messages
 from ismdata.errors import Refused
 
 _STORIES = ("story", "context", "passage")
@@ -15,7 +16,7 @@ _TEXTS = ("input_text", "text")
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionLists(CorpusFormat):
-    """A record has `questions` and as many `answers`; the story that they are about is the system prompt."""
+    """A record has `questions` and as many `answers`. The story they are about becomes the system prompt."""
 
     expects: str = "story, questions[], answers[]"
     plain_text: bool = False
@@ -30,21 +31,19 @@ class QuestionLists(CorpusFormat):
         fields = dict(fields_of(record))
         questions, answers = (_texts(fields.pop(name, None)) for name in ("questions", "answers"))
         if questions is None or answers is None or len(questions) != len(answers):
-            raise Refused(
-                "invalid_field", "questions and answers do not go together; expected two lists of equal length"
-            )
+            raise Refused("invalid_field", "questions and answers do not match; expected two lists of equal length")
         name = next((name for name in _STORIES if fields.get(name)), None)
         story = fields.pop(name) if name is not None else None
         if story is not None and not isinstance(story, str):
             raise Refused("invalid_field", f"{name} is {kind_of(story)}; expected a string")
         messages = [{"role": "system", "content": story}] if story else []
-        for question, answer in zip(questions, answers, strict=True):
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for exchange in zip(questions, answers, strict=True):
+            messages += to_messages(("user", "assistant"), exchange)
         return [Draft(messages=messages, id=take_id(fields), extra=fields)]
 
 
 def _texts(value: Any) -> list[str] | None:
-    """A list of texts: as one, as a list of objects with a text each, or as an object with such a list."""
+    """The texts in a list of strings, a list of objects with a text each, or an object with such a list."""
     if isinstance(value, dict):
         value = next((value[name] for name in _TEXTS if name in value), None)
     if not isinstance(value, list):

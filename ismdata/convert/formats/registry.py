@@ -1,4 +1,4 @@
-"""The corpus formats. To add one: a file with an object that is a `CorpusFormat`, and a line in `FORMATS`."""
+"""The corpus formats by name. To add one, write a file with a `CorpusFormat` object and add a line to `FORMATS`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 from ismdata.convert.corpus_format import CorpusFormat
 from ismdata.convert.formats.alpaca import ALPACA
 from ismdata.convert.formats.chatgpt import CHATGPT_EXPORT
-from ismdata.convert.formats.convai import CONVAI
 from ismdata.convert.formats.dailydialog import DAILYDIALOG
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
-from ismdata.convert.formats.kto import KTO
 from ismdata.convert.formats.lists import LISTS
 from ismdata.convert.formats.messages import CLAUDE_EXPORT, GEMINI, KDCONV, OPENAI, SHAREGPT
 from ismdata.convert.formats.moss import MOSS
 from ismdata.convert.formats.pairs import PAIRS
-from ismdata.convert.formats.personachat import PERSONACHAT
-from ismdata.convert.formats.preference import PREFERENCE
+from ismdata.convert.formats.personachat import CONVAI, PERSONACHAT
+from ismdata.convert.formats.preference import KTO, PREFERENCE
 from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
 from ismdata.convert.formats.question_lists import QUESTION_LISTS
 from ismdata.convert.formats.separated import SEPARATED
@@ -24,11 +22,11 @@ from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
 from ismdata.convert.formats.tsv_pairs import TSV_PAIRS
 from ismdata.convert.formats.utterances import UTTERANCES
 
-#: Format names, as `--format` takes them, in the order in which detection asks.
+#: The formats by their names for `--format`, in the order in which detection tries them.
 FORMATS: dict[str, CorpusFormat] = {
     "oasst": TREE_ROWS,
     "oasst_trees": NESTED_TREES,
-    # Before `messages`: their records have such a list too, and more to say about it.
+    # Before `messages`: their records have such a list too, and more fields that matter.
     "preference": PREFERENCE,
     "kto": KTO,
     "utterances": UTTERANCES,
@@ -47,7 +45,7 @@ FORMATS: dict[str, CorpusFormat] = {
     "lists": LISTS,
     "dialogue_rows": DIALOGUE_ROWS,
     "separated": SEPARATED,
-    # Single texts can stand beside anything, so they are asked last.
+    # Last, because records of other formats can contain such single texts too.
     "prompt_completion": PROMPT_COMPLETION,
     "personachat": PERSONACHAT,
     "tsv_pairs": TSV_PAIRS,
@@ -55,7 +53,7 @@ FORMATS: dict[str, CorpusFormat] = {
 
 
 def detect(record: Any) -> str | None:
-    """The name of the first format that a record looks like, or None.
+    """The name of the first format that a record matches, or None.
 
     >>> detect({"conversations": [{"from": "human", "value": "Hello!"}]})
     'sharegpt'

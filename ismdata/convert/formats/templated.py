@@ -1,4 +1,4 @@
-"""Dialogues that a chat template has already made one string of, taken apart again at the template's marks."""
+"""Dialogues that a chat template rendered to one string, split again at the template's marks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _CALL_MARK = "<functioncall>"
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How the turns of a string open, with a group for who speaks, and how they can end.
+    """The marks of one chat template.
 
-    `before` is what may stand before the first turn and is no part of any.
+    `opening` begins a turn and has a group for the speaker; `endings` can end one. `before` may precede the first turn
+    and is removed.
     """
 
     opening: re.Pattern[str]
@@ -27,23 +28,23 @@ class Template:
     before: str = ""
 
     def turns(self, text: str) -> list[tuple[str, str]]:
-        """Who speaks and what is said; empty where the text is not of this template."""
+        """The speaker and the text of each turn; an empty list if the text is not of this template."""
         text = text.strip().removeprefix(self.before).lstrip() if self.before else text.strip()
         if self.opening.match(text) is None:
             return []
         found = list(self.opening.finditer(text))
         ends = [*(match.start() for match in found[1:]), len(text)]
         turns = [
-            (match.group(1).lower(), self._ended(text[match.end() : end].strip()))
+            (match.group(1).lower(), self._without_ending(text[match.end() : end].strip()))
             for match, end in zip(found, ends, strict=True)
         ]
-        # A mark without words at the end is where the next answer would be.
+        # An empty last turn is the generation prompt.
         return turns if turns[-1][1] else turns[:-1]
 
-    def _ended(self, said: str) -> str:
+    def _without_ending(self, text: str) -> str:
         for ending in self.endings:
-            said = said.removesuffix(ending).rstrip()
-        return said
+            text = text.removesuffix(ending).rstrip()
+        return text
 
 
 _TEMPLATES = (
@@ -62,55 +63,55 @@ _TEMPLATES = (
         endings=("</s>", "<|endoftext|>"),
     ),
 )
-#: What templates call a speaker beside the usual names.
+#: Speaker names of templates that are no usual role names.
 _NAMES = {"moss": "assistant", "function response": "function_response"}
 
 
-def templated_turns(text: str) -> list[tuple[str, str]]:
-    """Who speaks and what is said, turn by turn; empty where the text is of no known template.
+def split_templated_turns(text: str) -> list[tuple[str, str]]:
+    """The speaker and the text of each turn; an empty list if the text is of no known template.
 
-    >>> templated_turns("<s>[INST] Hi [/INST] Hello! </s>")
+    >>> split_templated_turns("<s>[INST] Hi [/INST] Hello! </s>")
     [('user', 'Hi'), ('assistant', 'Hello!')]
     """
     for template in _TEMPLATES:
         turns = template.turns(text)
         if turns:
-            return [(_NAMES.get(speaker, speaker), said) for speaker, said in turns]
-    return _llama_turns(text.strip())
+            return [(_NAMES.get(speaker, speaker), content) for speaker, content in turns]
+    return _llama2_turns(text.strip())
 
 
-def with_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """A message of Glaive's texts, with the call of a function that stands in it as `tool_calls`. Raises Refused."""
-    text, mark, called = message["content"].partition(_CALL_MARK)
+def with_tool_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of Glaive's texts, with the function call in its text moved to `tool_calls`. Raises Refused."""
+    text, mark, call_text = message["content"].partition(_CALL_MARK)
     if not mark:
         return message
-    found = _CALL.fullmatch(called.strip())
+    found = _CALL.fullmatch(call_text.strip())
     try:
-        call = parse_json(called) if found is None else {"name": found.group(1), "arguments": found.group(2)}
+        call = parse_json(call_text) if found is None else {"name": found.group(1), "arguments": found.group(2)}
     except ValueError as error:
         expected = f"expected {_CALL_MARK} and a JSON object with name and arguments"
-        raise Refused("invalid_tool_call", f"the call is {shown(called.strip())} ({error}); {expected}") from error
+        raise Refused("invalid_tool_call", f"the call is {shown(call_text.strip())} ({error}); {expected}") from error
     return {**message, "content": text.strip() or None, "tool_calls": [call]}
 
 
-def _llama_turns(text: str) -> list[tuple[str, str]]:
+def _llama2_turns(text: str) -> list[tuple[str, str]]:
     before, *pieces = text.split("[INST]")
     turns: list[tuple[str, str]] = []
     for number, piece in enumerate(pieces):
-        asked, mark, answer = piece.partition("[/INST]")
-        if not mark or _unmarked(before):
+        question, mark, answer = piece.partition("[/INST]")
+        if not mark or _without_marks(before):
             return []
-        asked = asked.strip()
-        system = _LLAMA_SYSTEM.match(asked) if number == 0 else None
+        question = question.strip()
+        system = _LLAMA_SYSTEM.match(question) if number == 0 else None
         if system is not None:
             turns.append(("system", system.group(1).strip()))
-            asked = asked[system.end() :].strip()
-        turns.append(("user", asked))
-        answer = _unmarked(answer)
+            question = question[system.end() :].strip()
+        turns.append(("user", question))
+        answer = _without_marks(answer)
         turns += [("assistant", answer)] if answer else []
     return turns
 
 
-def _unmarked(said: str) -> str:
-    """What is said between two questions, without the marks of the end and of a new beginning."""
-    return said.strip().removesuffix("<s>").rstrip().removesuffix("</s>").rstrip()
+def _without_marks(text: str) -> str:
+    """The text between two questions without `</s>` and `<s>`."""
+    return text.strip().removesuffix("<s>").rstrip().removesuffix("</s>").rstrip()

@@ -1,4 +1,4 @@
-"""Lines of text whose utterances are set apart by tabs: a question and its reply, or more, speakers alternate."""
+"""Lines of text with a tab between utterances: a question and its reply, or more; the speakers alternate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from ismdata.choices import Side
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
-from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, pieces_of
-from ismdata.convert.formats.speakers import alternating, spoken
+from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, split_utterances
+from ismdata.convert.formats.speakers import alternating_roles, to_messages
 from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class TabPairs(CorpusFormat):
-    """Blanks around an utterance go."""
+    """Whitespace around an utterance is removed."""
 
     expects: str = "lines of text: question, tab, reply"
     plain_text: bool = True
@@ -30,11 +30,12 @@ class TabPairs(CorpusFormat):
     def parse_record(self, record: Any) -> Sequence[Draft]:
         if not isinstance(record, str):
             raise Refused("not_an_object", f"the record is {kind_of(record)}; expected a line of text")
-        pieces = pieces_of(record, "\t")
-        if len(pieces) < 2:
+        utterances = split_utterances(record, "\t")
+        if len(utterances) < 2:
             raise Refused("not_an_object", "the line has no tab between utterances; expected question, tab, reply")
         return [
-            Draft(messages=spoken(roles, pieces), part=part) for part, roles in alternating(len(pieces), self.assistant)
+            Draft(messages=to_messages(roles, utterances), part=part)
+            for part, roles in alternating_roles(len(utterances), self.assistant)
         ]
 
     def parse_block(self, block: Block) -> Columns | None:

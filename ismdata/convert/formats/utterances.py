@@ -1,19 +1,19 @@
-"""Transcripts: lists of utterances with the name of who speaks, as dialogue research publishes its corpora."""
+"""Transcripts: lists of utterances with the speaker's name, as dialogue research publishes its corpora."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.corpus_format import Draft, fields_of, kind_of, take_id
+from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns
 from ismdata.convert.formats.messages import OPENAI, SIDES
-from ismdata.convert.formats.speakers import alternating, played
+from ismdata.convert.formats.speakers import SpeakerFormat, alternating_roles, to_messages
 from ismdata.errors import Refused, shown
 
-#: Where a record keeps its utterances; the first one present is read.
+#: The field in which a record holds its utterances; the first one present is read.
 _LISTS = (
     "utterances",
     "dialog",
@@ -27,10 +27,10 @@ _LISTS = (
     "chat_history",
     "original",
 )
-#: Who speaks, and what is said: the first name present of each.
+#: The speaker and the text of an utterance: the first name present of each.
 _SPEAKERS = ("speaker", "agent", "role", "author", "sender", "speaker_role", "speaker_name", "speaker_id", "user")
 _TEXTS = ("text", "utterance", "content", "message")
-#: Who speaks, as a truth value: the role where it holds, and the other one.
+#: The speaker as a boolean: the role if it is true, and if it is false.
 _FLAGS = {
     "is_human": ("user", "assistant"),
     "is_user": ("user", "assistant"),
@@ -38,21 +38,21 @@ _FLAGS = {
     "is_bot": ("assistant", "user"),
     "is_assistant": ("assistant", "user"),
 }
-#: Moves of an agent that stand among the utterances of `[speaker, text]` lists and are none.
+#: The "speaker" of entries in `[speaker, text]` lists that are an agent's actions, not utterances.
 _ACTION = "action"
-#: The list whose speakers take turns unnamed, as in MultiWOZ before its version 2.2.
+#: The list whose speakers alternate and have no names: MultiWOZ before version 2.2.
 _UNNAMED = ("log", "text")
-#: Where a record's `context` is the system prompt: chats of PaLM.
+#: The fields beside which a record's `context` is the system prompt: chats of PaLM.
 _PALM = ("messages", "author")
-#: Under these names texts are taken as they are; transcripts of people typing or talking end in stray blanks.
+#: Speaker fields beside which texts are kept as they are. Transcripts of people have stray whitespace at the ends.
 _EXACT = frozenset({"role"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Which fields hold the list, who speaks (None: the speakers alternate) and what is said.
+    """The fields of the list, of the speaker (None: the speakers alternate) and of the text.
 
-    `exact`: each utterance is `[speaker, text]`, without names.
+    `exact`: each utterance is a list `[speaker, text]`.
     """
 
     utterances: str
@@ -62,24 +62,22 @@ class Names:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Utterances(CorpusFormat):
-    """A record is an object with a list of `{speaker, text}` under the usual names of such fields."""
+class Utterances(SpeakerFormat):
+    """A record is an object with a list of `{speaker, text}`, under the usual names of such fields."""
 
     expects: str = "utterances[].speaker/text and the like, log[].text"
     plain_text: bool = False
-    roles: Mapping[str, str] = field(default_factory=lambda: ROLE_NAMES)
-    assistant: Side = "second"
 
     def matches(self, record: Any) -> bool:
         record = _as_object(record)
-        names = names_of(record)
+        names = find_names(record)
         return names is not None and (names.utterances == "messages" or not OPENAI.matches(record))
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(_as_object(record)))
-        names = names_of(fields)
+        names = find_names(fields)
         if names is None:
-            raise Refused(*_misfit(fields))
+            raise _no_utterances(fields)
         listed, ignored = _elements(fields.pop(names.utterances), names)
         for number, utterance in enumerate(listed, 1):
             if not isinstance(utterance, dict):
@@ -92,31 +90,25 @@ class Utterances(CorpusFormat):
             for name, value in utterance.items()
             if name not in used and value is not None
         ]
-        own = take_id(fields)
+        own_id = take_id(fields)
         context = fields.get("context") if (names.utterances, names.speaker) == _PALM else None
-        first = [{"role": "system", "content": fields.pop("context")}] if isinstance(context, str) and context else []
+        system = [{"role": "system", "content": fields.pop("context")}] if isinstance(context, str) and context else []
         if names.speaker is None:
-            sides = alternating(len(listed), self.assistant)
+            sides = alternating_roles(len(listed), self.assistant)
         else:
             speakers = [_speaker(utterance, names.speaker, number) for number, utterance in enumerate(listed, 1)]
-            sides = played(speakers, self.roles, self.assistant)
+            sides = self.roles_of(speakers)
         return [
-            Draft(
-                messages=first + [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)],
-                id=own,
-                extra=fields,
-                ignored=ignored,
-                part=part,
-            )
+            Draft(messages=system + to_messages(roles, contents), id=own_id, extra=fields, ignored=ignored, part=part)
             for part, roles in sides
         ]
 
 
-def names_of(record: Any) -> Names | None:
-    """The names that a record uses, or None when it holds no such list.
+def find_names(record: Any) -> Names | None:
+    """The names of the fields in a record, or None if it holds no such list.
 
-    >>> names_of({"dialog": [{"speaker": "Ann", "text": "Hi"}]})
-    Names(utterances='dialog', speaker='speaker', text='text')
+    >>> find_names({"dialog": [{"speaker": "Ann", "text": "Hi"}]})
+    Names(utterances='dialog', speaker='speaker', text='text', exact=False)
     """
     if not isinstance(record, dict):
         return None
@@ -124,15 +116,15 @@ def names_of(record: Any) -> Names | None:
     if utterances is None:
         return None
     listed = record[utterances]
-    if _are_named(listed):
+    if _is_exact_list(listed):
         return Names(utterances=utterances, speaker="speaker", text="text", exact=True)
     if isinstance(listed, dict):
-        listed = _turned(listed)
+        listed = _rows(listed)
     first = next(utterance for utterance in listed if isinstance(utterance, dict))
     text = next((name for name in _TEXTS if isinstance(first.get(name), str)), None)
     if text is None:
         return None
-    speaker = next((name for name in _SPEAKERS if _names_someone(first.get(name))), None)
+    speaker = next((name for name in _SPEAKERS if _is_speaker(first.get(name))), None)
     if speaker is None:
         speaker = next((name for name in _FLAGS if isinstance(first.get(name), bool)), None)
     if speaker is None:
@@ -145,47 +137,46 @@ def names_of(record: Any) -> Names | None:
 
 def _is_list(value: Any) -> bool:
     if isinstance(value, dict):
-        return bool(_turned(value))
-    return isinstance(value, list) and (any(isinstance(one, dict) for one in value) or _are_named(value))
+        return bool(_rows(value))
+    return isinstance(value, list) and (any(isinstance(one, dict) for one in value) or _is_exact_list(value))
 
 
 def _as_object(record: Any) -> Any:
-    return {"dialog": record} if _are_named(record) else record
+    return {"dialog": record} if _is_exact_list(record) else record
 
 
-def _are_named(value: Any) -> bool:
-    """Whether a value is a list of `[speaker, text]`: all speakers are called by their roles, and both sides speak."""
-    if not isinstance(value, list) or not all(are_two_texts(one) for one in value):
+def _is_exact_list(value: Any) -> bool:
+    """Whether a value is a list of `[speaker, text]` in which all speakers are roles, and both sides speak."""
+    if not isinstance(value, list) or not all(_is_text_pair(one) for one in value):
         return False
     names = {one[0].strip().lower() for one in value}
     roles = {ROLE_NAMES.get(name) for name in names - {_ACTION}}
     return {"user", "assistant"} <= roles and None not in roles
 
 
-def are_two_texts(value: Any) -> bool:
+def _is_text_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
-def _turned(value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An object of equally long lists, as tables hold a list of objects, as that list; empty where it is none."""
-    columns = list(value.values())
-    if not columns or not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) > 1:
+def _rows(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The list of objects that an object of equally long lists holds; empty if it is none."""
+    if not is_columns(value) or len(set(map(len, value.values()))) > 1:
         return []
-    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return rows_of_columns(value, "")
 
 
 def _elements(value: Any, names: Names) -> tuple[list[Any], list[str]]:
-    """The utterances as objects, and what is left out of them."""
+    """The utterances as objects, and the names of what is left out."""
     if isinstance(value, dict):
-        return _turned(value), []
+        return _rows(value), []
     if not names.exact:
         return list(value), []
-    said = [one for one in value if one[0].strip().lower() != _ACTION]
-    left = [f"{names.utterances}[] of the speaker {_ACTION!r}"] * (len(value) - len(said))
-    return [{"speaker": speaker, "text": text} for speaker, text in said], left
+    kept = [one for one in value if one[0].strip().lower() != _ACTION]
+    ignored = [f"{names.utterances}[] of the speaker {_ACTION!r}"] * (len(value) - len(kept))
+    return [{"speaker": speaker, "text": text} for speaker, text in kept], ignored
 
 
-def _names_someone(value: Any) -> bool:
+def _is_speaker(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
@@ -199,8 +190,8 @@ def _speaker(utterance: Mapping[str, Any], name: str, number: int) -> str:
     if name in _FLAGS and isinstance(value, bool):
         return _FLAGS[name][0 if value else 1]
     if value is None or value == "":
-        raise Refused("missing_role", f"utterance {number} has no {name}; expected who speaks")
-    if not _names_someone(value):
+        raise Refused("missing_role", f"utterance {number} has no {name}; expected the speaker's name")
+    if not _is_speaker(value):
         raise Refused("invalid_field", f"utterance {number} has {name} {shown(value)}; expected a name or a number")
     return str(value)
 
@@ -209,16 +200,15 @@ def _text(value: Any, names: Names) -> Any:
     return value.strip() if isinstance(value, str) and names.speaker not in _EXACT else value
 
 
-def _misfit(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Reason and detail for a record that is none of this format."""
+def _no_utterances(fields: Mapping[str, Any]) -> Refused:
+    """The refusal of a record that is not of this format."""
     name = next((name for name in _LISTS if name in fields), None)
     if name is None:
-        found = f"the record has {', '.join(map(str, fields)) or 'no field'}"
-        return "missing_field", f"{found}; expected a list in one of {', '.join(_LISTS)}"
+        return missing_field(fields, f"a list in one of {', '.join(_LISTS)}")
     if fields[name] in ([], None):
-        return "no_messages", f"{name} is empty; expected utterances"
-    expected = f"objects with who speaks ({', '.join(_SPEAKERS)}) and a text ({', '.join(_TEXTS)})"
-    return "invalid_field", f"{name} holds {shown(fields[name])}; expected {expected}"
+        return Refused("no_messages", f"{name} is empty; expected utterances")
+    expected = f"objects with a speaker ({', '.join(_SPEAKERS)}) and a text ({', '.join(_TEXTS)})"
+    return Refused("invalid_field", f"{name} is {shown(fields[name])}; expected {expected}")
 
 
 UTTERANCES = Utterances()

@@ -16,7 +16,7 @@ from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.sources.framing import line_block
-from ismdata.convert.sources.grouping import by_key, by_start, in_order, narrowed
+from ismdata.convert.sources.grouping import group_by_key, group_by_start, select_columns, sort_rows
 from ismdata.errors import Refused
 
 PLACES = [Place(prefix="a.jsonl:", stem="a"), Place(prefix="b.jsonl:", stem="b")]
@@ -79,7 +79,7 @@ def test_by_start(files: list[list[str]]) -> None:
                 expected.append((place.prefix, number, current))
             else:
                 current.append(int(row))
-    assert read(by_start(blocks_of(files), starts)) == expected
+    assert read(group_by_start(blocks_of(files), starts)) == expected
 
 
 @given(files)
@@ -92,19 +92,19 @@ def test_by_key(files: list[list[str]]) -> None:
                 expected.append((place.prefix, number, lone(row)))
             elif row not in rows[: number - 1]:
                 expected.append((place.prefix, number, [int(row)] * rows.count(row)))
-    assert read(by_key(blocks_of(files), key)) == expected
+    assert read(group_by_key(blocks_of(files), key)) == expected
 
 
 def test_what_is_refused_is_shown_as_it_stands() -> None:
-    (block, _), *_ = by_key(blocks_of([["1!1"]]), key)
+    (block, _), *_ = group_by_key(blocks_of([["1!1"]]), key)
     assert [block.raw(0), block.raw(1)] == [[1, 1], "{"]
 
 
 def test_many_rows_come_in_several_blocks() -> None:
-    blocks = list(by_key(blocks_of([["01" * 10]]), lambda row: row))
+    blocks = list(group_by_key(blocks_of([["01" * 10]]), lambda row: row))
     assert len(blocks) == 1
     data = b"".join(b"%d\n" % (number // 2) for number in range(20_000))
-    many = list(by_key([(line_block(data, 1)[0], PLACES[0])], lambda row: row))
+    many = list(group_by_key([(line_block(data, 1)[0], PLACES[0])], lambda row: row))
     assert len(many) == 5
     assert [rows for _, _, rows in read(many)] == [[number, number] for number in range(10_000)]
 
@@ -112,8 +112,8 @@ def test_many_rows_come_in_several_blocks() -> None:
 def test_columns_of_a_table_are_looked_at_alone() -> None:
     table = pa.table({"id": [1, 1], "text": ["a", "b"]})
     block = TableBlock(rows=table, numbers=np.array([1, 2]))
-    assert narrowed(block, ["id", "other"]).record(0) == {"id": 1}
-    groups = by_key([(block, PLACES[0])], lambda row: row["id"], columns=["id"])
+    assert select_columns(block, ["id", "other"]).record(0) == {"id": 1}
+    groups = group_by_key([(block, PLACES[0])], lambda row: row["id"], columns=["id"])
     assert read(groups) == [("a.jsonl:", 1, [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])]
 
 
@@ -129,8 +129,8 @@ def test_columns_of_a_table_are_looked_at_alone() -> None:
     ],
 )
 def test_order(values: list[Any], expected: list[Any]) -> None:
-    assert [row["n"] for row in in_order([{"n": value} for value in values], "n")] == expected
-    assert in_order([{"n": value} for value in values], None) == [{"n": value} for value in values]
+    assert [row["n"] for row in sort_rows([{"n": value} for value in values], "n")] == expected
+    assert sort_rows([{"n": value} for value in values], None) == [{"n": value} for value in values]
 
 
 # ---- tables of utterances ----
