@@ -40,8 +40,7 @@ from ismdata.convert import pipeline as convert
 from ismdata.convert.sources import framing
 from ismdata.data import conversations as conversation_files
 from ismdata.data import journal
-from ismdata.pack import pipeline as pack
-from ismdata.pack import tokenize as tokenizing
+from ismdata.pack import shard_writer
 
 #: Imported here for the runs to find them; `AutoTokenizer` is loaded late by its package.
 IMPORTED = (convert, view, transformers.AutoTokenizer)
@@ -108,8 +107,8 @@ def make_small() -> None:
     framing.ByteQueue.more.__defaults__ = (100_000,)
     conversion._BATCH_BYTES = 100_000
     conversation_files.SHARD_BYTES = 1_000_000
-    pack._SHARD_TOKENS, pack._BATCH_TOKENS = 200_000, 50_000
-    tokenizing._BATCH_BYTES = 100_000
+    shard_writer.SHARD_TOKENS, shard_writer.BATCH_TOKENS = 200_000, 50_000
+    conversation_files._BATCH_BYTES = 100_000
     journal._EVERY = 0.05
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ismdata.choices import History, Layout, Mask, OverLong, TokenizerBackend, TrainOn
 from ismdata.cli.common import AsJson, Output, Overwrite, Workers, show
-from ismdata.display import TerminalReporter, note
+from ismdata.display import TerminalReporter
 from ismdata.errors import UsageError
 
 
@@ -107,8 +107,7 @@ def pack_command(
             workers=workers,
             seed=seed,
             overwrite=overwrite,
-            notify=note,
-            progress=reporter.progress,
+            reporter=reporter,
         )
     show(reports.pack_report(report), as_json=as_json)
 

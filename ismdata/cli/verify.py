@@ -29,12 +29,12 @@ def verify_command(
     """
     from ismdata.cli.views import reports
     from ismdata.data import verify
-    from ismdata.pack import with_texts
+    from ismdata.pack import verify_conversations
 
     report = verify(folder)
     if conversations and report.ok:
         with TerminalReporter() as reporter:
-            report = with_texts(report, conversations, progress=reporter.progress)
+            report = verify_conversations(report, conversations, reporter=reporter)
     show(reports.verify_report(report), as_json=as_json)
     if not report.ok:
         raise typer.Exit(1)

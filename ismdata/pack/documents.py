@@ -42,7 +42,7 @@ def wanted(batch: ConversationBatch, options: PackOptions) -> Requests:
     """The documents to make of a batch: one a conversation, or one a trained answer (`prefix`, `--history expand`)."""
     heads = batch.heads
     sizes = np.diff(batch.first)
-    if not options.one_an_answer:
+    if not options.document_per_answer:
         return Requests(
             conversation=np.arange(len(batch)),
             head=heads,
@@ -72,7 +72,7 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
     """The documents of a batch. `encoder` must have begun it. Raises DataError under `--over-long error`."""
     requests = wanted(batch, options)
     refused = _without_targets(batch, requests, options)
-    if options.one_an_answer:
+    if options.document_per_answer:
         sizes = np.diff(batch.first)
         for c in np.flatnonzero(sizes > MOST_MESSAGES).tolist():
             refused.setdefault(c, Refusal(reason=TooManyMessages.reason, detail=TooManyMessages(int(sizes[c])).detail))
@@ -131,7 +131,7 @@ def make_documents(encoder: DocumentEncoder, batch: ConversationBatch, options: 
     lost = np.where(keep, cut_tokens, layout.document_lengths(len(requests)))[packed]
     return BatchResult(
         documents=documents,
-        names=_names(batch, owner, pieced | options.one_an_answer),
+        names=_names(batch, owner, pieced | options.document_per_answer),
         refused=refused,
         target_tokens=int(targets[keep].sum()),
         split=int(pieced[np.unique(owner)].sum()),
@@ -155,7 +155,7 @@ _NO_TARGET = "no answer is to be trained: all are absent, empty, or marked train
 def _without_targets(batch: ConversationBatch, requests: Requests, options: PackOptions) -> dict[int, Refusal]:
     """Conversations with nothing to train."""
     trainable = np.zeros(len(batch), bool)
-    if options.one_an_answer:
+    if options.document_per_answer:
         trainable[requests.conversation] = True
     else:
         owner = np.repeat(np.arange(len(batch)), np.diff(batch.first))

@@ -18,16 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ismdata.choices import TokenizerBackend
 from ismdata.concurrency import delay_by_one
 from ismdata.conversation import Quarantined, Refusal
-from ismdata.data import QUARANTINE_NAME, SCRATCH_NAME, ConvertedFolder, Journal
+from ismdata.data import QUARANTINE_NAME, SCRATCH_NAME, ConvertedFolder
 from ismdata.errors import DataError
 from ismdata.memory import give_back
-from ismdata.pack import template_check as parity
+from ismdata.pack import template_check
 from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.documents import BatchResult, make_documents, wanted
+from ismdata.pack.job import PackJob
 from ismdata.pack.options import PackOptions
 from ismdata.pack.pieces import Ahead
 from ismdata.pack.report import Tally
@@ -42,9 +42,6 @@ from ismdata.rendering import (
     disagreement,
     stratified,
 )
-
-#: Tells how far a stage has come: its name, done, total (0 where it is not known).
-Progress = Callable[[str, int, int], None]
 
 
 class Quarantine:
@@ -91,53 +88,74 @@ class Quarantine:
         return tuple(Quarantined(**line) for line in lines)
 
 
-def tokenize(
-    sources: Sequence[ConvertedFolder],
-    encoding: Encoding,
-    options: PackOptions,
-    wanted: TokenizerBackend,
-    folder: Path,
-    journal: Journal,
-    *,
-    sample: Callable[[], pa.LargeStringArray],
-    meanwhile: Callable[[], None],
-    notify: Callable[[str], None],
-    progress: Progress,
-) -> tuple[Spool, Quarantine, Tally, str]:
-    """Read, render, tokenise and spool everything, or what the journal does not have yet; and the name of the backend
-    that did it last, which itself is let go of: it may remember a lot.
+@dataclass(frozen=True, kw_only=True)
+class TokenizedCorpus:
+    """All documents of a corpus, on disk, and what became of its conversations.
 
-    sample: gives the texts that backends are compared on, `sampled_texts`. meanwhile: called once, in this thread, when
-    it would have to wait for the first texts. Raises DataError, UsageError.
+    Attributes:
+        spool: The documents.
+        quarantine: The conversations that were refused.
+        tally: Totals for the index.
+        backend: Name of the tokenizer backend that encoded the last texts.
     """
-    meanwhile = cache(meanwhile)
-    reference = encoding.tokenizer.reference
+
+    spool: Spool
+    quarantine: Quarantine
+    tally: Tally
+    backend: str
+
+
+def tokenize(
+    job: PackJob, *, sample: Callable[[], pa.LargeStringArray], while_waiting: Callable[[], None]
+) -> TokenizedCorpus:
+    """Tokenize all conversations of a job and spool their documents, or those that its journal does not record yet.
+
+    The backend is released at the end, because its cache is large.
+
+    Args:
+        job: The run.
+        sample: Returns the texts on which backends are compared, from `sampled_texts`.
+        while_waiting: Called once, in this thread, while the first texts are being encoded.
+
+    Returns:
+        The spooled documents and the quarantine.
+
+    Raises:
+        DataError: If a source cannot be read, or its conversations cannot be tokenized reliably.
+        UsageError: If the requested backend cannot be used.
+    """
+    while_waiting = cache(while_waiting)
+    journal, note = job.journal, job.reporter.note
+    reference = job.encoding.tokenizer.reference
     recorded = (journal.state or {}).get("backend")
-    chosen = choose_backend(wanted, reference, sample, recorded=recorded)
-    for note in chosen.notes:
-        notify(note)
+    chosen = choose_backend(job.options.tokenizer_backend, reference, sample, recorded=recorded)
+    for text in chosen.notes:
+        note(text)
     backend = chosen.backend
     if recorded not in (None, backend.identity):
-        notify(f"What was tokenized so far was by {recorded}, not by {backend.identity}: it is done again.")
+        note(f"The interrupted run tokenized with {recorded}; now {backend.identity} is used. Tokenizing starts again.")
         journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
     while True:
         try:
-            return *_go_on(sources, encoding, options, backend, folder, journal, meanwhile, progress), backend.name
+            return _tokenize_rest(job, backend, while_waiting)
         except BackendError as found:
             if not chosen.may_leave:
                 raise disagreement(found) from found
-            notify(f"gigatoken is left aside ({found}): tokenizers does it all again, which is slower.")
+            note(f"gigatoken is not used ({found}). Tokenizing starts again with tokenizers, which is slower.")
             backend = reference
             skeletons = (journal.state or {}).get("skeletons", True)
-        except parity.ColumnsDiffer as found:
+        except template_check.ColumnsDiffer as found:
             if not (journal.state or {}).get("skeletons", True):
                 raise DataError(
-                    f"{found}: rendered twice, the conversation gave two texts; expected the same each time. "
-                    "The template draws at random or tells the time: take that out of a copy, --chat-template FILE"
+                    f"{found}: two renderings of the conversation differ; expected the same text each time. The "
+                    "template uses random numbers or the time. Remove that in a copy and pass it: --chat-template FILE"
                 ) from found
-            notify(f"{found}: the template does more than its probing showed; each conversation is rendered by itself.")
+            note(
+                f"{found}: the template does more than its probing showed. Each conversation is rendered "
+                "individually, which is slower."
+            )
             skeletons = False
-        # Recorded first: what was spooled counts for nothing before the files are cut.
+        # Recorded before the files are truncated: from now on the spooled documents are invalid.
         journal.record({"skeletons": skeletons, "backend": backend.identity}, [])
 
 
@@ -159,32 +177,23 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
     return pa.concat_arrays(taken)
 
 
-def _go_on(
-    sources: Sequence[ConvertedFolder],
-    encoding: Encoding,
-    options: PackOptions,
-    backend: TokenizerEngine,
-    folder: Path,
-    journal: Journal,
-    meanwhile: Callable[[], None],
-    progress: Progress,
-) -> tuple[Spool, Quarantine, Tally]:
-    """From where the journal is to the end.
+def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callable[[], None]) -> TokenizedCorpus:
+    """Tokenize from where the journal is to the end.
 
-    Raises parity.ColumnsDiffer where skeletons are of no use, BackendDiffers and BackendRefused where the backend is.
+    Raises ColumnsDiffer if skeletons do not fit the template, BackendError if the backend fails.
     """
+    encoding, options, journal = job.encoding, job.options, job.journal
     state = journal.state or {}
-    spool = Spool(folder / SCRATCH_NAME, keep=state.get("rows"))
-    quarantine = Quarantine(folder / QUARANTINE_NAME, state.get("quarantine"))
+    spool = Spool(job.folder / SCRATCH_NAME, keep=state.get("rows"))
+    quarantine = Quarantine(job.folder / QUARANTINE_NAME, state.get("quarantine"))
     tally = Tally(**state.get("tally", {}))
     skeletons, done = state.get("skeletons", True), state.get("done", 0)
-    total = sum(source.rows for source in sources)
 
     def record() -> None:
         state = {"skeletons": skeletons, "backend": backend.identity, "done": done, "rows": spool.rows}
         state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
         journal.record(state, [*spool.columns, quarantine.file])
-        give_back()  # else what lies about in pieces grows with the corpus
+        give_back()  # otherwise fragmented free memory grows with the corpus
 
     encoder = DocumentEncoder(
         encoding.renderer,
@@ -195,8 +204,10 @@ def _go_on(
         glm=encoding.glm,
         without_reasoning=options.train_on == "content",
     )
-    rows = _from((rows for source in sources for rows in source.batches()), done)
-    samples = chain([parity.LATER_SAMPLE if done else parity.SAMPLE], repeat(parity.LATER_SAMPLE))
+    rows = _from((rows for source in job.sources for rows in source.batches()), done)
+    samples = chain(
+        [template_check.LATER_SAMPLE if done else template_check.SAMPLE], repeat(template_check.LATER_SAMPLE)
+    )
     with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as ahead_thread:
 
         def begun(rows: pa.RecordBatch) -> Ahead:
@@ -204,11 +215,11 @@ def _go_on(
             return encoder.ahead(batch, wanted(batch, options), ahead_thread)
 
         def made(ahead: Ahead) -> _Unchecked:
-            meanwhile()
+            while_waiting()
             encoder.begin(ahead)
             requests = _sampled_requests(ahead.batch, options, next(samples))
             with _finding_out_why(encoding, encoder, ahead.batch, requests):
-                law_5 = threads.submit(parity.comparison(encoding, encoder, ahead.batch, requests).check)
+                law_5 = threads.submit(template_check.comparison(encoding, encoder, ahead.batch, requests).check)
                 documents = make_documents(encoder, ahead.batch, options)
             checks = law_5, threads.submit(backend.compare)
             return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
@@ -226,12 +237,12 @@ def _go_on(
             done += len(batch)
             if journal.due():
                 record()
-            progress("tokenize", done, total)
-    meanwhile()  # where there was nothing to do
+            job.reporter.progress("tokenize", done, job.conversations)
+    while_waiting()  # for a corpus without conversations
     if done > state.get("done", 0) and journal.due():
         record()
     spool.close()
-    return spool, quarantine, tally
+    return TokenizedCorpus(spool=spool, quarantine=quarantine, tally=tally, backend=backend.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +266,7 @@ def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBa
 def _sampled_requests(batch: ConversationBatch, options: PackOptions, count: int) -> Requests:
     """The documents of some conversations of the batch, for law 5."""
     requests = wanted(batch, options)
-    chosen = np.flatnonzero(np.isin(requests.conversation, parity.sample(batch, count)))[: 2 * count]
+    chosen = np.flatnonzero(np.isin(requests.conversation, template_check.sample(batch, count)))[: 2 * count]
     return requests.take(chosen)
 
 
@@ -266,7 +277,7 @@ def _finding_out_why(
     """Where law 5 does not hold, tell the backend's fault (BackendDiffers) from the template's (ColumnsDiffer)."""
     try:
         yield
-    except parity.ColumnsDiffer as found:
+    except template_check.ColumnsDiffer as found:
         if encoder.backend is None or encoder.backend.name == "hf":
             raise
         by_reference = DocumentEncoder(
@@ -278,5 +289,5 @@ def _finding_out_why(
             without_reasoning=encoder.without_reasoning,
         )
         by_reference.begin(batch)
-        parity.comparison(encoding, by_reference, batch, requests).check()
+        template_check.comparison(encoding, by_reference, batch, requests).check()
         raise BackendDiffers(str(found)) from found

@@ -24,6 +24,8 @@ import ismdata.convert.job
 import ismdata.data.conversations
 import ismdata.data.journal
 import ismdata.pack.pipeline
+import ismdata.pack.report
+import ismdata.pack.shard_writer
 import ismdata.pack.tokenize
 from ismdata.convert.filters import Cleaning
 from ismdata.convert.job import Selection
@@ -32,10 +34,12 @@ from ismdata.convert.sources import framing
 from ismdata.data.index import GrowingFile
 from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack.pipeline import PackReport, pack
+from ismdata.pack.pipeline import pack
+from ismdata.pack.report import PackReport
 from ismdata.pack.template_check import ColumnsDiffer, Comparison
 from ismdata.rendering.encoding import load_encoding
 from tests.pack.test_pack import bytes_tokenizer as bytes_tokenizer
+from tests.support.reporters import Recorder
 
 SEQ_LEN = 256
 
@@ -93,8 +97,8 @@ def record_always(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     """Many batches, checkpoints and shards in little data, and the tokenizer loaded once."""
     monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 16)
-    monkeypatch.setattr(ismdata.pack.pipeline, "_SHARD_TOKENS", 8 * SEQ_LEN)
-    monkeypatch.setattr(ismdata.pack.pipeline, "_BATCH_TOKENS", 4 * SEQ_LEN)
+    monkeypatch.setattr(ismdata.pack.shard_writer, "SHARD_TOKENS", 8 * SEQ_LEN)
+    monkeypatch.setattr(ismdata.pack.shard_writer, "BATCH_TOKENS", 4 * SEQ_LEN)
     record_always(monkeypatch)
     loaded = load_encoding(str(bytes_tokenizer))
     monkeypatch.setattr(ismdata.pack.pipeline, "load_encoding", lambda *arguments, **options: loaded)
@@ -227,17 +231,17 @@ def test_finished_work_is_not_done_again(
     made.clear()
     monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", lambda *a: made.append(1) or make(*a))
     monkeypatch.setattr(GrowingFile, "describe", third)
-    notes: list[str] = []
+    recorder = Recorder()
     with pytest.raises(Death):
-        packed(converted, output, notify=notes.append)
+        packed(converted, output, reporter=recorder)
     assert len(made) == 3  # of four: the second had been made, but not spooled
-    assert any("16 of 60 conversations tokenized, shards written: 0" in note for note in notes)
+    assert any("16 of 60 conversations tokenized, shards written: 0" in note for note in recorder.notes)
     monkeypatch.setattr(ismdata.pack.tokenize, "make_documents", lambda *a: pytest.fail("tokenized again"))
     monkeypatch.setattr(
         GrowingFile, "describe", lambda file, rows: described.append(file.path.name) or describe(file, rows)
     )
-    packed(converted, output, notify=notes.append)
-    assert any("60 of 60 conversations tokenized, shards written: 2" in note for note in notes)
+    packed(converted, output, reporter=recorder)
+    assert any("60 of 60 conversations tokenized, shards written: 2" in note for note in recorder.notes)
     shards = [name for name in described if name.startswith("shard")]
     assert shards == sorted(set(shards))
     assert files_of(output) == expected
@@ -248,7 +252,7 @@ def test_the_decision_to_render_one_by_one_is_kept(
 ) -> None:
     """A template that needs it is found out once; the run goes on without skeletons after a crash."""
     output = tmp_path / "out" / "packed"
-    comparison, used = ismdata.pack.tokenize.parity.comparison, []
+    comparison, used = ismdata.pack.tokenize.template_check.comparison, []
 
     def differs(encoding: Any, encoder: Any, batch: Any, requests: Any) -> Comparison:
         used.append(encoder.use_skeletons)
@@ -258,7 +262,7 @@ def test_the_decision_to_render_one_by_one_is_kept(
             raise Death
         return comparison(encoding, encoder, batch, requests)
 
-    monkeypatch.setattr(ismdata.pack.tokenize.parity, "comparison", differs)
+    monkeypatch.setattr(ismdata.pack.tokenize.template_check, "comparison", differs)
     with pytest.raises(Death):
         packed(converted, output)
     packed(converted, output)
@@ -355,7 +359,7 @@ def interrupted(converted: Path, output: Path, monkeypatch: pytest.MonkeyPatch, 
         raise Death
 
     with monkeypatch.context() as patch, pytest.raises(Death):
-        patch.setattr(ismdata.pack.pipeline, "describe_file", die)
+        patch.setattr(ismdata.pack.report, "describe_file", die)
         packed(converted, output, **options)
     partial = output.parent / f".{output.name}.partial"
     assert partial.exists()
@@ -532,7 +536,7 @@ def test_killed_terminated_and_two_at_once(converted: Path, bytes_tokenizer: Pat
         process.terminate()
         _, said = process.communicate(timeout=60)
         assert process.returncode == 143
-        assert "Going on with the run that was interrupted" in said
+        assert "Resuming the interrupted run" in said
         assert "terminated" in said
     assert partial.exists()
     assert not (output.parent / ".packed.lock").exists()

@@ -354,9 +354,9 @@ def test_tokens_that_are_named_win(tmp_path, converted, glm_tokenizer):
         ({"glm_mask_token": "<|pad|>"}, "--glm-mask-token <|pad|>: .*padding".replace("|", r"\|")),
         ({"glm_mask_token": "<|im_start|>"}, r"no token for \[START\]"),
         ({"glm_mask_token": "<|im_start|>", "glm_start_token": "<|im_start|>"}, "expected two tokens"),
-        ({"layout": "plain", "glm_mask_token": "a"}, "--glm-mask-token goes with --layout glm"),
-        ({"layout": "plain", "glm_start_token": "a"}, "--glm-start-token goes with --layout glm"),
-        ({"layout": "chatglm"}, "--layout chatglm: expected one of plain, glm"),
+        ({"layout": "plain", "glm_mask_token": "a"}, "--glm-mask-token requires --layout glm"),
+        ({"layout": "plain", "glm_start_token": "a"}, "--glm-start-token requires --layout glm"),
+        ({"layout": "chatglm"}, "--layout is 'chatglm'; expected one of plain, glm"),
     ],
     ids=["none", "text", "pad", "half", "same", "plain-mask", "plain-start", "unknown"],
 )

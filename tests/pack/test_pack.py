@@ -20,11 +20,13 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.shards import PackedShards, packed_schema
 from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack.pipeline import PackReport, _say_resumed, pack
+from ismdata.pack.pipeline import note_resumed, pack
+from ismdata.pack.report import PackReport
 from ismdata.pack.template_check import ColumnsDiffer
 from ismdata.rendering.sensitivity import Sensitivity
 from tests.conftest import template_named
 from tests.support.paths import SCHEMAS
+from tests.support.reporters import Recorder
 
 ROOMY = 1024
 
@@ -270,11 +272,11 @@ def test_a_template_that_does_more_than_its_probing_showed(
     )
     blind = Sensitivity(triggers=(), blank=False, everything=False)
     monkeypatch.setattr("ismdata.rendering.encoding.sensitivity", lambda renderer, prepends: blind)
-    notes: list[str] = []
+    recorder = Recorder()
     report, shards = packed(
-        tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, chat_template=str(source), notify=notes.append
+        tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, chat_template=str(source), reporter=recorder
     )
-    assert any("rendered by itself" in note for note in notes)
+    assert any("rendered individually" in note for note in recorder.notes)
     assert report.counts["packed"] == 1
     assert [answer for _, _, trained in documents(shards) for answer in trained] == [
         "T0A.......<|im_end|>",
@@ -292,8 +294,8 @@ def test_law_5_that_holds_in_no_way_is_an_error(
         asked.append(arguments)
         raise ColumnsDiffer("c.jsonl:1")
 
-    monkeypatch.setattr("ismdata.pack.tokenize.parity.comparison", never_alike)
-    with pytest.raises(DataError, match=r"c\.jsonl:1: rendered twice, the conversation gave two texts"):
+    monkeypatch.setattr("ismdata.pack.tokenize.template_check.comparison", never_alike)
+    with pytest.raises(DataError, match=r"c\.jsonl:1: two renderings of the conversation differ"):
         packed(tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, tokenizer_backend="hf")
     assert len(asked) == 2
 
@@ -341,12 +343,15 @@ def test_a_converted_folder_that_was_tampered_with(tmp_path: Path, bytes_tokeniz
     [
         ({"seq_len": 1000}, "--seq-len 1000: expected a positive multiple of 128, for instance 1024"),
         ({"seq_len": 0}, "--seq-len 0: expected a positive multiple of 128, for instance 128"),
-        ({"seq_len": 1 << 22}, "--seq-len 4194304: expected at most 4194176, which block tables can number"),
-        ({"mask": "full"}, "--mask full: expected one of ism, causal, prefix"),
-        ({"over_long": "cut"}, "--over-long cut: expected one of split, drop, truncate, error"),
-        ({"history": "rewrite"}, "--history rewrite: expected append or expand"),
+        (
+            {"seq_len": 1 << 22},
+            "--seq-len 4194304: expected at most 4194176, because block tables number blocks in 16 bits",
+        ),
+        ({"mask": "full"}, "--mask is 'full'; expected one of ism, causal, prefix"),
+        ({"over_long": "cut"}, "--over-long is 'cut'; expected one of split, drop, truncate, error"),
+        ({"history": "rewrite"}, "--history is 'rewrite'; expected one of append, expand"),
         ({"prefix_every": 0}, "--prefix-every 0: expected 1 or more"),
-        ({"prefix_every": 2}, "--prefix-every goes with --mask prefix, not with --mask ism"),
+        ({"prefix_every": 2}, "--prefix-every requires --mask prefix; found --mask ism"),
         ({"workers": -1}, "--workers -1: expected 0 (all cores) or more"),
     ],
 )
@@ -394,9 +399,12 @@ def test_rows_hold_what_their_names_say(tmp_path: Path, bytes_tokenizer: Path) -
 
 
 @pytest.mark.parametrize("state", [None, {"done": 0}])
-def test_a_run_that_wrote_shards_is_said_to_go_on(state: dict[str, int] | None) -> None:
-    """Also where it was killed before it recorded a conversation."""
-    notes: list[str] = []
-    _say_resumed(SimpleNamespace(state=state, finished=[{"name": "shard-00000.arrow"}]), [], notes.append)  # type: ignore[arg-type]
-    _say_resumed(SimpleNamespace(state=None, finished=[]), [], notes.append)  # type: ignore[arg-type]
-    assert ["shards written: 1" in note for note in notes] == [True]
+def test_a_run_that_wrote_shards_is_reported_as_resumed(state: dict[str, int] | None) -> None:
+    """Also if it was killed before it recorded a conversation."""
+    recorder = Recorder()
+    for journal in (
+        SimpleNamespace(state=state, finished=[{"name": "shard-00000.arrow"}]),
+        SimpleNamespace(state=None, finished=[]),
+    ):
+        note_resumed(SimpleNamespace(journal=journal, conversations=0, reporter=recorder))  # type: ignore[arg-type]
+    assert ["shards written: 1" in note for note in recorder.notes] == [True]

@@ -15,6 +15,7 @@ from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
 from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import template_named
+from tests.support.reporters import Recorder
 
 TALK = [
     {"role": "user", "content": "One?"},
@@ -98,16 +99,16 @@ def test_what_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -
 
 
 def test_unwritten_reasoning_is_counted_and_said(tmp_path: Path, smollm2: Path) -> None:
-    said: list[str] = []
+    recorder = Recorder()
     report = pack(
         [converted(tmp_path, [TALK, TALK[:2], TALK[4:]])],
         tmp_path / "packed",
         tokenizer=str(smollm2),
         seq_len=256,
-        notify=said.append,
+        reporter=recorder,
     )
     assert report.totals["unwritten_reasoning"] == 2
-    assert any("the reasoning of 2 answers" in note for note in said)
+    assert any("the reasoning of 2 answers" in note for note in recorder.notes)
 
 
 # ---- flags of messages ----

@@ -16,7 +16,7 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.verification import verify
 from ismdata.errors import UsageError
 from ismdata.pack.pipeline import pack
-from ismdata.pack.verify_texts import verify_texts, with_texts, words_of
+from ismdata.pack.text_verification import check_texts, verify_conversations, words_of
 from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, report_template, shapes_in
 from tests.conftest import TEMPLATES, encoding, template_named
 
@@ -57,7 +57,7 @@ def test_what_is_reported_is_what_pack_does(name: str, smollm2: Path, tmp_path: 
         refused = {line["record"]["id"]: line["reason"] for line in map(json.loads, text.splitlines())}
         expected = {shape: found[history]["reason"] for shape, found in facts["shapes"].items() if found[history]}
         assert refused == expected
-        problems, _ = verify_texts(tmp_path / "packed", [tmp_path / "converted"])
+        problems, _ = check_texts(tmp_path / "packed", [tmp_path / "converted"])
         assert problems == []
 
 
@@ -168,7 +168,7 @@ def folders(tmp_path: Path) -> Path:
 def test_sound_folders_hold_every_text(options: dict[str, Any], folders: Path, smollm2: Path) -> None:
     """Whole conversations, one document per answer, pieces of a long one."""
     pack([folders / "converted"], folders / "packed", tokenizer=str(smollm2), seq_len=256, **options)
-    found = with_texts(verify(folders / "packed"), [folders / "converted"])
+    found = verify_conversations(verify(folders / "packed"), [folders / "converted"])
     assert found.problems == []
     assert found.counts["answers found"] == (3 if "train_on" in options else 23)
 
@@ -227,7 +227,7 @@ def test_what_is_wrong_is_found(change: Any, said: str, folders: Path, smollm2: 
     """Rows whose ids and spans may look sound to every other check."""
     pack([folders / "converted"], folders / "packed", tokenizer=str(smollm2), seq_len=1024)
     rewritten(folders, change)
-    problems, _ = verify_texts(folders / "packed", [folders / "converted"])
+    problems, _ = check_texts(folders / "packed", [folders / "converted"])
     assert re.search(said, "\n".join(problems)), problems
 
 
@@ -235,7 +235,7 @@ def test_a_conversation_that_is_gone_is_missed(folders: Path, smollm2: Path) -> 
     pack([folders / "converted"], folders / "packed", tokenizer=str(smollm2), seq_len=1024)
     (folders / "d.jsonl").write_text(json.dumps({"id": "other", "messages": TALKS[1]}) + "\n", encoding="utf-8")
     convert([str(folders / "d.jsonl")], folders / "more")
-    problems, _ = verify_texts(folders / "packed", [folders / "converted", folders / "more"])
+    problems, _ = check_texts(folders / "packed", [folders / "converted", folders / "more"])
     assert "other: neither packed nor quarantined" in problems[0]
 
 

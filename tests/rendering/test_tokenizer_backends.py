@@ -26,7 +26,8 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.index import INDEX_NAME
 from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
-from ismdata.pack.pipeline import PackReport, pack
+from ismdata.pack.pipeline import pack
+from ismdata.pack.report import PackReport
 from ismdata.rendering.encoding import Encoding, load_encoding
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
 from ismdata.rendering.tokenizer_backends import (
@@ -43,6 +44,7 @@ from ismdata.rendering.tokenizer_backends import (
 )
 from tests.conftest import encoding, template_named
 from tests.pack.test_pack import bytes_tokenizer
+from tests.support.reporters import Recorder
 
 __all__ = ["bytes_tokenizer"]  # a fixture
 
@@ -175,10 +177,10 @@ def packed(
     monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 40)
 
     def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:
-        notes: list[str] = []
-        report = pack([converted], tmp_path / name, tokenizer="bytes", seq_len=512, notify=notes.append, **options)
+        recorder = Recorder()
+        report = pack([converted], tmp_path / name, tokenizer="bytes", seq_len=512, reporter=recorder, **options)
         assert verify(report.output).problems == []
-        return report, [note for note in notes if "gigatoken" in note]
+        return report, [note for note in recorder.notes if "gigatoken" in note]
 
     return run
 
@@ -240,7 +242,7 @@ def test_a_difference_on_the_sample_means_the_reference(packed: Callable[..., An
     wrong.append("café")
     report, notes = packed()
     assert len(notes) == 1
-    assert "gigatoken is left aside" in notes[0]
+    assert "gigatoken is not used" in notes[0]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)
     with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
@@ -258,7 +260,7 @@ def test_a_difference_found_later_means_all_over_again(
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     report, notes = packed()
     assert len(notes) == 1
-    assert "gigatoken is left aside" in notes[0]
+    assert "gigatoken is not used" in notes[0]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)
     with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
@@ -275,7 +277,7 @@ def test_a_difference_that_only_law_5_sees(
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 0.0)
     report, notes = packed()
     assert len(notes) == 1
-    assert "gigatoken is left aside" in notes[0]
+    assert "gigatoken is not used" in notes[0]
     assert content(report.output) == content(expected.output)
 
 
@@ -402,7 +404,7 @@ def test_a_failure_in_the_middle(
     monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch", fails)
     report, notes = packed()
     assert len(notes) == 1
-    assert "left aside (index out of bounds)" in notes[0]
+    assert "not used (index out of bounds)" in notes[0]
     assert content(report.output) == content(expected.output)
 
 
@@ -473,6 +475,6 @@ def test_a_run_whose_backend_is_gone_begins_again(
         packed()
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     report, notes = packed()
-    assert [note for note in notes if "it is done again" in note]
+    assert [note for note in notes if "Tokenizing starts again" in note]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ismdata import conversation
 from ismdata.data import QUARANTINE_NAME, PackedShards, Problems, ShardFile, VerifyReport, read_index
 from ismdata.data import shards as packed_shards
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
 from ismdata.rendering import reasoning_length
@@ -125,29 +126,36 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item) if not isinstance(item, str) else [item]
 
 
-def with_texts(
-    report: VerifyReport,
-    converted: Sequence[Path],
-    *,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+def verify_conversations(
+    report: VerifyReport, converted: Sequence[Path], *, reporter: Reporter = LOGGED
 ) -> VerifyReport:
-    """The report on a packed folder, and whether it holds the texts of the conversations that it was made of.
+    """Check whether a packed folder holds the texts of the conversations it was made of.
 
-    Raises UsageError where it is no packed folder, DataError where the conversations cannot be read.
+    Args:
+        report: The report of `verify` on the packed folder.
+        converted: The converted folders it was made of.
+        reporter: Receives progress.
+
+    Returns:
+        The report with the problems found, and the count `answers found`.
+
+    Raises:
+        UsageError: If the report is not on a packed folder.
+        DataError: If the conversations cannot be read.
     """
     if report.format != packed_shards.FORMAT:
-        raise UsageError(f"--conversations goes with a packed folder; {report.folder} is none")
-    problems, counts = verify_texts(report.folder, converted, progress=progress)
+        raise UsageError(f"--conversations requires a packed folder; {report.folder} is not one")
+    problems, counts = check_texts(report.folder, converted, reporter=reporter)
     found = {"answers found": counts["answers"]}
     return replace(report, problems=[*report.problems, *problems], counts={**report.counts, **found})
 
 
-def verify_texts(
-    packed: Path, converted: Sequence[Path], *, progress: Callable[[str, int, int], None] = lambda *_: None
+def check_texts(
+    packed: Path, converted: Sequence[Path], *, reporter: Reporter = LOGGED
 ) -> tuple[list[str], dict[str, int]]:
-    """Look for every text of the conversations in a packed folder: (what is wrong where, counts).
+    """Look for every text of the conversations in a packed folder: (problems with their places, counts).
 
-    Raises DataError where a folder cannot be read.
+    Raises DataError if a folder cannot be read.
     """
     shards = PackedShards(packed)
     conversations = Conversations(converted)
@@ -172,7 +180,7 @@ def verify_texts(
             np.add.at(times, conversations.first[c] + np.array(answered, np.int64), 1)
             for fault in faults:
                 problems.add_rows(packed, fault.partition(":")[0], f"row {row}, {name}: {fault}", 1)
-        progress("texts", row + 1, len(shards))
+        reporter.progress("texts", row + 1, len(shards))
     _check_counts(packed, shards, conversations, times, seen, problems)
     counts = {"conversations": len(seen), "answers": int((times > 0).sum()), "documents of no conversation": strays}
     return problems.sentences(), counts
