@@ -22,6 +22,7 @@ from ismdata.cli.demo import texts, train_tokenizer
 from ismdata.convert.pipeline import convert
 from ismdata.data.shards import PackedShards
 from ismdata.pack.pipeline import pack
+from ismdata.train.options import TrainOptions
 from ismdata.train.pipeline import train
 
 
@@ -39,6 +40,19 @@ def write_corpus(path: Path, *, turns: int, conversations: int) -> None:
                 messages.append({"role": "user", "content": text(8)})
                 messages.append({"role": "assistant", "content": text(16)})
             file.write(json.dumps({"messages": messages}) + "\n")
+
+
+class StepClock:
+    """A reporter that keeps the processor's time after each step."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def note(self, text: str) -> None:
+        pass
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.moments.append(time.process_time())
 
 
 def compare(folder: Path, *, turns: int, conversations: int, model: str) -> dict[str, Any]:
@@ -60,14 +74,11 @@ def compare(folder: Path, *, turns: int, conversations: int, model: str) -> dict
             mask=mask,
         )
         sequences.append(len(PackedShards(packed)))
-        moments: list[float] = []
-
-        def lined(line: str, moments: list[float] = moments) -> None:
-            moments.append(time.process_time())
-
-        seen[way] = train(packed, model=model, output=folder / f"model-{mask}", batch_size=1, say=lined)
+        clock = StepClock()
+        options = TrainOptions(model=model, batch_size=1)
+        seen[way] = train(packed, output=folder / f"model-{mask}", options=options, reporter=clock)
         steps = seen[way].steps
-        seconds[way] = (moments[-1] - moments[0]) * steps / (steps - 1)  # lines come after the first and the last step
+        seconds[way] = (clock.moments[-1] - clock.moments[0]) * steps / (steps - 1)
     one, many = seen["one pass"], seen["K passes"]
     assert one.target_tokens == many.target_tokens, "the two ways do not have the same targets"
     return {

@@ -37,7 +37,9 @@ from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ismdata.display import TerminalReporter
 from ismdata.errors import Terminated
+from ismdata.train.options import TrainOptions
 from ismdata.train.pipeline import train
 from tests.support.tiny import tiny_model, write_packed
 from tests.support.training_shards import copying_rows, word_tokenizer
@@ -84,15 +86,18 @@ def run(rank: int, processes: int, port: int, folder: Path, output: Path, steps:
     try:
         train(
             folder / "packed",
-            model=str(folder / "model"),
             output=output,
-            steps=steps,
-            batch_size=1,
-            global_batch=BATCH,
-            learning_rate=3e-3,
-            warmup=3,
-            log_every=2,
-            save_every=3,
+            options=TrainOptions(
+                model=str(folder / "model"),
+                steps=steps,
+                batch_size=1,
+                global_batch=BATCH,
+                learning_rate=3e-3,
+                warmup=3,
+                log_every=2,
+                save_every=3,
+            ),
+            reporter=TerminalReporter(),
         )
     except (KeyboardInterrupt, Terminated):
         return 1

@@ -12,6 +12,8 @@ from .models.loading import TOKENIZER_NAME as TOKENIZER_NAME
 from .models.loading import open_model as open_model
 from .models.loading import pretrained as pretrained
 from .models.loading import tokenizer_files as tokenizer_files
+from .models.loading import weights_digest as weights_digest
 from .models.presets import PRESETS as PRESETS
 from .models.presets import preset_config as preset_config
 from .models.presets import preset_model as preset_model
+from .weighted_loss import mean_over_targets as mean_over_targets

@@ -1,10 +1,10 @@
 """The mask inside any Hugging Face decoder: `attach` a model once, then call it with the Collator's batches.
 
-How it works: transformers lets anyone register an attention function, and hands unknown keywords of `forward` down to
-it. A hook on the model turns `doc_start` and `kv_end` into the backend's mask once a micro-batch, and passes it down as
-the keyword `interval_mask`; the attention function of every layer uses it in place of the mask that the model would
-make. No mask function is registered, so the model makes none. Before `attach` returns, a canary (`canary.py`) proves on
-the model itself that it works there.
+transformers has a registry of attention functions, and passes unknown keywords of `forward` down to them. A hook on the
+model turns `doc_start` and `kv_end` into the backend's mask once per micro-batch and passes it on as the keyword
+`interval_mask`; each layer's attention function uses it instead of the model's own mask. No mask function is
+registered, so the model makes none. Before `attach` returns, a canary (`canary.py`) checks on the model itself that all
+this works.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ismdata.attention.backends.base import KEYWORD, Backend, Intervals
 from ismdata.attention.backends.registry import BACKENDS, choose
-from ismdata.attention.canary import check_attached, loss_is_weighed, stock_logits
+from ismdata.attention.canary import check_attached, loss_is_weighted, stock_logits
 from ismdata.attention.models import glm
 from ismdata.attention.supported_models import check_architecture, check_parallelism
 from ismdata.attention.weighted_loss import weighted_loss
 from ismdata.choices import check_mask
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UnsupportedModelError, UsageError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -36,14 +37,14 @@ _ATTACHMENT = "ismdata_attachment"
 
 @dataclass(frozen=True, kw_only=True)
 class Attachment:
-    """What `attach` changed on a model, and how to take it back; it travels with copies of the model."""
+    """What `attach` changed on a model, for `detach` to undo. Copies of the model have it too."""
 
     backend: str
     hook: RemovableHandle
     stock_attention: str
     stock_loss: Callable[..., Tensor]
-    #: Whether the model's forward hands `loss_weight` to its loss function (found by the canary).
-    weighs_loss: bool
+    #: Whether the model's forward passes `loss_weight` to its loss function (the canary finds out).
+    weights_loss: bool
 
 
 def attach(
@@ -53,22 +54,36 @@ def attach(
     *,
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
+    reporter: Reporter = LOGGED,
 ) -> Model:
-    """Give a Hugging Face decoder the attention of packed sequences, in place, and return it.
+    """Give a Hugging Face decoder the attention of packed sequences, in place.
 
-    From then on `model(**batch)` takes the Collator's tensors; position_ids that are missing follow from `doc_start`
-    (a model of two positions needs both); with a cache the intervals count over cached and current keys; a single token
-    without intervals (decoding) sees everything; several tokens without intervals are refused. A layer's sliding window
-    narrows the intervals. `loss_weight` multiplies each target's loss before the mean over targets.
+    Afterwards `model(**batch)` takes the Collator's tensors. Missing position_ids follow from `doc_start` (a model with
+    two positions requires both). With a cache, intervals count over cached and current keys. A single token without
+    intervals (decoding) sees everything; several tokens without intervals are refused. A layer's sliding window narrows
+    the intervals. `loss_weight` multiplies each target's loss before the mean over targets.
 
-    backend: `auto`, or a name in `backends.BACKENDS`. device: where the model will run, if it is not there yet.
-    autocast: the dtype it will run in, if not its own. The two decide what `auto` is. `mask` is recorded in the model's
-    config as `ismdata_mask`, and so in the folder it is saved to. Attaching again replaces the former backend. Wrap the
-    model (PEFT, FSDP, DDP) after this, not before.
+    Attaching again replaces the former backend. Wrap the model (PEFT, FSDP, DDP) after this, not before.
 
-    Raises UsageError for an unknown mask, and for a backend that is unknown or cannot run on the device (naming what is
-    missing); UnsupportedModelError, with the reason, for a model inside which the mask cannot work. The model is then
-    as it was.
+    Args:
+        model: A decoder that takes its attention from transformers' AttentionInterface.
+        backend: `auto`, `sdpa`, `flex` or `varlen`.
+        mask: The mask that the model is trained under, recorded in its config as `ismdata_mask`, so that a saved model
+            has it too.
+        device: Where the model will run, if it is not there yet; `auto` depends on it.
+        autocast: The dtype that it will run in, if not its own; `auto` depends on it.
+        reporter: Receives a line that names the backend `auto` chose.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: for an unknown mask or backend, and for a backend that cannot run on the device.
+        UnsupportedModelError: if the mask cannot work inside the model. The model is unchanged then.
+
+    Example:
+        model = attach(AutoModelForCausalLM.from_pretrained("model"), mask="ism")
+        loss = model(**Collator()([dataset[0], dataset[1]])).loss
     """
     if mask is not None:
         check_mask(mask)
@@ -79,6 +94,7 @@ def attach(
         torch.device(model.device if device is None else device),
         dtype=autocast or model.dtype,
         soft_caps=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
+        reporter=reporter,
     )
     chosen = BACKENDS[name]
     detach(model)
@@ -93,11 +109,11 @@ def attach(
         hook=model.register_forward_pre_hook(partial(_before_forward, chosen), with_kwargs=True),
         stock_attention=stock_attention,
         stock_loss=stock_loss,
-        weighs_loss=True,
+        weights_loss=True,
     )
     try:
         check_attached(model, chosen, expected)
-        vars(model)[_ATTACHMENT] = replace(vars(model)[_ATTACHMENT], weighs_loss=loss_is_weighed(model, chosen))
+        vars(model)[_ATTACHMENT] = replace(vars(model)[_ATTACHMENT], weights_loss=loss_is_weighted(model, chosen))
     except BaseException:
         detach(model)
         raise
@@ -107,15 +123,29 @@ def attach(
 
 
 def attached_backend(model: PreTrainedModel) -> str:
-    """The name of the backend that a model was attached with. Raises UsageError for one that was not."""
+    """Return the name of an attached model's backend.
+
+    Args:
+        model: A model that `attach` changed.
+
+    Returns:
+        `sdpa`, `flex` or `varlen`.
+
+    Raises:
+        UsageError: if the model is not attached.
+    """
     attachment: Attachment | None = vars(model).get(_ATTACHMENT)
     if attachment is None:
-        raise UsageError(f"{type(model).__name__} is not attached; call ismdata.attach first")
+        raise UsageError(f"{type(model).__name__} is not attached. Call ismdata.attach first")
     return attachment.backend
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Give a model its own attention and loss back. One that was never attached stays as it is."""
+    """Undo `attach`: give a model its own attention and loss back.
+
+    Args:
+        model: Any model; one that is not attached stays unchanged.
+    """
     attachment: Attachment | None = vars(model).pop(_ATTACHMENT, None)
     if attachment is None:
         return
@@ -127,7 +157,7 @@ def detach(model: PreTrainedModel) -> None:
 def _before_forward(
     backend: Backend, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook: intervals in, the backend's mask out, once a micro-batch."""
+    """Forward pre-hook: replace the intervals by the backend's mask, once per micro-batch."""
     kwargs = dict(kwargs)
     doc_start = kwargs.pop("doc_start", None)
     kv_end = kwargs.pop("kv_end", None)
@@ -138,10 +168,10 @@ def _before_forward(
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     _check_attention_mask(kwargs.get("attention_mask"))
-    if kwargs.get("loss_weight") is not None and not vars(module)[_ATTACHMENT].weighs_loss:
+    if kwargs.get("loss_weight") is not None and not vars(module)[_ATTACHMENT].weights_loss:
         raise UnsupportedModelError(
-            f"{type(module).__name__} computes its loss without the keywords of forward, so it would ignore "
-            "loss_weight. Drop it from the batch to train without weights, or use another model"
+            f"{type(module).__name__} does not pass the keywords of forward to its loss function, so it would ignore "
+            "loss_weight. Remove it from the batch to train without weights, or use another model"
         )
 
     decodes = doc_start is None and kv_end is None and rows == 1
@@ -150,16 +180,16 @@ def _before_forward(
         kv_end = torch.full_like(doc_start, past + 1)
     elif doc_start is None or kv_end is None:
         raise UsageError(
-            f"the attached model got {rows} tokens a row without doc_start and kv_end, so it cannot know which "
-            "keys they see: documents would see each other. Pass the Collator's batch, or intervals for a prefill"
+            f"the attached model got {rows} tokens per row without doc_start and kv_end, which say what keys a row "
+            "sees: documents would see each other. Pass the Collator's batch, or intervals for a prefill"
         )
     elif doc_start.shape != (batch, rows) or kv_end.shape != (batch, rows):
         raise UsageError(
-            f"doc_start is {list(doc_start.shape)} and kv_end {list(kv_end.shape)}; expected {[batch, rows]} as for "
-            "the tokens. Context and sequence parallelism, which cut the tokens alone, do not work with intervals"
+            f"doc_start is {list(doc_start.shape)} and kv_end {list(kv_end.shape)}; expected {[batch, rows]}, the "
+            "shape of the tokens. Turn off context and sequence parallelism, which split the tokens only"
         )
     elif cache is None:
-        kwargs.setdefault("use_cache", False)  # training fills no cache: it would only cost memory
+        kwargs.setdefault("use_cache", False)  # a cache would only cost memory in training
     intervals = Intervals(
         doc_start=doc_start,
         kv_end=kv_end,
@@ -170,8 +200,8 @@ def _before_forward(
     )
     if intervals.one_pass and rows % backend.rows_multiple:
         raise UsageError(
-            f"the batch has {rows} tokens a row; the backend {vars(module)[_ATTACHMENT].backend} takes multiples of "
-            f"{backend.rows_multiple}. Pad the rows, or use the backend sdpa"
+            f"the batch has {rows} tokens per row; the backend {vars(module)[_ATTACHMENT].backend} requires a multiple "
+            f"of {backend.rows_multiple}. Pad the rows, or use the backend sdpa"
         )
     glm.check_positions(
         module,
@@ -186,7 +216,7 @@ def _before_forward(
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tokens or embeddings of the call; positional ones become a keyword."""
+    """The tokens or embeddings of a call. A positional `input_ids` becomes a keyword in `kwargs`."""
     if len(args) > 1:
         raise UsageError("the attached model got several positional arguments. Pass all but input_ids by keyword")
     if args:
@@ -198,11 +228,14 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check_attention_mask(attention_mask: Any) -> None:
-    """An all-ones padding mask (generate makes one) says nothing; anything else would be ignored, so it is refused."""
+    """Raise UsageError for an attention_mask that hides tokens, since the backend would ignore it.
+
+    `generate` passes an all-ones mask, which hides none.
+    """
     if attention_mask is None:
         return
     if not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and bool(attention_mask.all())):
         raise UsageError(
-            "the attached model got an attention_mask that hides something; its mask comes from doc_start and kv_end. "
-            "Leave attention_mask out; generate for one conversation at a time, without padding"
+            "the attached model got an attention_mask that hides tokens; its mask comes from doc_start and kv_end. "
+            "Leave attention_mask out, and generate for one conversation at a time, without padding"
         )

@@ -109,7 +109,7 @@ def check_attached(model: PreTrainedModel, backend: Backend, stock: Tensor) -> N
             )
 
 
-def loss_is_weighed(model: PreTrainedModel, backend: Backend) -> bool:
+def loss_is_weighted(model: PreTrainedModel, backend: Backend) -> bool:
     """Whether a batch's `loss_weight` reaches the attached model's loss: with weights of zero the loss is zero."""
     tokens = _lengthened(_tokens(model)[None], _rows(backend))
     span = [(0, _TOKENS, ANSWER, 1)]

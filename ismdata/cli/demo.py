@@ -137,20 +137,17 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
     stage.show(view.row(packed, 0, decode=lambda: ConversationEncoder.load(packed / "tokenizer").decode))
 
     from ismdata.generate import open_chat
-    from ismdata.train import train
+    from ismdata.train import TrainOptions, train
 
     training_options = ("--steps", steps, "--batch-size", BATCH_SIZE, "--learning-rate", LEARNING_RATE)
     title = "Train a model of a million parameters from scratch"
     stage(title, "train", packed, "--model", "tiny", "-o", model, *training_options)
     training = train(
         packed,
-        model="tiny",
         output=model,
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
+        options=TrainOptions(model="tiny", steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE),
         overwrite=overwrite,
-        say=stage.console.print,
+        reporter=stage,
     )
     stage.show(reports.train_report(training))
 
@@ -191,7 +188,7 @@ def _short(path: Path) -> Path:
 
 
 class _Stage:
-    """Prints each stage: its title, the command that does the same, and its result."""
+    """Prints each stage: its title, the command that does the same, and its result. It is a Reporter too."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -202,6 +199,12 @@ class _Stage:
         self.console.print()
         self.show(Text(f"{self.number}. {title}", style="bold"))
         self.show(Text(f"$ {command(*words)}", style="cyan"))
+
+    def note(self, text: str) -> None:
+        self.show(Text(text))
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        pass
 
     def show(self, what: RenderableType) -> None:
         self.console.print(what, soft_wrap=isinstance(what, Text))

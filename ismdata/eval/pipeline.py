@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ismdata import __version__
-from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model
+from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model, weights_digest
 from ismdata.choices import BleuTokenizer, Precision, check_choice, check_mask
 from ismdata.data import PackedDataset, check_serves, open_output
 from ismdata.display import LOGGED, Reporter
@@ -31,7 +31,6 @@ from ismdata.eval.likelihood import answer_losses, conversation_numbers, group_s
 from ismdata.eval.results import EVAL_NAME, FORMAT, check_same_answers, compare, read_results, write_results
 from ismdata.eval.text_scores import bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
 from ismdata.rendering import ConversationEncoder
-from ismdata.train import weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +194,7 @@ def _open_attached(
         "device": device.type,
     }
     nn.Module.to(model, device, getattr(torch, precision)).train(False)
-    return attach(model), mask, described
+    return attach(model, reporter=reporter), mask, described
 
 
 def _config_digest(model: PreTrainedModel) -> str:

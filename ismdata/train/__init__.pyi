@@ -1,4 +1,3 @@
-from .checkpoints import weights_digest as weights_digest
 from .options import TrainOptions as TrainOptions
 from .options import read_options as read_options
 from .pipeline import TrainReport as TrainReport

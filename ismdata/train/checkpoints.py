@@ -15,10 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-from torch import Tensor, nn
-
 from ismdata.data import (
     INDEX_NAME,
     ShardFile,
@@ -184,18 +180,6 @@ def what_is_left(partial: Path) -> str:
     if not found:
         return "There was no checkpoint yet, so nothing was kept"
     return f"The checkpoint of step {step_of(found[-1])} stays; the same command goes on from there"
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A hash of all parameters and buffers that a model is saved with: names, types, shapes and values."""
-    digest = xxhash.xxh3_128()
-    tensor: Tensor
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.numel():
-            digest.update(flat.view(dtype=torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What a run gives: the model as any Hugging Face program opens it, its tokenizer, and a card that tells of the run.
+"""What a run exports: the model in Hugging Face's format, its tokenizer and its model card.
 
-The weights are safetensors, the mask stands in config.json as `ismdata_mask`, and the generation config stops at the
-template's end of turn, so that `generate` ends an answer where the model was trained to end it.
+The weights are safetensors, config.json has the mask as `ismdata_mask`, and the generation config stops at the chat
+template's end of turn, where the model was trained to end an answer.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ def save_model(
     dataset: PackedDataset,
     tokenizer_files: Sequence[Path],
 ) -> None:
-    """Write the trained model into `folder`. One with adapters is merged; they go to `adapter/` by themselves.
+    """Write the trained model and its tokenizer. Adapters are merged into the model, and saved in `adapter/` too.
 
-    weights: those to write, where the model has only its shard of them.
+    Args:
+        model: The trained model, with or without adapters.
+        weights: The full weights, if the model has only its shard of them.
+        folder: Where to write.
+        dataset: The shards, whose index knows the special tokens.
+        tokenizer_files: Files to copy.
+
+    Raises:
+        OSError: if the disk refuses.
     """
     adapted: Any = model
     if not isinstance(model, PreTrainedModel):
@@ -46,13 +54,13 @@ def save_model(
     try:
         adapted.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
-        raise OSError(str(error)) from error  # what safetensors says of a full disk is nothing more specific
+        raise OSError(str(error)) from error  # safetensors has no more specific error for a full disk
     for file in tokenizer_files:
         shutil.copy2(file, folder / file.name)
 
 
 def set_generation_ends(model: PreTrainedModel, dataset: PackedDataset) -> None:
-    """Have `generate` stop at the end of a turn, or at the tokenizer's end of text, and fill with its padding."""
+    """Make `generate` stop at the end of a turn or of the text, and pad with the tokenizer's padding token."""
     index = dataset.shards.index
     ends = [*_end_of_turn(dataset), index["tokenizer"].get("eos_id")]
     config: Any = model.generation_config
@@ -61,7 +69,7 @@ def set_generation_ends(model: PreTrainedModel, dataset: PackedDataset) -> None:
 
 
 def _end_of_turn(dataset: PackedDataset) -> list[int]:
-    """The control tokens that end an answer, where the template writes some; [] where it ends in plain text."""
+    """The control tokens that end an answer; [] if the template ends it in plain text."""
     if "end_of_turn" not in dataset.shards.index.get("chat_template", {}):
         return []
     encoder = ConversationEncoder.load(dataset.shards.folder / "tokenizer")
@@ -79,7 +87,16 @@ def write_card(
     global_batch: int,
     facts: dict[str, Any],
 ) -> None:
-    """Write README.md, the model's card, from what the run was given and what came of it. facts: title to value."""
+    """Write README.md, the model card.
+
+    Args:
+        folder: Where to write.
+        options: The run's options.
+        dataset: The shards.
+        mask: The mask that the model was trained under.
+        global_batch: Sequences per step.
+        facts: Rows of the card's table, title to value.
+    """
     index = dataset.shards.index
     totals = index.get("totals", {})
     counts = ", ".join(f"{totals[name]:,} {name.replace('_', ' ')}" for name in _COUNTED if name in totals)
@@ -106,7 +123,7 @@ tags: [ismdata, {mask}]
 # {options.model}, trained with ismdata
 
 Trained under the attention mask `{mask}` with ismdata {__version__}. **Load it through ismdata** (`ismdata chat`, or
-`ismdata.attention.load`): other programs do not read the mask in `config.json` and run the model under the causal one.
+`ismdata.attention.load`): other programs ignore the mask in `config.json` and run the model under the causal one.
 
 | | |
 |---|---|
@@ -120,7 +137,7 @@ shards' index: `{index["sha256"]}`.
 
 ## Options
 
-The run's `--config`; `run.json` has what decides its course.
+A `--config` file for the same run; `run.json` records what its result depends on.
 
 ```toml
 {given}

@@ -12,15 +12,23 @@ from ismdata.train.options import TrainOptions
 
 
 def with_lora(model: PreTrainedModel, options: TrainOptions) -> nn.Module:
-    """The attached model with low-rank adapters on all linear layers but the head; they alone are trained.
+    """Add low-rank adapters to all linear layers but the output head. Only the adapters are trained.
 
-    Raises UsageError where peft is not installed.
+    Args:
+        model: The attached model.
+        options: Of these, `lora_rank` and `lora_alpha`.
+
+    Returns:
+        The model inside peft's wrapper.
+
+    Raises:
+        UsageError: if peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UsageError(f"--lora needs peft ({error}). Install it: pip install 'ismdata[lora]'") from error
-    # peft looks for the base model's config where it was loaded from, and a GGUF file has none beside it.
+        raise UsageError(f"--lora requires peft ({error}). Install it: pip install 'ismdata[lora]'") from error
+    # peft looks for config.json in the folder that the base model was loaded from; a GGUF file's folder has none.
     warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
     alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     config = LoraConfig(

@@ -1,9 +1,9 @@
-"""The training loss: a mean over the whole global batch, computed where the targets are and nowhere else.
+"""The training loss: one mean over the global batch, computed from the hidden states of the targets only.
 
-Two halves. On the side of the data, `TrainingCollator` gives each batch the weights of its targets and the number of
-items that the loss is a mean over, so that however sequences are packed, cut into micro-batches and spread over
-processes, the sum of all parts is one mean. On the side of the model, `compute_loss_at_targets` keeps the output head
-from making logits: the loss takes the hidden states of the rows that predict targets through the head in chunks.
+On the data side, `TrainingCollator` adds the targets' weights to a batch, and the number of items that the loss is a
+mean over. The sum of all parts is therefore one mean, however sequences are packed, split into micro-batches and
+distributed over processes. On the model side, `compute_loss_at_targets` keeps the output head from computing logits at
+every token: the loss applies the head to the hidden states that predict targets, in chunks.
 
 Shape legend: B samples, T = seq_len, N targets, H width of the model, V vocabulary.
 """
@@ -21,37 +21,50 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ismdata.attention import takes_two_positions
+from ismdata.attention import mean_over_targets, takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
 from ismdata.data import Collator, PackedSequence, Sample
-from ismdata.masks import ANSWER, BLOCK_SIZE, IGNORE_INDEX
+from ismdata.masks import ANSWER, BLOCK_SIZE, END, IGNORE_INDEX, KIND, START
 
-#: Numbers that travel with a batch: items of the loss, tokens of documents, targets, and pairs of a row and a key that
-#: it sees. int64[4].
-COUNTS = "counts"
+#: Entries of a training batch that are counts, int64[] each. `take_counts` removes them before the model is called.
+LOSS_ITEMS = "loss_items"  # what the loss is a mean over
+TOKENS = "document_tokens"
+TARGETS = "target_tokens"
+PAIRS = "visible_pairs"  # pairs of a row and a key that it sees
+COUNTS = (LOSS_ITEMS, TOKENS, TARGETS, PAIRS)
 
-#: The most logits made at once, where the loss is chunked here: a quarter of a GiB in float32.
+#: The most logits computed at once by our own chunked loss: a quarter of a GiB in float32.
 _CHUNK_LOGITS = 1 << 26
 
 
 def target_weights(sequence: PackedSequence, weighting: str) -> tuple[NDArray[np.float32] | None, int]:
-    """What each token's loss is multiplied by, float32[T], and how many items the sequence has.
+    """The weight of each token's loss, and the sequence's items.
 
     The loss of a batch is the sum of weight x loss over its targets, divided by the sum of the items.
 
-    - `token`: each target counts the same. No weights; the items are targets.
+    - `token`: each target counts the same. Items are targets.
     - `answer`: each answer with targets counts the same; its targets share one item.
     - `conversation`: each document with targets counts the same; its targets share one item.
 
-    A message's own weight multiplies the loss of its targets and does not enter the number of items.
+    A message's own weight multiplies the loss of its targets; it does not change the items.
+
+    Args:
+        sequence: A packed row of T tokens.
+        weighting: One of the three above.
+
+    Returns:
+        The weights, float32[T], None if all are 1; and the number of items.
+
+    Raises:
+        UsageError: for another weighting.
     """
     check_choice("--loss-weighting", weighting, LossWeighting)
     own = sequence.loss_weight
     if weighting == "token":
         return own, int(sequence.loss_mask.sum())
     if weighting == "answer":
-        spans = sequence.spans[sequence.spans[:, 2] == ANSWER]
-        starts, ends = spans[:, 0], spans[:, 1]
+        spans = sequence.spans[sequence.spans[:, KIND] == ANSWER]
+        starts, ends = spans[:, START], spans[:, END]
     else:
         ends = np.cumsum(sequence.seq_lens)
         starts = ends - sequence.seq_lens
@@ -69,9 +82,12 @@ def target_weights(sequence: PackedSequence, weighting: str) -> tuple[NDArray[np
 
 @dataclass(frozen=True)
 class TrainingCollator:
-    """The Collator for `ismdata train`: adds COUNTS to a batch, and `loss_weight` where the weighting asks for it.
+    """The Collator of `ismdata train`: adds the COUNTS to a batch, and `loss_weight` where targets differ in weight.
 
-    mask, tables: as for the Collator. weighting: as for `target_weights`.
+    Args:
+        mask: As for the Collator.
+        weighting: As for `target_weights`.
+        tables: As for the Collator.
     """
 
     mask: str | None = None
@@ -79,21 +95,28 @@ class TrainingCollator:
     tables: bool = False
 
     def __post_init__(self) -> None:
-        Collator(self.mask)  # which refuses an unknown mask
+        Collator(self.mask)  # refuses an unknown mask
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         batch = Collator(self.mask, tables=self.tables)(samples)
-        weighed = [target_weights(sample.sequence, self.weighting) for sample in samples]
-        weights = [weight for weight, _ in weighed if weight is not None]
+        weighted = [target_weights(sample.sequence, self.weighting) for sample in samples]
+        weights = [weight for weight, _ in weighted if weight is not None]
         if weights:
             batch["loss_weight"] = torch.from_numpy(np.stack(weights))
         tokens = sum(int(sample.sequence.seq_lens.sum()) for sample in samples)
-        targets = sum(int(sample.sequence.loss_mask.sum()) for sample in samples)
-        pairs = int((batch["kv_end"] - batch["doc_start"]).sum()) - (
-            batch["labels"].numel() - tokens
-        )  # padding: one each
-        batch[COUNTS] = torch.tensor([sum(items for _, items in weighed), tokens, targets, pairs])
-        return batch
+        padding = batch["labels"].numel() - tokens
+        counts = {
+            LOSS_ITEMS: sum(items for _, items in weighted),
+            TOKENS: tokens,
+            TARGETS: sum(int(sample.sequence.loss_mask.sum()) for sample in samples),
+            PAIRS: int((batch["kv_end"] - batch["doc_start"]).sum()) - padding,  # a padding row sees itself
+        }
+        return batch | {name: torch.tensor(count) for name, count in counts.items()}
+
+
+def take_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Remove the COUNTS from a batch and return them, int64[4] in that order."""
+    return torch.stack([batch.pop(name) for name in COUNTS])
 
 
 def target_loss(
@@ -103,11 +126,17 @@ def target_loss(
     labels: Tensor,
     loss_weight: Tensor | None = None,
 ) -> Tensor:
-    """The sum of weight x cross-entropy over the targets, a scalar in float32 or better.
+    """The sum of weight x cross-entropy over the targets. Logits exist for one chunk of targets at a time.
 
-    hidden: [B, T, H], of which row t predicts token t + 1. weight: [V, H] and bias: [V], of the output head. labels:
-    int64[B, T], unshifted, IGNORE_INDEX where not a target. loss_weight: float32[B, T], aligned with the labels.
-    Logits exist for a chunk of targets at a time.
+    Args:
+        hidden: Hidden states [B, T, H]; row t predicts token t + 1.
+        weight: The output head's weight [V, H].
+        bias: The output head's bias [V].
+        labels: int64[B, T], unshifted, IGNORE_INDEX where a token is not a target.
+        loss_weight: float32[B, T], aligned with `labels`.
+
+    Returns:
+        A scalar, in float32 or wider.
     """
     shifted = labels[:, 1:].flatten()
     chosen = (shifted != IGNORE_INDEX).nonzero().squeeze(-1)
@@ -115,7 +144,7 @@ def target_loss(
     rows = hidden[:, :-1].flatten(0, 1)[chosen]  # [N, H]
     weights = None if loss_weight is None else loss_weight[:, 1:].flatten()[chosen]
     if torch.is_autocast_enabled(rows.device.type):
-        # What happens inside a custom function or torch's chunked loss is not autocast.
+        # Autocast does not reach into torch's chunked loss, nor into a checkpointed chunk.
         dtype = torch.get_autocast_dtype(rows.device.type)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if rows.dtype in (torch.float32, torch.float64) and hasattr(nn.functional, "linear_cross_entropy"):
@@ -124,7 +153,7 @@ def target_loss(
 
 
 def _stock_chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None) -> Tensor:
-    """torch's own chunked loss, from torch 2.13 on."""
+    """torch's own chunked loss, which torch 2.13 added."""
     losses: Tensor = nn.functional.linear_cross_entropy(
         rows,
         weight,
@@ -137,13 +166,13 @@ def _stock_chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
 
 
 def _own_chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None) -> Tensor:
-    """For an older torch, and for bfloat16, where torch's own gives and sums the losses in bfloat16.
+    """For older releases of torch, and for bfloat16, whose losses torch's own version returns and sums in bfloat16.
 
-    Each chunk's logits are made again in the backward pass, so that none are kept.
+    The backward pass recomputes each chunk's logits, so that none are stored.
     """
     size = max(1, _CHUNK_LOGITS // weight.shape[0])
     total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
-    for first in range(0, max(len(rows), 1), size):  # no targets at all: an empty chunk keeps the graph whole
+    for first in range(0, max(len(rows), 1), size):  # without targets an empty chunk keeps the graph connected
         part = slice(first, first + size)
         total = total + checkpoint(
             _chunk_loss,
@@ -165,15 +194,15 @@ def _chunk_loss(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
 
 
 class _HeadAtTargets:
-    """A model's output head and loss function, replaced while the model is called with labels.
+    """Replaces a model's output head and loss function while the model is called with labels.
 
-    The head then hands the hidden states on, and the loss function takes them through the head itself, where the
-    targets are. All of it happens inside the model's forward, as DDP and FSDP need it.
+    The head then returns the hidden states unchanged, and the loss function applies the head's weights to those that
+    predict targets. All of it runs inside the model's forward, as DDP and FSDP require.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear) -> None:
         self.head = head
-        self.deferring = False
+        self.called_with_labels = False
         head.forward = self.forward  # type: ignore[method-assign, assignment]
         model.loss_function = self.loss
         self.hooks = [
@@ -182,30 +211,21 @@ class _HeadAtTargets:
         ]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.deferring = kwargs.get("labels") is not None
+        self.called_with_labels = kwargs.get("labels") is not None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.deferring and output is not None:
-            output["logits"] = None  # they are hidden states, which nobody must take for logits
-        self.deferring = False
+        if self.called_with_labels and output is not None:
+            output["logits"] = None  # these are hidden states, which no caller must mistake for logits
+        self.called_with_labels = False
         return output
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden if self.deferring else nn.functional.linear(hidden, self.head.weight, self.head.bias)
+        return hidden if self.called_with_labels else nn.functional.linear(hidden, self.head.weight, self.head.bias)
 
-    def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        vocab_size: int,
-        num_items_in_batch: Tensor | int | None = None,
-        loss_weight: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """As `weighted_loss.weighted_loss`; `logits` are hidden states here."""
-        total = target_loss(logits, self.head.weight, self.head.bias, labels, loss_weight)
-        count = (labels[:, 1:] != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    def loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        """As `weighted_loss`, for hidden states in place of logits."""
+        total = target_loss(logits, self.head.weight, self.head.bias, labels, options.get("loss_weight"))
+        return mean_over_targets(total, labels, options.get("num_items_in_batch"))
 
     def remove(self, model: PreTrainedModel, stock_loss: Any) -> None:
         del self.head.forward
@@ -215,29 +235,35 @@ class _HeadAtTargets:
 
 
 def compute_loss_at_targets(model: PreTrainedModel) -> bool:
-    """Have an attached model compute its loss from the rows that predict targets alone, in place. Whether that works.
+    """Make an attached model compute its loss from the hidden states of the targets only, in place.
 
-    Called with labels, the model then gives the same `loss` and no `logits`; without labels it gives logits as before.
-    A model that does something of its own between head and loss (capped or scaled logits, a head of another kind)
-    would give another loss. That is tried on a short sequence, and such a model is left as it was.
+    Called with labels, the model then returns the same `loss` and no `logits`; without labels it returns logits as
+    before. A model that computes something between head and loss (capped or scaled logits) or has a head of another
+    kind would return another loss. A short sequence is tried, and such a model is left unchanged.
+
+    Args:
+        model: A causal language model that `attach` changed.
+
+    Returns:
+        Whether the model was changed.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is not nn.Linear:
         return False
     stock_loss = model.loss_function
     expected = _loss_of_a_few_tokens(model)
-    deferred = _HeadAtTargets(model, head)
+    replaced = _HeadAtTargets(model, head)
     found = _loss_of_a_few_tokens(model)
     if not abs(found - expected) <= 1e-3 * abs(expected):
-        deferred.remove(model, stock_loss)
+        replaced.remove(model, stock_loss)
         return False
     return True
 
 
 def _loss_of_a_few_tokens(model: PreTrainedModel) -> float:
-    """The attached model's mean loss, causally, over a block of tokens from all over the vocabulary."""
+    """The attached model's mean loss under the causal mask over BLOCK_SIZE tokens spread over the vocabulary."""
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    length = BLOCK_SIZE  # which every backend takes
+    length = BLOCK_SIZE  # a length that every backend accepts
     tokens = (torch.arange(1, length + 1, device=model.device) * max(1, vocabulary // (length + 2))) % vocabulary
     row = torch.arange(length, dtype=torch.int32, device=model.device)[None]
     batch = {"input_ids": tokens[None], "labels": tokens[None], "doc_start": torch.zeros_like(row), "kv_end": row + 1}

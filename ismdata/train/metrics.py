@@ -1,7 +1,7 @@
-"""What a run has done so far, exactly: `metrics.csv`, its sums between two lines, and the curves drawn from it.
+"""The metrics of a run: `metrics.csv`, the running sums between two of its lines, and the curves drawn from it.
 
-A checkpoint holds all of it, so that a run that goes on writes the lines that it would have written anyway; only the
-seconds differ.
+A checkpoint holds all of it. A resumed run therefore writes the same lines as an uninterrupted one, but for the
+seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROGRESS_NAME = "progress.json"
 CURVES_NAME = "curves.png"
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds", "eval_loss")
 
-#: Dense bfloat16 operations a second, by a part of the card's name, as its maker gives them.
+#: Peak of dense bfloat16 operations per second, as the makers state it, by a part of the GPU's name.
 _PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -33,7 +33,10 @@ _PEAK_FLOPS = {
 
 @dataclass
 class Sums:
-    """What adds up over a run. `window`: since the last line of metrics.csv. `pairs`: of a row and a key it sees."""
+    """The running sums of a run.
+
+    `pairs` counts pairs of a row and a key that it sees. `window_…` count since the last line of metrics.csv.
+    """
 
     tokens: int = 0
     target_tokens: int = 0
@@ -44,7 +47,7 @@ class Sums:
 
 
 class RunMetrics:
-    """The metrics of a run in `folder`. All processes count; the first one writes."""
+    """The metrics of a run in `folder`. All processes keep the sums; only the first one writes files."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_NAME
@@ -53,7 +56,12 @@ class RunMetrics:
         self._before = Sums()
 
     def begin(self, checkpoint: Path | None, *, write: bool) -> None:
-        """Start the clock, with what a checkpoint holds where there is one. write: metrics.csv as well."""
+        """Start the clock.
+
+        Args:
+            checkpoint: The checkpoint to take the sums from, if the run is resumed.
+            write: Whether to write metrics.csv too: the checkpoint's, or an empty one.
+        """
         if checkpoint is not None:
             self.sums = Sums(**json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8")))
         if write and checkpoint is not None:
@@ -65,7 +73,7 @@ class RunMetrics:
         self._started = self._began - self.sums.seconds
 
     def add_step(self, *, loss: float, tokens: int, target_tokens: int, pairs: int) -> None:
-        """One step's loss, the mean over its items, and its counts over all processes."""
+        """Add a step: its loss, which is the mean over its items, and its counts over all processes."""
         self.sums.tokens += tokens
         self.sums.target_tokens += target_tokens
         self.sums.pairs += pairs
@@ -74,16 +82,16 @@ class RunMetrics:
         self.sums.seconds = time.monotonic() - self._started
 
     def elapsed(self) -> float:
-        """Seconds since this process began to train."""
+        """Seconds since this process started to train."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def since_start(self) -> dict[str, int]:
-        """Counts since this process began to train."""
+        """Tokens, target tokens and pairs since this process started to train."""
         names = ("tokens", "target_tokens", "pairs")
         return {name: getattr(self.sums, name) - getattr(self._before, name) for name in names}
 
     def speed(self) -> tuple[float, float]:
-        """Tokens and targets a second, since this process began to train."""
+        """Tokens per second and target tokens per second since this process started to train."""
         counts = self.since_start()
         return counts["tokens"] / self.elapsed(), counts["target_tokens"] / self.elapsed()
 
@@ -94,7 +102,7 @@ class RunMetrics:
         return mean
 
     def line(self, step: int, **values: float) -> None:
-        """Add a line to metrics.csv."""
+        """Append a line to metrics.csv. `values` are by column."""
         row: dict[str, Any] = {"step": step, "seconds": round(self.sums.seconds, 3), **values}
         if "loss" in values:
             row |= {"tokens": self.sums.tokens, "target_tokens": self.sums.target_tokens}
@@ -102,13 +110,13 @@ class RunMetrics:
             csv.DictWriter(file, METRICS, lineterminator="\n").writerow(row)
 
     def save(self, checkpoint: Path) -> None:
-        """Write all of it into a checkpoint."""
+        """Write the sums and metrics.csv into a checkpoint."""
         (checkpoint / PROGRESS_NAME).write_text(json.dumps(asdict(self.sums)) + "\n", encoding="utf-8")
         shutil.copyfile(self.path, checkpoint / METRICS_NAME)
 
 
 def read_column(path: Path, name: str) -> list[tuple[int, float]]:
-    """Steps and values of one column of a metrics.csv, where it has one."""
+    """The steps and values of one column of a metrics.csv, without the lines where it is empty."""
     with path.open(encoding="utf-8", newline="") as file:
         return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
 
@@ -116,11 +124,23 @@ def read_column(path: Path, name: str) -> list[tuple[int, float]]:
 def training_flops(
     *, trained: int, frozen: int, head: int, layers: int, width: int, tokens: int, target_tokens: int, pairs: int
 ) -> float:
-    """Floating-point operations of training steps, as the model needs them, whatever is computed twice.
+    """The floating-point operations that training steps require; recomputed activations are not counted.
 
-    trained, frozen: parameters in matrix products below the head, each 2 operations a token forward, 2 for the gradient
-    of its input and, where it is trained, 2 for its own. head: parameters of the output head, which sees targets alone.
-    pairs: of a row and a key it sees; each layer spends 4 x width on one forward and twice that backward.
+    A parameter costs 2 operations per token forward, 2 for the gradient of its input and, if it is trained, 2 for its
+    own. A layer costs 4 x width per pair of a row and a key forward, and twice that backward.
+
+    Args:
+        trained: Trained parameters in matrix products below the output head.
+        frozen: Frozen ones.
+        head: Parameters of the output head, which sees targets only.
+        layers: Attention layers.
+        width: Heads x width of a head.
+        tokens: Tokens seen.
+        target_tokens: Targets seen.
+        pairs: Pairs of a row and a key that it sees.
+
+    Returns:
+        The number of operations.
 
     >>> training_flops(trained=10, frozen=0, head=5, layers=1, width=2, tokens=3, target_tokens=2, pairs=6)
     384.0
@@ -130,14 +150,15 @@ def training_flops(
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 operations a second of a card, None where it is not known."""
+    """The peak of dense bfloat16 operations per second of a GPU; None for an unknown one."""
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in device_name), None)
 
 
 def draw_curves(folder: Path) -> bool:
-    """Draw the loss, the gradient norm and the learning rate of `folder`'s metrics.csv as curves.png beside it.
+    """Draw loss, gradient norm and learning rate from `folder`'s metrics.csv into its curves.png.
 
-    False, and nothing drawn, without matplotlib (pip install 'ismdata[plots]').
+    Returns:
+        False if matplotlib is not installed (pip install 'ismdata[plots]'); nothing is drawn then.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The options of `ismdata train`: their defaults, a TOML file that holds them, and flags that win over the file."""
+"""The options of `ismdata train`: defaults, checks, and reading them from a TOML file and from flags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: Fields whose values are words.
+#: Fields that take one of a few words.
 _CHOICES: dict[str, Any] = {
     "precision": Precision,
     "schedule": Schedule,
@@ -29,21 +29,29 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How to train. A field is a key of the TOML file; with dashes for underscores it is the flag of the same name.
+    """How to train.
 
-    Raises UsageError for values that cannot be.
+    Each field is a key of the TOML file and, with dashes for underscores, a flag of `ismdata train` (`fsdp_config` is a
+    table of the file only).
+
+    Raises:
+        UsageError: if a value has the wrong type or is out of range, or if two options exclude each other.
+
+    Example:
+        >>> TrainOptions(model="tiny", steps=100).schedule
+        'cosine'
     """
 
     model: str
     mask: str | None = None  # None: the mask of the shards
     backend: str = "auto"  # of attention: auto, sdpa, flex, varlen
-    eval: str | None = None
+    eval: str | None = None  # a packed folder to evaluate on
 
     steps: int | None = None  # None: `epochs` over the data
     epochs: float = 1.0
-    batch_size: int = 4  # sequences of a micro-batch, on one process
-    accumulation: int | None = None  # micro-batches of a step, on one process; None: 1, or as global_batch asks
-    global_batch: int | None = None  # sequences of a step; None: batch_size x accumulation x processes
+    batch_size: int = 4  # sequences per micro-batch, on one process
+    accumulation: int | None = None  # micro-batches per step, on one process; None: 1, or as global_batch requires
+    global_batch: int | None = None  # sequences per step; None: batch_size x accumulation x processes
     learning_rate: float = 3e-4
     schedule: str = "cosine"
     warmup: int = 20
@@ -59,22 +67,30 @@ class TrainOptions:
     lora_rank: int = 16
     lora_alpha: float | None = None  # None: twice the rank
     fsdp: bool = False
-    fsdp_config: dict[str, Any] = field(default_factory=dict)  # goes to Hugging Face's Trainer
+    fsdp_config: dict[str, Any] = field(default_factory=dict)  # passed to TrainingArguments
 
-    workers: int = 0  # processes that read data, for each process that trains
+    workers: int = 0  # data loading processes per training process
     log_every: int = 10
     save_every: int = 500
-    keep: int = 2  # checkpoints
-    eval_every: int | None = None  # None: at the end alone
+    keep: int = 2  # how many checkpoints
+    eval_every: int | None = None  # None: only at the end
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_kinds(self)
         _check_values(self)
 
-    def with_processes(self, processes: int) -> tuple[int, int]:
-        """Micro-batches of a step on one process, and sequences of a step, on that many processes. Raises UsageError
-        where the global batch cannot be cut so.
+    def batches_per_step(self, processes: int) -> tuple[int, int]:
+        """Divide a step among processes.
+
+        Args:
+            processes: How many train.
+
+        Returns:
+            Micro-batches per step on one process, and sequences per step over all.
+
+        Raises:
+            UsageError: if the global batch does not divide evenly.
         """
         micro = self.batch_size * processes
         if self.global_batch is None:
@@ -82,26 +98,35 @@ class TrainOptions:
             return accumulation, micro * accumulation
         if self.global_batch % micro:
             raise UsageError(
-                f"--global-batch is {self.global_batch}; expected a multiple of {micro}, which is --batch-size "
-                f"{self.batch_size} x {processes} processes. Change one of them"
+                f"--global-batch is {self.global_batch}; expected a multiple of {micro} (--batch-size "
+                f"{self.batch_size} x {processes} processes). Change one of them"
             )
         accumulation = self.global_batch // micro
         if self.accumulation not in (None, accumulation):
             raise UsageError(
-                f"--accumulation is {self.accumulation}; --global-batch {self.global_batch} asks for {accumulation} on "
+                f"--accumulation is {self.accumulation}; --global-batch {self.global_batch} requires {accumulation} on "
                 f"{processes} processes with --batch-size {self.batch_size}. Leave --accumulation out"
             )
         return accumulation, self.global_batch
 
     def as_dict(self) -> dict[str, Any]:
+        """The options by name."""
         return asdict(self)
 
 
 def read_options(config: Path | None, flags: Mapping[str, Any]) -> TrainOptions:
-    """The options of a TOML file, where one is given, with the flags that were given put over them.
+    """Read the options. Precedence: flag, TOML file, default.
 
-    flags: by field name; None and () mean that a flag was not given. Raises DataError where the file cannot be read or
-    holds a key that is no option, UsageError for values that cannot be and where no model is named.
+    Args:
+        config: A TOML file of options, if there is one.
+        flags: Flags by field name; None and () mean that a flag was not given.
+
+    Returns:
+        The options.
+
+    Raises:
+        DataError: if the file cannot be read or has a key that is no option.
+        UsageError: if a value is invalid or no model is named.
     """
     found: dict[str, Any] = {} if config is None else _read_config(config)
     found |= {name: value for name, value in flags.items() if value is not None and value != ()}
@@ -115,7 +140,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             found = tomllib.load(file)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a TOML file of options") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Expected a TOML file of options") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid TOML ({error}). Expected lines as in: learning_rate = 1e-4") from error
     names = {each.name for each in fields(TrainOptions)}
@@ -124,9 +149,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
-            raise DataError(f"{path}: {key!r} is no option of training; the nearest is {near[0]!r}")
+            raise DataError(f"{path}: unknown option {key!r}. Did you mean {near[0]!r}?")
         if name in options:
-            raise DataError(f"{path}: {name!r} is given twice, once as {key!r}. Leave one out")
+            raise DataError(f"{path}: {name!r} is set twice, once as {key!r}. Remove one of them")
         options[name] = tuple(value) if name == "report_to" and isinstance(value, list) else value
     try:
         _check_kinds(options)
@@ -135,7 +160,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return options
 
 
-#: What a field's type, as it is written above, takes.
+#: The Python types that a field accepts, by the annotation above.
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "int": (int,),
@@ -166,9 +191,9 @@ def _check_kinds(options: TrainOptions | Mapping[str, Any]) -> None:
         fits = isinstance(value, _KINDS[kind]) and (kind == "bool" or not isinstance(value, bool))
         if not (fits or (optional and value is None)):
             raise UsageError(f"{flag(each.name)} is {value!r}; expected {_KIND_NAMES[kind]}")
-    words = values.get("report_to", ())
-    if not all(isinstance(word, str) for word in words):
-        raise UsageError(f"--report-to is {list(words)!r}; expected {_KIND_NAMES['tuple[str, ...]']}")
+    trackers = values.get("report_to", ())
+    if not all(isinstance(name, str) for name in trackers):
+        raise UsageError(f"--report-to is {list(trackers)!r}; expected {_KIND_NAMES['tuple[str, ...]']}")
 
 
 def _check_values(options: TrainOptions) -> None:
@@ -183,7 +208,9 @@ def _check_values(options: TrainOptions) -> None:
     if values["seed"] >= 1 << 32:
         raise UsageError(f"--seed is {values['seed']}; expected less than 2^32")
     if options.eval_every is not None and options.eval is None:
-        raise UsageError("--eval-every is given without --eval; name the packed folder to measure, or leave it out")
+        raise UsageError(
+            "--eval-every is given without --eval. Name a packed folder to evaluate on, or leave --eval-every out"
+        )
     for name in ("epochs", "learning_rate", "lora_alpha"):
         if values[name] is not None and not 0 < values[name] < math.inf:
             raise UsageError(f"{flag(name)} is {values[name]}; expected a number above 0")
@@ -193,11 +220,11 @@ def _check_values(options: TrainOptions) -> None:
     for name, choice in _CHOICES.items():
         check_choice(flag(name), values[name], choice)
     if options.fsdp_config and not options.fsdp:
-        raise UsageError("fsdp_config is given without fsdp; set fsdp = true as well, or leave it out")
+        raise UsageError("fsdp_config is given without fsdp. Set fsdp = true as well, or remove fsdp_config")
 
 
 def flag(name: str) -> str:
-    """A field as it is typed.
+    """A field as the flag that a user types.
 
     >>> flag("batch_size")
     '--batch-size'

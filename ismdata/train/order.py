@@ -1,7 +1,7 @@
-"""The order in which a run sees its sequences: a seeded permutation for each pass, laid end to end.
+"""The order in which a run sees its sequences: a seeded permutation for each pass over the data, one after the other.
 
-The order depends on the number of sequences and the seed alone. How a step is cut into micro-batches and processes does
-not enter it, so a run goes on with the same sequences after a crash, on any number of processes.
+The order depends on the seed and on the number of sequences, not on the batch size or the number of processes.
+A resumed run therefore sees the same sequences, on any number of processes.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ismdata import masks
 from ismdata.data import PackedDataset, Sample, shards
 
-#: Stands for no sequence: what fills the last step, where the passes asked for end inside it.
-NOTHING = -1
+#: The row number of a sequence that is all padding. Such rows fill the last step and the last evaluation batch.
+PADDING_ROW = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """Which sequences each step sees.
 
-    sequences: how many there are. total: how many are seen in all, over all passes. global_batch: sequences of a step,
-    over all its micro-batches and processes.
+    Args:
+        sequences: The number of sequences in the dataset.
+        total: The number of sequences that the run sees, over all passes.
+        global_batch: Sequences per step, over all micro-batches and processes.
+        seed: Decides the permutations.
     """
 
     sequences: int
@@ -36,65 +40,77 @@ class Order:
 
     @property
     def steps(self) -> int:
+        """The number of optimizer steps."""
         return math.ceil(self.total / self.global_batch)
 
     def permutation(self, number: int) -> NDArray[np.int64]:
-        """The sequences in the order of pass `number`, int64[sequences]."""
-        return np.random.default_rng((self.seed, number)).permutation(self.sequences)
+        """The sequences in the order of pass `number`, int64[sequences], read-only."""
+        return _permutation(self.seed, number, self.sequences)
 
     def step(self, number: int) -> list[int]:
-        """The sequences of step `number`, counted from 0, with NOTHING where they are fewer than `global_batch`.
+        """The sequences of step `number`, counted from 0; PADDING_ROW where the run has no more.
 
         >>> order = Order(sequences=3, total=5, global_batch=2, seed=0)
         >>> [order.step(number) for number in range(order.steps)]
         [[2, 0], [1, 2], [0, -1]]
         """
         first = number * self.global_batch
-        return list(self._between(first, first + self.global_batch))
+        return [self[place] for place in range(first, first + self.global_batch)]
 
-    def _between(self, first: int, last: int) -> Iterator[int]:
-        passes: dict[int, list[int]] = {}
-        for place in range(first, last):
-            number, at = divmod(place, self.sequences)
-            if number not in passes:
-                passes = {number: self.permutation(number).tolist()}
-            yield passes[number][at] if place < self.total else NOTHING
-
-    def __iter__(self) -> Iterator[int]:
-        return self._between(0, self.steps * self.global_batch)
-
-
-class OrderSampler(Sampler[int]):
-    """An Order as a sampler: all steps of the run, one after the other, each full."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __getitem__(self, place: int) -> int:
+        """The sequence at a place of the run, counted from 0."""
+        number, at = divmod(place, self.sequences)
+        return int(self.permutation(number)[at]) if place < self.total else PADDING_ROW
 
     def __len__(self) -> int:
-        return self.order.steps * self.order.global_batch
+        """The places of the run, the padding of its last step included."""
+        return self.steps * self.global_batch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
+        return (self[place] for place in range(len(self)))
+
+
+@lru_cache(maxsize=2)  # a batch may hold the end of one pass and the beginning of the next
+def _permutation(seed: int, number: int, sequences: int) -> NDArray[np.int64]:
+    permutation = np.random.default_rng((seed, number)).permutation(sequences)
+    permutation.flags.writeable = False
+    return permutation
 
 
 class OrderedDataset(Dataset[Sample]):
-    """A packed dataset in which row NOTHING is a sequence of padding, without documents and targets."""
+    """The sequences of a packed dataset in the order of a run: item p is the sequence at place p."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(self, dataset: PackedDataset, order: Order) -> None:
         self.dataset = dataset
+        self.order = order
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> Sample:
+        row = self.order[place]
+        return padding_sample(self.dataset) if row == PADDING_ROW else self.dataset[row]
+
+
+class PaddedDataset(Dataset[Sample]):
+    """A packed dataset, filled up with padding to a multiple of `multiple`, so that batches divide it evenly."""
+
+    def __init__(self, dataset: PackedDataset, multiple: int) -> None:
+        self.dataset = dataset
+        self.length = math.ceil(len(dataset) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
 
     def __getitem__(self, row: int) -> Sample:
-        return padding_sample(self.dataset) if row == NOTHING else self.dataset[row]
+        return self.dataset[row] if row < len(self.dataset) else padding_sample(self.dataset)
 
 
 def padding_sample(dataset: PackedDataset) -> Sample:
-    """A sequence of padding alone, as wide as those of `dataset`."""
+    """A sequence that is all padding, of the length of those in `dataset`."""
     seq_len = dataset.seq_len
-    nothing = np.zeros((0, 4), np.int32)
-    doc_start, kv_end = masks.intervals([], nothing, seq_len=seq_len, mask=dataset.mask)
+    no_spans = np.zeros((0, 4), np.int32)
+    doc_start, kv_end = masks.intervals([], no_spans, seq_len=seq_len, mask=dataset.mask)
     return Sample(
         mask=dataset.mask,
         sequence=shards.PackedSequence(
@@ -103,7 +119,7 @@ def padding_sample(dataset: PackedDataset) -> Sample:
             position_ids_2=np.zeros(seq_len, np.int32) if dataset.layout == "glm" else None,
             loss_mask=np.zeros(seq_len, np.uint8),
             seq_lens=np.zeros(0, np.int32),
-            spans=nothing,
+            spans=no_spans,
             block_table=masks.block_table(doc_start, kv_end),
             conversation_ids=[],
             loss_weight=np.zeros(seq_len, np.float32) if dataset.shards.weighted else None,

@@ -1,10 +1,8 @@
-"""What `ismdata train` says while it works: lines, and a bar on a terminal; the first process alone speaks."""
+"""What `ismdata train` reports while it works: one line per log, and progress after each step."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -12,68 +10,56 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ismdata.distributed import is_first_process
+from ismdata.display import Reporter
 from ismdata.train.metrics import RunMetrics, peak_flops, training_flops
 
 
-class TrainProgress:
-    """Call it with what the Trainer logs. say: where lines go; a terminal gets a bar beside them."""
+class SilentReporter:
+    """Drops everything. Every process but the first has it, so that a run reports once."""
 
-    def __init__(self, say: Callable[[str], None], *, steps: int, metrics: RunMetrics, cost: Cost) -> None:
-        self.say = say
+    def note(self, text: str) -> None:
+        """Drop a line."""
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Drop a stage's progress."""
+
+
+class TrainProgress:
+    """Turns what the Trainer logs into lines for a reporter.
+
+    Args:
+        reporter: Receives a line per log, and the stage `train` after each step.
+        steps: Steps of the whole run.
+        metrics: The run's sums, for the speed.
+        cost: The model's operations, for the utilisation.
+    """
+
+    def __init__(self, reporter: Reporter, *, steps: int, metrics: RunMetrics, cost: Cost) -> None:
+        self.reporter = reporter
         self.steps = steps
         self.metrics = metrics
         self.cost = cost
-        self.step = 0
-        self._advance: Callable[[int, str], None] | None = None
+        self.first_step = self.step = 0
 
-    @contextmanager
-    def shown(self, first_step: int) -> Iterator[None]:
-        """While this lasts there is a bar, where standard error is a terminal."""
-        self.first_step = self.step = first_step
-        if not (sys.stderr.isatty() and is_first_process()):
-            yield
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def begin(self, step: int) -> None:
+        """Start after `step` steps, which an interrupted run did."""
+        self.first_step = self.step = step
 
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[said]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("train", total=self.steps, completed=first_step, said="")
-
-            def advance(step: int, said: str) -> None:
-                bar.update(task, completed=step, said=said)
-
-            self._advance, say = advance, self.say
-            self.say = lambda line: bar.console.print(line, highlight=False, markup=False)
-            try:
-                yield
-            finally:
-                self._advance, self.say = None, say
-
-    def stepped(self, step: int) -> None:
-        """A step is done."""
+    def advance(self, step: int) -> None:
+        """Report that `step` steps are done."""
         self.step = step
-        if self._advance is not None:
-            tokens, targets = self.metrics.speed()
-            self._advance(step, f"{tokens:,.0f} tokens/s, {targets:,.0f} targets/s{self._utilisation()}")
+        self.reporter.progress("train", step, self.steps)
 
-    def __call__(self, logs: Mapping[str, float]) -> None:
-        if not is_first_process():
-            return
+    def log(self, logs: Mapping[str, float]) -> None:
+        """Report what the Trainer logs, as one line."""
         if "eval_loss" in logs:
-            self.say(f"step {self.step}/{self.steps}  evaluation loss {logs['eval_loss']:.4f}")
+            self.reporter.note(f"step {self.step}/{self.steps}  evaluation loss {logs['eval_loss']:.4f}")
             return
-        self.say(
+        share = self.cost.utilisation(self.metrics)
+        self.reporter.note(
             f"step {self.step}/{self.steps}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
             f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['target_tokens_per_second']:,.0f} targets/s"
-            f"{self._utilisation()}  {self._remaining()} left"
+            f"{'' if share is None else f'  {share:.1%} MFU'}  {self._remaining()} left"
         )
 
     def _remaining(self) -> str:
@@ -81,13 +67,14 @@ class TrainProgress:
         seconds = self.metrics.elapsed() / max(done, 1) * (self.steps - self.step)
         return str(timedelta(seconds=round(seconds)))
 
-    def _utilisation(self) -> str:
-        share = self.cost.utilisation(self.metrics)
-        return "" if share is None else f"  {share:.1%} MFU"
-
 
 class Cost:
-    """What the model's arithmetic costs, to tell how much of the cards' is used (model FLOP utilisation)."""
+    """The model's floating-point operations, from which the model FLOP utilisation (MFU) follows.
+
+    Args:
+        model: The model to train.
+        processes: Processes that train, each on a GPU of its own.
+    """
 
     def __init__(self, model: PreTrainedModel, *, processes: int) -> None:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -107,7 +94,7 @@ class Cost:
         self.processes = processes
 
     def utilisation(self, metrics: RunMetrics) -> float | None:
-        """Operations done as a share of those the cards could have done; None where their speed is not known."""
+        """Operations done as a share of the GPUs' peak; None for an unknown peak."""
         if self.peak is None:
             return None
         flops = training_flops(**self.sizes, **metrics.since_start())

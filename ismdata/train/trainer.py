@@ -1,8 +1,8 @@
-"""Hugging Face's Trainer as `ismdata train` uses it: our order, our loss, sealed checkpoints, exact metrics.
+"""Hugging Face's Trainer as `ismdata train` uses it.
 
-What is changed, and nothing else: which sequences a step sees (`order.py`), what its loss is a mean over (`loss.py`),
-that a loss which is no number stops the run before it spoils the weights, that checkpoints are good or removed
-(`checkpoints.py`), that a signal ends a run after its step, and what is written and said (`metrics.py`).
+`PackedTrainer` changes what a step's loss is a mean over (`loss.py`), stops before a non-finite loss or gradient
+reaches the weights, writes exact metrics (`metrics.py`) and seals checkpoints (`checkpoints.py`). `StepControl` decides
+after which steps to log, evaluate, save and stop. The order of the sequences is the dataset's (`order.py`).
 """
 
 from __future__ import annotations
@@ -20,25 +20,45 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, remove_old_checkpoints, seal_checkpoint, what_is_left
-from ismdata.train.loss import COUNTS
+from ismdata.train.loss import COUNTS, PAIRS, TARGETS, TOKENS, take_counts
 from ismdata.train.metrics import RunMetrics
-from ismdata.train.order import NOTHING, Order, OrderSampler
+from ismdata.train.order import PADDING_ROW, Order
 from ismdata.train.progress import TrainProgress
 
 Batch = dict[str, Tensor]
 
-#: The signals that end a run after its step.
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
+#: The private methods of transformers' Trainer that PackedTrainer overrides, and why no public hook does the same.
+#: tests/train/test_trainer.py compares their signatures with the installed release's.
+PRIVATE_OVERRIDES = {
+    "_get_grad_norm": "called once per step, after the last backward pass and before the optimizer; the public "
+    "callback of that moment, on_pre_optimizer_step, is not given the norm, and computing it again costs a pass over "
+    "all gradients",
+    "_save_checkpoint": "a full disk may make any of its files fail, on one process only, while the others wait; "
+    "save_model writes the weights only, and on_save runs after all of it",
+}
+
+#: The signals that end a run after its current step.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class PackedTrainer(Trainer):
-    """See the file. `final`: the output's name, beside which a batch is saved that makes no number of a loss."""
+    """The Trainer for packed sequences; the module's docstring says what it changes.
+
+    Args:
+        order: The order of the sequences, which error messages name.
+        metrics: Receives the counts and losses of each step.
+        progress: Reports what is logged.
+        final: The output folder's final path. A batch with a non-finite loss is saved beside it.
+        partial: The folder that the run writes into.
+        keep: How many checkpoints to keep.
+        stop: The signals received so far.
+        options: The Trainer's own arguments.
+    """
 
     def __init__(
         self,
@@ -53,8 +73,9 @@ class PackedTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer does not divide the loss by the accumulation
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Moments(self))
+        self.add_callback(StepControl(self))
         self.order = order
         self.metrics = metrics
         self.progress = progress
@@ -65,24 +86,23 @@ class PackedTrainer(Trainer):
         self.stopped_by: int | None = None
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
-        self._counts = [0, 0, 0, 0]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return OrderSampler(self.order)
+        self._counts = dict.fromkeys(COUNTS, 0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The micro-batches of a step, and the items of all processes' micro-batches: what its loss is a mean over.
+        """Return a step's micro-batches and the items of all processes' micro-batches, the divisor of its loss.
 
-        Whether a signal came is settled here as well, so that all processes stop after the same step.
+        The processes also agree here on whether one of them received a signal, so that all stop after the same step.
         """
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        received = torch.tensor([self.stop.received == number for number in _STOPPING], device=device)
-        totals = torch.cat([torch.stack([batch.pop(COUNTS).to(device) for batch in batches]).sum(0), received])
+        received = torch.tensor([self.stop.received == number for number in _STOP_SIGNALS], device=device)
+        counts = torch.stack([take_counts(batch) for batch in batches]).sum(0).to(device)
+        totals = torch.cat([counts, received])
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
-        *self._counts, terminated, interrupted = totals.tolist()
+        *values, terminated, interrupted = totals.tolist()
+        self._counts = dict(zip(COUNTS, values, strict=True))
         if terminated or interrupted:
             self.stopped_by = signal.SIGTERM if terminated else signal.SIGINT
         self._batches, self._losses = batches, []
@@ -95,18 +115,14 @@ class PackedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's part of the step's loss, times the processes, over which gradients are averaged."""
+        """Return this micro-batch's part of the step's loss, times the processes, over which DDP averages gradients."""
         output = model(**inputs, num_items_in_batch=num_items_in_batch)
         self._losses.append(output["loss"].detach())
         loss = output["loss"] * self.args.world_size
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        self.model_accepts_loss_kwargs = True  # the loss is a mean over the step already
-        return super().training_step(model, inputs, num_items_in_batch)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called once a step, after its last backward and before the optimizer: the step's numbers are complete."""
+        """Record the step, whose loss and counts are complete by now. Raises DataError if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         total = torch.stack(self._losses).to(torch.float64).sum()
         if self.args.world_size > 1:
@@ -114,27 +130,27 @@ class PackedTrainer(Trainer):
         loss, norm_value = float(total), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             together(lambda: self._refuse_step(loss, norm_value))
-        _, tokens, target_tokens, pairs = self._counts
-        self.metrics.add_step(loss=loss, tokens=tokens, target_tokens=target_tokens, pairs=pairs)
+        counts = self._counts
+        self.metrics.add_step(loss=loss, tokens=counts[TOKENS], target_tokens=counts[TARGETS], pairs=counts[PAIRS])
         return norm
 
     def _refuse_step(self, loss: float, grad_norm: float) -> None:
-        """Save what this process fed the model in this step, and raise DataError that names it."""
+        """Save this process's batches of the step and raise a DataError that names the file."""
         step = self.state.global_step
         suffix = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
         path = self.final.parent / f"{self.final.name}-step-{step + 1}-batch{suffix}.safetensors"
         names = self._batches[0].keys()
         save_file({name: torch.cat([batch[name].cpu() for batch in self._batches]) for name in names}, path)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
-        rows = [row for row in self.order.step(step) if row != NOTHING]
+        rows = [row for row in self.order.step(step) if row != PADDING_ROW]
         raise DataError(
-            f"{self.final}: {what} at step {step + 1}, before the weights were changed by it. Its sequences "
-            f"({', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}) are saved in {path}; look at them with "
+            f"{self.final}: {what} at step {step + 1}; the weights are still those of step {step}. Its sequences "
+            f"({', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}) are saved in {path}. Look at them with "
             f"`ismdata inspect PACKED --row {rows[0]}`, or lower --learning-rate. {what_is_left(self.partial)}"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """What the Trainer logs, with our loss, which is exact across restarts, and with the speed."""
+        """Log what the Trainer logs, with our loss, which a resumed run continues exactly, and with the speed."""
         if "loss" in logs:
             norm = logs.get("grad_norm", math.nan)
             logs["loss"] = self.metrics.close_window()
@@ -147,11 +163,11 @@ class PackedTrainer(Trainer):
                 )
             speed, target_speed = self.metrics.speed()
             logs |= {"tokens_per_second": speed, "target_tokens_per_second": target_speed}
-            self.progress(logs)
+            self.progress.log(logs)
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The mean loss over all targets of the evaluation set, each counting the same."""
+        """Return the mean loss over all targets of the evaluation set, each counting the same."""
         model = self.model_wrapped
         training = model.training
         model.eval()
@@ -159,11 +175,11 @@ class PackedTrainer(Trainer):
         one = torch.ones((), device=self.args.device)
         with torch.no_grad():
             for batch in self.get_eval_dataloader():
-                counts = batch.pop(COUNTS)
+                counts = dict(zip(COUNTS, take_counts(batch), strict=True))
                 batch.pop("loss_weight", None)
                 with self.accelerator.autocast():
-                    totals[0] += model(**self._prepare_inputs(batch), num_items_in_batch=one)["loss"]
-                totals[1] += counts[2]
+                    totals[0] += model(**batch, num_items_in_batch=one)["loss"]
+                totals[1] += counts[TARGETS]
         model.train(training)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
@@ -171,62 +187,47 @@ class PackedTrainer(Trainer):
         if is_first_process():
             self.metrics.line(self.state.global_step, eval_loss=loss)
         logs = {"eval_loss": loss}
-        self.progress(logs)
+        self.progress.log(logs)
         super().log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
-        """The evaluation set in its own order, filled up with padding so that it can be cut evenly."""
-        batch = self.args.eval_batch_size * self.args.world_size
-        rows = list(range(len(eval_dataset)))
-        return _Rows(rows + [NOTHING] * (-len(rows) % batch))
-
     def finished_model(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
-        """The trained model without what training put around it, and its weights where they are sharded.
+        """Return the trained model without its wrappers and, if it is sharded, its weights.
 
-        All processes call it; the first one has the weights.
+        All processes must call it; only the first one gets the weights.
         """
         model: nn.Module = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         return model, self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint and seal it; only then are older ones removed."""
+        """Write a checkpoint and seal it, then remove older ones."""
         folder = self.partial / CHECKPOINTS_NAME / f"checkpoint-{self.state.global_step}"
-        together(lambda: self._written(folder, lambda: super(PackedTrainer, self)._save_checkpoint(model, trial)))
-        on_first_process(lambda: self._written(folder, lambda: self._seal(folder)))
+        together(lambda: self._write(folder, lambda: super(PackedTrainer, self)._save_checkpoint(model, trial)))
+        on_first_process(lambda: self._write(folder, lambda: self._seal(folder)))
 
     def _seal(self, folder: Path) -> None:
         self.metrics.save(folder)
         seal_checkpoint(folder)
         remove_old_checkpoints(self.partial, self.keep)
 
-    def _written(self, folder: Path, write: Callable[[], None]) -> None:
+    def _write(self, folder: Path, write: Callable[[], None]) -> None:
+        """Call `write`. If the disk refuses, remove the checkpoint and raise a DataError."""
         try:
             write()
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise  # not the disk's fault
+                raise  # torch.save reports a full disk as such a RuntimeError; any other is a bug
             shutil.rmtree(folder, ignore_errors=True)
             cause = str(error).strip().splitlines()[0]
             raise DataError(
-                f"{folder}: the checkpoint could not be written ({cause}); make room. {what_is_left(self.partial)}"
+                f"{folder}: the checkpoint could not be written ({cause}). Free some space. "
+                f"{what_is_left(self.partial)}"
             ) from error
 
 
-class _Rows(Sampler[int]):
-    def __init__(self, rows: list[int]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-
-class _Moments(TrainerCallback):
-    """When to log, evaluate, save and stop, besides every so many steps."""
+class StepControl(TrainerCallback):
+    """Logs after the first and the last step too, evaluates after the last, and saves and stops after a signal."""
 
     def __init__(self, trainer: PackedTrainer) -> None:
         self.trainer = trainer
@@ -234,11 +235,11 @@ class _Moments(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A checkpoint brings its own intervals with it; they may change while a run goes on.
+        # The state of a checkpoint has its run's log and save intervals; a resumed run may have others.
         state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.progress.stepped(state.global_step)
+        self.trainer.progress.advance(state.global_step)
         last = state.global_step == state.max_steps
         if state.global_step == 1 or last:
             control.should_log = True
@@ -250,19 +251,23 @@ class _Moments(TrainerCallback):
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C, remembered until a step is done. A second Ctrl-C ends a lone process at once."""
+    """Remembers SIGTERM and Ctrl-C until the step is done.
+
+    Args:
+        alone: Whether this is the only process; a second Ctrl-C then ends it at once.
+    """
 
     def __init__(self, *, alone: bool) -> None:
         self.received: int | None = None
         self.alone = alone
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
-        """While this lasts a signal is remembered and does nothing else. Only a main thread can catch signals."""
+    def deferred(self) -> Iterator[None]:
+        """Within this context a signal is only remembered. Outside the main thread it does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        former = {number: signal.signal(number, self._remember) for number in _STOPPING}
+        former = {number: signal.signal(number, self._remember) for number in _STOP_SIGNALS}
         try:
             yield
         finally:

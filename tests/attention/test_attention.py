@@ -16,7 +16,6 @@ from transformers import DynamicCache, StaticCache
 from ismdata import masks
 from ismdata.attention import canary
 from ismdata.attention.attachment import attach, attached_backend, detach
-from ismdata.attention.backends import registry as backends
 from ismdata.attention.backends.base import Intervals, PerWindow
 from ismdata.attention.backends.registry import BACKENDS, choose
 from ismdata.attention.backends.sdpa import dense_attention, dense_mask
@@ -24,6 +23,7 @@ from ismdata.attention.model_folder import load
 from ismdata.data.collate import Collator
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.masks import IGNORE_INDEX
+from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model
 
 DOCUMENTS = [
@@ -192,10 +192,10 @@ def test_a_single_token_without_intervals_sees_everything():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda batch: batch.pop("kv_end"), "128 tokens a row without doc_start and kv_end"),
+        (lambda batch: batch.pop("kv_end"), "128 tokens per row without doc_start and kv_end"),
         (lambda batch: (batch.pop("kv_end"), batch.pop("doc_start")), "documents would see each other"),
         (lambda batch: batch.update(doc_start=batch["doc_start"][:, :64]), r"\[2, 64\].*expected \[2, 128\]"),
-        (lambda batch: batch.update(attention_mask=torch.zeros(2, 128)), "attention_mask that hides something"),
+        (lambda batch: batch.update(attention_mask=torch.zeros(2, 128)), "attention_mask that hides tokens"),
         (lambda batch: batch.update(attention_mask=torch.ones(2, 1, 128, 128)), "attention_mask that hides"),
         (lambda batch: batch.pop("input_ids"), "without input_ids or inputs_embeds"),
     ],
@@ -377,7 +377,6 @@ def lacking(monkeypatch):
             reason = f"no {name} here" if name in names else None
             monkeypatch.setitem(BACKENDS, name, dataclasses.replace(backend, missing=lambda device, why=reason: why))
 
-    monkeypatch.setattr(backends, "_SAID", set())
     return lack
 
 
@@ -386,10 +385,11 @@ def lacking(monkeypatch):
     [((), "varlen"), (("varlen",), "flex"), (("varlen", "flex"), "sdpa")],
     ids=["all", "no-varlen", "sdpa-alone"],
 )
-def test_auto_takes_the_fastest_on_a_gpu_and_says_so_once(lacks, chosen, lacking, capsys):
+def test_auto_takes_the_fastest_on_a_gpu_and_reports_it(lacks, chosen, lacking):
     lacking(*lacks)
-    assert [choose("auto", torch.device("cuda")) for _ in range(3)] == [chosen] * 3
-    assert capsys.readouterr().err == f"attention backend: {chosen} on cuda\n"
+    reporter = Recorder()
+    assert choose("auto", torch.device("cuda"), reporter=reporter) == chosen
+    assert reporter.notes == [f"attention backend: {chosen} on cuda"]
 
 
 @pytest.mark.parametrize(
@@ -406,12 +406,15 @@ def test_auto_leaves_out_what_cannot_compute_the_model(asked, chosen, lacking):
     assert choose("auto", torch.device("cuda"), **asked) == chosen
 
 
-def test_auto_is_dense_on_a_cpu(lacking, capsys):
+def test_auto_is_dense_on_a_cpu(lacking, monkeypatch, capsys):
     lacking()
-    model = attach(attach(tiny_model()))
-    assert attached_backend(model) == "sdpa"
-    assert capsys.readouterr().err == "attention backend: sdpa on cpu\n"
-    assert choose("flex", torch.device("cpu")) == "flex"
+    reporter = Recorder()
+    assert attached_backend(attach(tiny_model(), reporter=reporter)) == "sdpa"
+    assert reporter.notes == ["attention backend: sdpa on cpu"]
+    assert choose("flex", torch.device("cpu"), reporter=reporter) == "flex"
+    monkeypatch.setenv("RANK", "1")
+    assert choose("auto", torch.device("cpu"), reporter=reporter) == "sdpa"
+    assert len(reporter.notes) == 1
     assert capsys.readouterr().err == ""
 
 

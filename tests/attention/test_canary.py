@@ -15,9 +15,9 @@ from ismdata.attention.backends.registry import BACKENDS
 from ismdata.attention.backends.sdpa import dense_attention, dense_mask
 from ismdata.attention.canary import check_training
 from ismdata.errors import UnsupportedModelError, UsageError
-from ismdata.train.pipeline import train
 from tests.support.decoders import CONFIGS, decoder
-from tests.support.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
+from tests.support.tiny import ANSWER, QUERY, sample, tiny_model, write_packed
+from tests.support.training_shards import run, word_tokenizer
 
 TRAINING_BACKENDS = [name for name, each in BACKENDS.items() if each.missing_for_training(torch.device("cpu")) is None]
 
@@ -164,27 +164,18 @@ def test_a_key_too_many_is_more_than_half_precision_allows():
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Four rows and a tokenizer of one word a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    """Four rows and a tokenizer of one word per token."""
     documents = [[(QUERY, 20), (ANSWER, 30)], [(QUERY, 9), (ANSWER, 40)]]
     folder = write_packed(
         tmp_path_factory.mktemp("data") / "packed", [sample(documents, seed=seed) for seed in range(4)]
     )
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(
-        folder / "tokenizer"
-    )
-    (folder / "tokenizer" / "ismdata_template.json").write_text("{}")
+    word_tokenizer(folder / "tokenizer")
     return folder
 
 
 def test_training_is_the_same_under_each_backend(packed, tmp_path):
     reports = [
-        train(packed, model="tiny", output=tmp_path / name, backend=name, steps=3, warmup=0, say=lambda line: None)
-        for name in ("auto", *TRAINING_BACKENDS)
+        run(packed, tmp_path / name, model="tiny", backend=name, steps=3) for name in ("auto", *TRAINING_BACKENDS)
     ]
     assert [report.backend for report in reports] == ["sdpa", *TRAINING_BACKENDS]
     for report in reports[1:]:
@@ -193,9 +184,9 @@ def test_training_is_the_same_under_each_backend(packed, tmp_path):
 
 def test_a_training_that_the_canary_stops_leaves_nothing(packed, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="the backend flex cannot train on cpu"):
-        train(packed, model="tiny", output=tmp_path / "model", backend="flex", steps=1)
+        run(packed, tmp_path / "model", model="tiny", backend="flex")
     monkeypatch.setattr(canary, "_EPS", 0)
     monkeypatch.setattr(canary, "_LEAST", 0)
     with pytest.raises(UnsupportedModelError, match="differs from attention written out by"):
-        train(packed, model="tiny", output=tmp_path / "model", steps=1)
+        run(packed, tmp_path / "model", model="tiny")
     assert not list(tmp_path.iterdir())

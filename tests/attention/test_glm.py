@@ -22,10 +22,10 @@ from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.glm_positions import block_positions, positions, token_positions
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
-from ismdata.train.order import NOTHING, OrderedDataset
-from ismdata.train.pipeline import train
+from ismdata.train.order import padding_sample
 from tests.pack.test_glm_layout import save_tokenizer
 from tests.support.tiny import SIZES, sample, tiny_model
+from tests.support.training_shards import run
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 THREE_ANSWERS = [(PROMPT, 2), (QUERY, 3), (ANSWER, 4), (QUERY, 3), (ANSWER, 1), (QUERY, 5), (ANSWER, 6)]
@@ -317,8 +317,8 @@ def packed_talks(talks, output, **options):
 
 def test_a_step_filled_up_with_padding_has_two_positions(talks, tmp_path):
     packed = packed_talks(talks, tmp_path / "packed", seq_len=128, layout="glm")
-    dataset = OrderedDataset(PackedDataset(packed))
-    batch = Collator()([dataset[0], dataset[NOTHING]])
+    dataset = PackedDataset(packed)
+    batch = Collator()([dataset[0], padding_sample(dataset)])
     assert batch["position_ids_2"].shape == batch["input_ids"].shape == (2, 128)
     assert not batch["position_ids_2"][1].any()
     assert (batch["labels"][1] == IGNORE_INDEX).all()
@@ -330,7 +330,7 @@ def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks,
     totals = json.loads((packed / "index.json").read_text())["totals"]
     assert totals["padding_tokens"] > 0
     options = {"epochs": 3, "batch_size": 2, "learning_rate": 5e-3, "warmup": 2, "log_every": 2}
-    report = train(packed, model="glm-tiny", output=tmp_path / "model", say=lambda line: None, **options)
+    report = run(packed, tmp_path / "model", model="glm-tiny", steps=None, **options)
     assert report.last_loss < report.first_loss / 2
     assert (report.tokens, report.target_tokens) == (3 * totals["tokens"], 3 * totals["target_tokens"])
     assert isinstance(model_folder.load(tmp_path / "model"), IsmdataGlmForCausalLM)
@@ -347,5 +347,5 @@ def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks,
 def test_a_model_and_shards_that_do_not_fit_are_refused_before_the_first_step(layout, model, message, talks, tmp_path):
     packed = packed_talks(talks, tmp_path / "packed", seq_len=256, layout=layout)
     with pytest.raises(UsageError, match=message):
-        train(packed, model=model, output=tmp_path / "model", steps=1)
+        run(packed, tmp_path / "model", model=model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]

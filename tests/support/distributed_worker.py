@@ -14,10 +14,10 @@ import torch.distributed as dist
 from ismdata.attention.attachment import attach
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import Terminated, UsageError
-from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets
-from ismdata.train.order import OrderedDataset
+from ismdata.train.loss import COUNTS, LOSS_ITEMS, TrainingCollator, compute_loss_at_targets, take_counts
+from tests.support.reporters import Recorder
 from tests.support.tiny import tiny_model
-from tests.support.training_shards import run
+from tests.support.training_shards import Listener, run
 
 #: Runs by name; test_train_distributed.py makes the same ones in one process.
 RUNS = {
@@ -30,10 +30,10 @@ COMMON = {"steps": None, "epochs": 1.5, "learning_rate": 3e-3, "warmup": 1, "log
 
 def main(folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    said: list[str] = []
+    reporter = Recorder()
     packed, model = folder / "packed", str(folder / "model")
     for name, options in RUNS.items():
-        run(packed, folder / "two" / name, model=model, say=said.append, **COMMON, **options)
+        run(packed, folder / "two" / name, model=model, reporter=reporter, **COMMON, **options)
 
     # Both see the error that only one of them runs into.
     try:
@@ -47,11 +47,19 @@ def main(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        run(packed, folder / "stopped", model=model, say=signalled, **COMMON, batch_size=1, global_batch=8)
+        run(
+            packed,
+            folder / "stopped",
+            model=model,
+            reporter=Listener(signalled),
+            **COMMON,
+            batch_size=1,
+            global_batch=8,
+        )
     except Terminated:
         (folder / f"stopped-{rank}").touch()
 
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    (folder / f"notes-{rank}.json").write_text(json.dumps(reporter.notes))
     fully_sharded(folder, rank)
     dist.barrier()
     dist.destroy_process_group()
@@ -68,10 +76,10 @@ def fully_sharded(folder: Path, rank: int) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    dataset = OrderedDataset(PackedDataset(folder / "packed"))
+    dataset = PackedDataset(folder / "packed")
     collator = TrainingCollator("ism", "answer")
     batch = collator([dataset[row] for row in range(rank * 2, rank * 2 + 2)])
-    items = batch.pop(COUNTS)[0]
+    items = take_counts(batch)[COUNTS.index(LOSS_ITEMS)]
     dist.all_reduce(items)
     loss = model(**batch, num_items_in_batch=items).loss
     (loss * 2).backward()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ismdata.train.pipeline import train
+from ismdata.display import LOGGED, Reporter
+from ismdata.train.options import TrainOptions
+from ismdata.train.pipeline import TrainReport, train
+from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, write_packed
 
 
@@ -44,10 +48,22 @@ def copying_rows(count, *, seq_len=128, mask="ism", **options):
     return rows
 
 
-def run(packed, output, **options):
-    """`train` for one step, saying nothing, unless the options say otherwise."""
-    defaults = {"steps": 1, "warmup": 0, "say": lambda line: None}
-    return train(packed, output=output, **(defaults | options))
+class Listener(Recorder):
+    """A Recorder that also calls `heard` with each line."""
+
+    def __init__(self, heard: Callable[[str], None]) -> None:
+        super().__init__()
+        self.heard = heard
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self.heard(text)
+
+
+def run(packed, output, *, overwrite: bool = False, reporter: Reporter = LOGGED, **fields) -> TrainReport:
+    """`train` for one step without warm-up, unless the fields of TrainOptions say otherwise."""
+    options = TrainOptions(**({"steps": 1, "warmup": 0} | fields))
+    return train(packed, output=output, options=options, overwrite=overwrite, reporter=reporter)
 
 
 def weights(folder):

@@ -9,15 +9,16 @@ import sys
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from ismdata.attention.attachment import attach
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
-from ismdata.train.loss import COUNTS, TrainingCollator
+from ismdata.train.loss import COUNTS, LOSS_ITEMS, TrainingCollator, take_counts
 from ismdata.train.options import TrainOptions
+from ismdata.train.trainer_arguments import training_arguments
 from tests.support.distributed_worker import COMMON, RUNS
 from tests.support.paths import ROOT
+from tests.support.reporters import Recorder
 from tests.support.tiny import sample, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, curve, run, weights, word_tokenizer
 from tests.train.test_loss import DOCUMENTS
@@ -61,7 +62,7 @@ def test_two_processes_equal_one(name, two, tmp_path):
 
 
 def test_only_the_first_process_speaks(two):
-    first, second = (json.loads((two / f"said-{rank}.json").read_text()) for rank in range(2))
+    first, second = (json.loads((two / f"notes-{rank}.json").read_text()) for rank in range(2))
     assert second == []
     assert len([line for line in first if line.startswith("step ")]) == 3 * len(RUNS)
 
@@ -77,17 +78,17 @@ def test_two_stop_together_and_one_goes_on(two):
     assert (two / "stopped-0").exists()
     assert (two / "stopped-1").exists()
     assert not (two / "stopped").exists()
-    said = []
+    reporter = Recorder()
     run(
         two / "packed",
         two / "stopped",
         model=str(two / "model"),
-        say=said.append,
+        reporter=reporter,
         **COMMON,
         batch_size=1,
         global_batch=8,
     )
-    assert said[0] == "going on after step 2 of 3"
+    assert reporter.notes[1] == "resuming after step 2 of 3"
     found, expected = curve(two / "stopped"), curve(two / "two" / "four micro-batches")
     assert found[:2] == expected[:2]
     assert float(found[2]["loss"]) == pytest.approx(float(expected[2]["loss"]), rel=1e-5)
@@ -99,7 +100,7 @@ def test_sharded_over_two_processes_the_gradients_are_those_of_one(two):
     found = torch.load(two / "fsdp.pt", weights_only=True)
     dataset = PackedDataset(two / "packed")
     batch = TrainingCollator("ism", "answer")([dataset[row] for row in range(4)])
-    items = batch.pop(COUNTS)[0]
+    items = take_counts(batch)[COUNTS.index(LOSS_ITEMS)]
     model = attach(tiny_model(dtype=torch.float32))
     loss = model(**batch, num_items_in_batch=items).loss
     loss.backward()
@@ -111,18 +112,14 @@ def test_sharded_over_two_processes_the_gradients_are_those_of_one(two):
 def test_fsdp_without_a_gpu_is_refused(two, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("refused for want of a GPU, and here is one")
-    with pytest.raises(UsageError, match="--fsdp needs GPUs"):
+    with pytest.raises(UsageError, match="--fsdp requires GPUs"):
         run(two / "packed", tmp_path / "out", model=str(two / "model"), fsdp=True)
 
 
 def test_fsdp_reaches_the_trainer(monkeypatch, tmp_path):
     """By its configuration alone, where there is no GPU: version 2, with what the file says."""
-    from ismdata.train.order import Order
-    from ismdata.train.pipeline import _arguments
-
     options = TrainOptions(model="tiny", fsdp=True, fsdp_config={"reshard_after_forward": False})
-    order = Order(sequences=8, total=8, global_batch=8, seed=0)
-    arguments: TrainingArguments = _arguments(options, tmp_path, order=order, accumulation=1, precision="float32")
+    arguments = training_arguments(options, tmp_path, steps=1, accumulation=1, precision="float32")
     assert arguments.fsdp_plugin_args["fsdp_version"] == 2
     assert arguments.fsdp_plugin_args["reshard_after_forward"] is False
 

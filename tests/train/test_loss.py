@@ -15,7 +15,13 @@ from ismdata.errors import UsageError
 from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.intervals import ANSWER as ANSWER_KIND
 from ismdata.train import loss as losses
-from ismdata.train.loss import COUNTS, TrainingCollator, compute_loss_at_targets, target_loss, target_weights
+from ismdata.train.loss import (
+    TrainingCollator,
+    compute_loss_at_targets,
+    take_counts,
+    target_loss,
+    target_weights,
+)
 from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
 from tests.support.training_shards import curve, run, word_tokenizer
 
@@ -134,7 +140,7 @@ class Widest(TorchDispatchMode):
 
 def batch_of(*rows, weighting="token", **options):
     batch = TrainingCollator("ism", weighting)([sample(list(row), seq_len=384, **options) for row in rows])
-    return batch, batch.pop(COUNTS).tolist()
+    return batch, take_counts(batch).tolist()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -146,7 +152,7 @@ def test_the_model_s_loss_and_gradients_stay_and_its_logits_go(architecture):
     assert compute_loss_at_targets(model)
     lean = model(**batch)
     assert lean.logits is None
-    assert float(lean.loss) == pytest.approx(float(plain.loss), rel=1e-6)  # the model's own is in float32
+    assert lean.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)  # the model's own is in float32
     for one, other in zip(torch.autograd.grad(lean.loss, list(model.parameters())), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     without_labels = {name: tensor for name, tensor in batch.items() if name not in ("labels", "loss_weight")}

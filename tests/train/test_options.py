@@ -34,12 +34,12 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate = 1e-4", "'lerning_rate' is no option of training; the nearest is 'learning_rate'"),
-        ("optimizer = 'adam'", "'optimizer' is no option of training; the nearest is"),
+        ("lerning_rate = 1e-4", r"unknown option 'lerning_rate'\. Did you mean 'learning_rate'\?"),
+        ("optimizer = 'adam'", r"unknown option 'optimizer'\. Did you mean"),
         ("batch_size = 'four'", "--batch-size is 'four'; expected a whole number"),
         ("batch_size = true", "--batch-size is True; expected a whole number"),
         ("lora = 1", "--lora is 1; expected true or false"),
-        ("batch_size = 2\nbatch-size = 3", "'batch_size' is given twice"),
+        ("batch_size = 2\nbatch-size = 3", "'batch_size' is set twice"),
         ("batch_size = ", "not valid TOML"),
         ("steps = nan", "--steps is nan; expected a whole number"),
     ],
@@ -96,13 +96,13 @@ def test_a_model_must_be_named(config, tmp_path):
 
 def test_the_global_batch_decides_the_accumulation():
     options = TrainOptions(model="tiny", batch_size=2, global_batch=8)
-    assert [options.with_processes(count) for count in (1, 2, 4)] == [(4, 8), (2, 8), (1, 8)]
+    assert [options.batches_per_step(count) for count in (1, 2, 4)] == [(4, 8), (2, 8), (1, 8)]
     with pytest.raises(UsageError, match=r"--global-batch is 8; expected a multiple of 6"):
-        options.with_processes(3)
-    with pytest.raises(UsageError, match=r"--accumulation is 4; --global-batch 8 asks for 2 on 2 processes"):
-        TrainOptions(model="tiny", batch_size=2, global_batch=8, accumulation=4).with_processes(2)
-    assert TrainOptions(model="tiny", batch_size=2, accumulation=3).with_processes(2) == (3, 12)
-    assert TrainOptions(model="tiny").with_processes(2) == (1, 8)
+        options.batches_per_step(3)
+    with pytest.raises(UsageError, match=r"--accumulation is 4; --global-batch 8 requires 2 on 2 processes"):
+        TrainOptions(model="tiny", batch_size=2, global_batch=8, accumulation=4).batches_per_step(2)
+    assert TrainOptions(model="tiny", batch_size=2, accumulation=3).batches_per_step(2) == (3, 12)
+    assert TrainOptions(model="tiny").batches_per_step(2) == (1, 8)
 
 
 def test_every_option_is_a_flag():

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.masks import IGNORE_INDEX
-from ismdata.train.order import NOTHING, Order, OrderedDataset, OrderSampler
+from ismdata.train.order import PADDING_ROW, Order, OrderedDataset, PaddedDataset
 from tests.support.tiny import ANSWER, QUERY, sample, write_packed
 
 
@@ -21,9 +21,9 @@ from tests.support.tiny import ANSWER, QUERY, sample, write_packed
 def test_every_pass_sees_every_sequence_once(sequences, total, global_batch, seed):
     order = Order(sequences=sequences, total=total, global_batch=global_batch, seed=seed)
     seen = [row for step in range(order.steps) for row in order.step(step)]
-    assert seen == list(order) == list(OrderSampler(order))
-    assert len(seen) == len(OrderSampler(order)) == order.steps * global_batch
-    assert seen[total:] == [NOTHING] * (len(seen) - total)
+    assert seen == list(order) == [order[place] for place in range(len(order))]
+    assert len(seen) == len(order) == order.steps * global_batch
+    assert seen[total:] == [PADDING_ROW] * (len(seen) - total)
     assert len(seen) - total < global_batch
     for first in range(0, total - sequences + 1, sequences):
         assert sorted(seen[first : first + sequences]) == list(range(sequences))
@@ -44,7 +44,7 @@ def test_a_step_is_the_same_on_any_number_of_processes(processes, batch, accumul
     order = Order(sequences=21, total=50, global_batch=8, seed=3)
     dealt = []
     for rank in range(processes):
-        sampler = BatchSampler(OrderSampler(order), batch, drop_last=False)
+        sampler = BatchSampler(order, batch, drop_last=False)
         dealt.append(list(BatchSamplerShard(sampler, num_processes=processes, process_index=rank)))
     for step in range(order.steps):
         mine = slice(step * accumulation, (step + 1) * accumulation)
@@ -53,12 +53,19 @@ def test_a_step_is_the_same_on_any_number_of_processes(processes, batch, accumul
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_nothing_is_a_sequence_of_padding(tmp_path, weighted):
+def test_padding_fills_the_last_step_and_the_last_evaluation_batch(tmp_path, weighted):
     weights = np.ones(128, np.float32) if weighted else None
     folder = write_packed(tmp_path / "packed", [sample([[(QUERY, 3), (ANSWER, 4)]], loss_weight=weights)])
-    dataset = OrderedDataset(PackedDataset(folder))
-    batch = Collator()([dataset[0], dataset[NOTHING]])
-    assert len(dataset) == 1
+    one = PackedDataset(folder)
+    ordered = OrderedDataset(one, Order(sequences=1, total=1, global_batch=2, seed=0))
+    assert len(one) == 1
+    for dataset in (ordered, PaddedDataset(one, 2)):
+        assert len(dataset) == 2
+        check_padding(Collator()([dataset[0], dataset[1]]), weighted)
+    assert len(PaddedDataset(one, 1)) == 1
+
+
+def check_padding(batch, weighted):
     assert (batch["labels"][1] == IGNORE_INDEX).all()
     assert torch.equal(batch["kv_end"][1] - batch["doc_start"][1], torch.ones(128, dtype=torch.int32))
     assert ("loss_weight" in batch) == weighted

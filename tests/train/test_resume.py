@@ -13,8 +13,18 @@ import torch
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.train import trainer as trainers
 from ismdata.train.checkpoints import check_checkpoint, checkpoints
+from tests.support.reporters import Recorder
 from tests.support.tiny import tiny_model, write_packed
-from tests.support.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
+from tests.support.training_shards import (
+    Listener,
+    copying_rows,
+    curve,
+    packed_folder,
+    run,
+    saved_model,
+    weights,
+    word_tokenizer,
+)
 
 STEPS = 6
 OPTIONS = {"steps": STEPS, "batch_size": 2, "warmup": 2, "learning_rate": 3e-3, "log_every": 2, "save_every": 2}
@@ -46,15 +56,15 @@ def crash_after(monkeypatch):
     """Have the run break off right after step N, as if it were killed there; nothing of that step is saved yet."""
 
     def arm(step):
-        original = trainers._Moments.on_step_end
+        original = trainers.StepControl.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == step:
-                monkeypatch.setattr(trainers._Moments, "on_step_end", original)
+                monkeypatch.setattr(trainers.StepControl, "on_step_end", original)
                 raise Crash
             original(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(trainers._Moments, "on_step_end", on_step_end)
+        monkeypatch.setattr(trainers.StepControl, "on_step_end", on_step_end)
 
     return arm
 
@@ -72,16 +82,16 @@ def partial_of(output):
 
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_crash_at_any_step_changes_nothing(step, packed, model, undisturbed, tmp_path, crash_after):
-    output, said = tmp_path / "model", []
+    output, reporter = tmp_path / "model", Recorder()
     crash_after(step)
     with pytest.raises(Crash):
         run(packed, output, model=model, **OPTIONS)
     assert not output.exists()
     assert partial_of(output).exists() == (step > 2)  # nothing to go on with before the first checkpoint
-    run(packed, output, model=model, **OPTIONS, say=said.append)
+    run(packed, output, model=model, **OPTIONS, reporter=reporter)
     assert_the_same(output, undisturbed)
     reached = {1: None, 3: 2, 6: 4}[step]
-    assert (said[0] == f"going on after step {reached} of {STEPS}") == (reached is not None)
+    assert (reporter.notes[1] == f"resuming after step {reached} of {STEPS}") == (reached is not None)
 
 
 def test_another_cut_into_micro_batches_goes_on_too(packed, model, undisturbed, tmp_path, crash_after):
@@ -108,16 +118,16 @@ def test_a_signal_ends_a_run_after_its_step(number, packed, model, undisturbed, 
     expected = Terminated if number == signal.SIGTERM else KeyboardInterrupt
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(expected) as raised:
-        run(packed, output, model=model, **OPTIONS, say=signalled)
+        run(packed, output, model=model, **OPTIONS, reporter=Listener(signalled))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     if number == signal.SIGTERM:
         assert raised.value.kept == partial_of(output)
     else:
-        assert str(raised.value) == "interrupted after step 3: run the same command again to go on from there"
+        assert str(raised.value) == "interrupted after step 3; run the same command again to resume from there"
     assert [path.name for path in checkpoints(partial_of(output))] == ["checkpoint-2", "checkpoint-3"]
-    said = []
-    run(packed, output, model=model, **OPTIONS, say=said.append)
-    assert said[0] == f"going on after step 3 of {STEPS}"
+    reporter = Recorder()
+    run(packed, output, model=model, **OPTIONS, reporter=reporter)
+    assert reporter.notes[1] == f"resuming after step 3 of {STEPS}"
     assert_the_same(output, undisturbed)
 
 
@@ -151,22 +161,22 @@ def test_a_broken_checkpoint_is_no_good_one(damage, undisturbed, tmp_path):
 
 
 def test_a_broken_checkpoint_falls_to_the_one_before(packed, model, undisturbed, tmp_path, crash_after):
-    output, said = tmp_path / "model", []
+    output, reporter = tmp_path / "model", Recorder()
     broken_off(packed, model, output, crash_after)
     DAMAGES["a file cut short"](partial_of(output) / "checkpoints" / "checkpoint-4")
-    run(packed, output, model=model, **OPTIONS, say=said.append)
-    assert said[0].startswith("left aside:")
-    assert said[1] == f"going on after step 2 of {STEPS}"
+    run(packed, output, model=model, **OPTIONS, reporter=reporter)
+    assert reporter.notes[1].startswith("left aside:")
+    assert reporter.notes[2] == f"resuming after step 2 of {STEPS}"
     assert_the_same(output, undisturbed)
 
 
 def test_no_good_checkpoint_begins_anew(packed, model, undisturbed, tmp_path, crash_after):
-    output, said = tmp_path / "model", []
+    output, reporter = tmp_path / "model", Recorder()
     broken_off(packed, model, output, crash_after)
     for folder in checkpoints(partial_of(output)):
         (folder / "index.json").unlink()
-    run(packed, output, model=model, **OPTIONS, say=said.append)
-    assert [line[:10] for line in said[:3]] == ["left aside", "left aside", "step 1/6  "]
+    run(packed, output, model=model, **OPTIONS, reporter=reporter)
+    assert [line[:10] for line in reporter.notes[1:4]] == ["left aside", "left aside", "step 1/6  "]
     assert_the_same(output, undisturbed)
 
 
@@ -203,21 +213,21 @@ def test_another_run_is_refused_and_told_why(packed, model, undisturbed, tmp_pat
 
 
 def test_overwrite_goes_on_where_it_can_and_begins_anew_where_not(packed, model, undisturbed, tmp_path, crash_after):
-    output, said = tmp_path / "model", []
+    output, reporter = tmp_path / "model", Recorder()
     run(packed, output, model=model, **(OPTIONS | {"steps": 1}))
     crash_after(5)
     with pytest.raises(Crash):
         run(packed, output, model=model, overwrite=True, **OPTIONS)
     assert len(curve(output)) == 1  # the older output stays until the new one is complete
-    run(packed, output, model=model, overwrite=True, **OPTIONS, say=said.append)
-    assert said[0] == f"going on after step 4 of {STEPS}"
+    run(packed, output, model=model, overwrite=True, **OPTIONS, reporter=reporter)
+    assert reporter.notes[1] == f"resuming after step 4 of {STEPS}"
     assert_the_same(output, undisturbed)
     crash_after(5)
     with pytest.raises(Crash):
         run(packed, output, model=model, overwrite=True, **(OPTIONS | {"seed": 1}))
-    said.clear()
-    run(packed, output, model=model, overwrite=True, **OPTIONS, say=said.append)
-    assert said[0].startswith("started anew, since --overwrite was given:")
+    reporter.notes.clear()
+    run(packed, output, model=model, overwrite=True, **OPTIONS, reporter=reporter)
+    assert reporter.notes[1].startswith("started anew, since --overwrite was given:")
     assert_the_same(output, undisturbed)
 
 
@@ -253,7 +263,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fault, packed, model, undis
         patch.setattr(trainers.PackedTrainer, name, fails_later)
         with pytest.raises(
             DataError,
-            match=r"checkpoint-4: the checkpoint could not be written .*make room. The checkpo"
+            match=r"checkpoint-4: the checkpoint could not be written .*Free some space. The checkpo"
             r"int of step 2 stays; the same command goes on from there",
         ):
             run(packed, output, model=model, **OPTIONS)

@@ -19,7 +19,8 @@ from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import write_index
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.masks import IGNORE_INDEX
-from ismdata.train.pipeline import METRICS, train
+from ismdata.train.metrics import METRICS
+from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, run, weights, word_tokenizer
 
@@ -43,18 +44,10 @@ def small_model(tmp_path_factory):
 def trained(packed, tmp_path_factory):
     """One run of the tiny preset, and all that it said."""
     output = tmp_path_factory.mktemp("trained") / "model"
-    said = []
-    report = train(
-        packed,
-        model="tiny",
-        output=output,
-        steps=40,
-        learning_rate=3e-3,
-        warmup=5,
-        save_every=25,
-        say=said.append,
-    )
-    return output, report, said
+    reporter = Recorder()
+    options = {"model": "tiny", "steps": 40, "learning_rate": 3e-3, "warmup": 5, "save_every": 25}
+    report = run(packed, output, reporter=reporter, **options)
+    return output, report, reporter
 
 
 def test_it_learns(trained):
@@ -80,7 +73,7 @@ def test_what_the_folder_holds(trained, packed):
 
 
 def test_metrics_and_lines(trained, packed):
-    output, report, said = trained
+    output, report, reporter = trained
     with (output / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == METRICS
@@ -93,7 +86,9 @@ def test_metrics_and_lines(trained, packed):
     # 40 steps x 4 rows x 6 documents of 18 tokens; 10 targets each.
     assert (int(rows[-1]["tokens"]), int(rows[-1]["target_tokens"])) == (40 * 4 * 108, 40 * 4 * 60)
     assert (report.tokens, report.target_tokens) == (40 * 4 * 108, 40 * 4 * 60)
-    assert [line.split("  ")[0] for line in said] == [f"step {step}/40" for step in (1, 10, 20, 30, 40)]
+    lines = ["attention backend: sdpa on cpu", *(f"step {step}/40" for step in (1, 10, 20, 30, 40))]
+    assert [line.split("  ")[0] for line in reporter.notes] == lines
+    assert reporter.steps == [("train", step, 40) for step in range(1, 41)]
 
 
 def test_the_saved_model_is_the_trained_one_with_its_mask(trained, packed):
@@ -325,7 +320,7 @@ def test_preset_sizes(name, vocab_size, millions):
 
 def test_the_backend_is_an_option_and_changes_nothing(packed, small_model, tmp_path):
     def trained_with(backend):
-        return train(packed, model=str(small_model), output=tmp_path / backend, steps=3, backend=backend, say=str)
+        return run(packed, tmp_path / backend, model=str(small_model), steps=3, warmup=20, backend=backend)
 
     dense, varlen = trained_with("sdpa"), trained_with("varlen")
     assert (dense.backend, varlen.backend) == ("sdpa", "varlen")

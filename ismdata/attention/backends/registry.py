@@ -1,12 +1,10 @@
-"""Every backend by the name that a user gives, and which one `auto` is on a device.
+"""The backends by name, and the choice that `auto` makes.
 
-`base.py` has Intervals and Backend; each backend is a file of its own that ends in one Backend: `sdpa.py` (sdpa),
-`flex.py`, `varlen.py`. A prefill or a decoded token (`not Intervals.one_pass`) goes through the dense path in each.
+`base.py` defines Intervals and Backend; `sdpa.py`, `flex.py` and `varlen.py` define one Backend each. All of them
+compute a prefill or a decoded token (`not Intervals.one_pass`) densely.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -14,7 +12,8 @@ from ismdata.attention.backends.base import Backend, Intervals
 from ismdata.attention.backends.flex import FLEX
 from ismdata.attention.backends.sdpa import SDPA
 from ismdata.attention.backends.varlen import VARLEN
-from ismdata.display import note
+from ismdata.display import LOGGED, Reporter
+from ismdata.distributed import is_first_process
 from ismdata.errors import UsageError
 
 __all__ = ["BACKENDS", "Backend", "Intervals", "choose"]
@@ -25,19 +24,32 @@ BACKENDS: dict[str, Backend] = {
     "varlen": VARLEN,
 }
 
-#: What `auto` tries on a GPU, the fastest first; the last runs anywhere.
+#: What `auto` tries on a GPU, the fastest first. The last one runs anywhere.
 _PREFERENCE = ("varlen", "flex", "sdpa")
 
-#: What `auto` has said in this process.
-_SAID: set[str] = set()
 
+def choose(
+    backend: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    soft_caps: bool = False,
+    reporter: Reporter = LOGGED,
+) -> str:
+    """Choose the backend for a device.
 
-def choose(backend: str, device: torch.device, *, dtype: torch.dtype = torch.bfloat16, soft_caps: bool = False) -> str:
-    """The name of the backend to use on `device`. `auto` says once which one it is.
+    Args:
+        backend: `auto`, or a name in BACKENDS.
+        device: Where attention is computed.
+        dtype: In which dtype, with or without autocast. `auto` skips backends that do not support it.
+        soft_caps: Whether the model soft-caps its scores. `auto` skips backends that cannot.
+        reporter: Receives a line that names the backend `auto` chose.
 
-    dtype: what attention is to be computed in, under autocast or by itself. soft_caps: whether the model caps its
-    scores; `auto` leaves out what cannot do either. Raises UsageError for an unknown backend, and for one that cannot
-    run there, naming what is missing.
+    Returns:
+        A name in BACKENDS.
+
+    Raises:
+        UsageError: for an unknown backend, and for one that cannot run on the device; the message says what is missing.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"backend is {backend!r}; expected auto or one of {', '.join(BACKENDS)}")
@@ -56,8 +68,6 @@ def choose(backend: str, device: torch.device, *, dtype: torch.dtype = torch.bfl
             and (BACKENDS[name].soft_caps or not soft_caps)
         ]
         chosen = (able or [chosen])[0]
-    line = f"attention backend: {chosen} on {device.type}"
-    if line not in _SAID and os.environ.get("RANK", "0") == "0":
-        _SAID.add(line)
-        note(line)
+    if is_first_process():
+        reporter.note(f"attention backend: {chosen} on {device.type}")
     return chosen

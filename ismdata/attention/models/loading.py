@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+import xxhash
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ismdata.attention.models.presets import PRESETS, preset_model
@@ -147,3 +148,22 @@ def refuse_pickles(folder: Path) -> None:
             f"{folder}: the weights are a pickle ({pickles[0]}), which may run any code and is not loaded; expected "
             "model.safetensors. If you trust it, load it with transformers; its save_pretrained writes safetensors"
         )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash all parameters and buffers that a model is saved with: names, dtypes, shapes and values.
+
+    Args:
+        model: The model, on any device.
+
+    Returns:
+        XXH3-128 in hexadecimal.
+    """
+    digest = xxhash.xxh3_128()
+    tensor: Tensor
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        if flat.numel():
+            digest.update(flat.view(dtype=torch.uint8).numpy().data)
+    return digest.hexdigest()

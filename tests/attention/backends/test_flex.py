@@ -169,7 +169,7 @@ def test_a_cpu_computes_no_gradients_and_says_so():
 def test_rows_that_are_no_whole_blocks_are_refused():
     model = attach(tiny_model(), backend="flex")
     batch = {name: tensor[:, :100] for name, tensor in random_batch(0, seq_len=128).items() if name != "block_table"}
-    with pytest.raises(UsageError, match="100 tokens a row; the backend flex takes multiples of 128"):
+    with pytest.raises(UsageError, match="100 tokens per row; the backend flex requires a multiple of 128"):
         model(**batch)
 
 
