@@ -92,7 +92,7 @@ def test_what_is_drawn_without_colours(packed, converted):
     text = drawn(view.folder_summary(packed.folder))
     assert "mask ism · 256 tokens per sequence · tokenizer t" in text
     assert "lower bound 3 · × 1.0000" in text
-    assert "88.8% of all places filled" in text
+    assert "88.8% of all positions filled" in text
     assert "quarantine  2 of 7 read" in text
     assert "\x1b" not in text
     text = drawn(view.folder_summary(converted.folder))
