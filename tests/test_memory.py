@@ -30,6 +30,7 @@ def pages(how):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
 def test_pages_of_freed_blocks_serve_again():
     once = (8 << 20) // resource.getpagesize()

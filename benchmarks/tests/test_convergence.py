@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow  # trains
+
 SCRIPT = ROOT / "benchmarks" / "convergence.py"
 
 

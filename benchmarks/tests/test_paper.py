@@ -18,6 +18,8 @@ from ismdata.cli.main import app
 from ismdata.eval.results import FORMAT, write_results
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow  # trains
+
 BENCHMARKS = ROOT / "benchmarks"
 WORDS = ["rain", "sun", "wind", "hail", "snow", "fog"]
 

@@ -12,6 +12,8 @@ from tests.support.paths import ROOT
 from tests.support.tiny import tiny_model, write_packed
 from tests.support.training_shards import copying_rows, word_tokenizer
 
+pytestmark = pytest.mark.slow  # trains
+
 EXAMPLES = ROOT / "examples"
 NEEDS = {"plain_pytorch": "torch", "with_accelerate": "accelerate", "with_lightning": "lightning", "with_trl": "trl"}
 

@@ -173,6 +173,7 @@ def packed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training_is_the_same_under_each_backend(packed, tmp_path):
     reports = [
         run(packed, tmp_path / name, model="tiny", backend=name, steps=3) for name in ("auto", *TRAINING_BACKENDS)

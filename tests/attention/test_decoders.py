@@ -64,6 +64,7 @@ def loss_gradients(model, logits, labels):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_the_stock_model_under_a_written_out_mask(name, backend):
@@ -82,6 +83,7 @@ def test_logits_and_gradients_equal_the_stock_model_under_a_written_out_mask(nam
                 torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-5 * max(scale, 1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_causal_intervals_equal_the_stock_model_by_itself(name, backend):
@@ -121,6 +123,7 @@ def test_gradient_checkpointing_changes_nothing(name, backend):
         torch.testing.assert_close(gradient, plain[parameter])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 def test_a_compiled_model_gives_the_same(backend):
     """Traced by torch.compile, forward and backward; the kernels of the last step, inductor's, would take minutes."""
@@ -136,6 +139,7 @@ def test_a_compiled_model_gives_the_same(backend):
         torch.testing.assert_close(gradient, plain[parameter], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_cache_with_windows_gives_the_full_forward(name, backend):
@@ -159,6 +163,7 @@ def test_a_cache_with_windows_gives_the_full_forward(name, backend):
         at += length
 
 
+@pytest.mark.slow
 def test_soft_caps_under_flex_alone():
     model = decoder("gemma2")
     batch = batch_of()

@@ -324,6 +324,7 @@ def test_a_step_filled_up_with_padding_has_two_positions(talks, tmp_path):
     assert (batch["labels"][1] == IGNORE_INDEX).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["ism", "prefix"])
 def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks, tmp_path):
     packed = packed_talks(talks, tmp_path / "packed", seq_len=128, layout="glm", mask=mask)

@@ -22,6 +22,8 @@ from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow  # measures
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:

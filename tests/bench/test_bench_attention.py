@@ -33,6 +33,8 @@ from ismdata.cli.main import app
 from tests.support.oracle import Row
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow  # measures
+
 CPU = torch.device("cpu")
 HEADS = Heads(heads=4, kv_heads=2, width=16)
 

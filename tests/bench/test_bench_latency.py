@@ -219,6 +219,7 @@ def test_other_layers_have_no_formula():
 # ---- whole runs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "glm-tiny"])
 def test_a_run(model, tmp_path):
     recorder = Recorder()
@@ -242,6 +243,7 @@ def test_a_run(model, tmp_path):
     assert all(row["ratio"] == 1 for row in results["flops"])
 
 
+@pytest.mark.slow
 def test_threads_are_put_back(tmp_path):
     before = torch.get_num_threads()
     options = {"turns": 2, "query": 1, "answer": 1, "rounds": 1, "device": "cpu"}

@@ -111,6 +111,7 @@ def test_convert_refuses(name: str, content: bytes, parts: list[str], tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
+@pytest.mark.slow
 def test_calls_that_cannot_be(converted: Path, packed: Path, smollm2: Path, tmp_path: Path) -> None:
     source = converted.parent / "chats.jsonl"
     out = tmp_path / "out"

@@ -19,6 +19,8 @@ from ismdata.cli.main import app
 from ismdata.data.verification import verify
 from ismdata.errors import UsageError
 
+pytestmark = pytest.mark.slow  # runs the whole pipeline
+
 SAMPLE_TEXTS = [file.read_text(encoding="utf-8") for file in sample_files()]
 TOKENIZER = train_tokenizer(SAMPLE_TEXTS)
 

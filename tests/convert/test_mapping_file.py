@@ -474,6 +474,7 @@ def all_of(path: Path, format: FormatChoice) -> tuple[list[Any], list[str]]:
     return rows, [refused.reason for reading in readings for refused in reading.quarantined]
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", CORPORA)
 def test_real_corpora_are_read_as_their_formats_read_them(name: str) -> None:

@@ -68,6 +68,7 @@ def busy(number: int) -> Sized:
     return Sized((number, os.getpid()))
 
 
+@pytest.mark.slow
 def test_processes_take_over_where_reading_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_SECONDS", 0.1)
     with Workers(2, processes=True) as pool:
@@ -117,6 +118,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
 def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -230,6 +230,7 @@ def test_a_pickled_dataset_opens_its_maps_anew(packed):
     assert pickle.loads(pickled)[0].sequence.input_ids.tolist() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_give_the_same_batches(packed, start):
     dataset = PackedDataset(packed[0])

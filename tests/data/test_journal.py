@@ -110,6 +110,7 @@ def test_a_journal_says_where_it_was(tmp_path: Path) -> None:
         journal.close()
 
 
+@pytest.mark.slow
 def test_any_torn_end_is_as_if_it_had_not_been_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut after every byte: the journal is that of the lines that are whole."""
     monkeypatch.setattr("os.fsync", lambda handle: None)
@@ -273,6 +274,7 @@ def _tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [None, "old"])
 def test_death_at_each_step_of_putting_in_place(
     before: str | None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

@@ -298,6 +298,7 @@ def test_a_null_where_none_may_be_is_named(tmp_path):
     assert any("columns are" in problem and "loss_mask" in problem for problem in verify(packed.folder).problems)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_that_was_signed_raises_nothing(tmp_path):
     """Nothing stands between the bit and the Arrow reader; what comes of it is a report."""
     packed = PackedFolder(tmp_path / "packed")

@@ -75,6 +75,7 @@ def check(shards):
     return set(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seq_len", [128, 256, 1024])
 @pytest.mark.parametrize("mask", ["ism", "prefix"])
 @pytest.mark.parametrize("history", ["append", "expand"])

@@ -269,6 +269,7 @@ def test_greedy_answers_equal_the_plainest_way(tmp_path, monkeypatch, mask):
     assert max(map(len, first)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_greedy_answers_in_the_glm_layout(tmp_path, mask):
     """Each token on the logits of one forward of all before it, whose positions are counted out here."""

@@ -175,6 +175,7 @@ def test_answers_are_paired_by_what_they_are(base, written):
         assert row["interval"] is None or row["interval"] == pytest.approx([0, 0], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_train_measures_the_same(base, tmp_path):
     """The loss that `train --eval` writes at its end is the one of the model that it leaves."""
     options = ("--model", "tiny", "--steps", 2, "--batch-size", 2, "--learning-rate", "1e-3", "--warmup", 0)

@@ -56,6 +56,7 @@ def one_by_one(model, encoder, conversations, mask, **options):
     return answers, logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "glm"])
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
 def test_many_at_once_are_each_alone(architecture, mask, monkeypatch):

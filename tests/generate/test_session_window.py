@@ -161,6 +161,7 @@ def reference_answer(model, held, contexts, *, size, policy, decay, count, turns
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("policy", ["sirllm", "streaming", "interval"])
 def test_single_tokens_leave_as_sirllm_says(policy, decay):

@@ -172,6 +172,7 @@ def record(folder, mask):
     path.write_text(json.dumps({**json.loads(path.read_text()), "ismdata_mask": mask}))
 
 
+@pytest.mark.slow
 def test_opening_a_model(folder):
     with pytest.raises(UsageError, match=r"config.json records no ismdata_mask.*--mask causal"):
         open_chat(folder)
@@ -201,6 +202,7 @@ def test_a_question_longer_than_the_models_positions(folder):
     assert session.messages == []
 
 
+@pytest.mark.slow
 def test_the_command_line(folder):
     from typer.testing import CliRunner
 

@@ -17,6 +17,8 @@ from ismdata.data.verification import verify
 from ismdata.errors import DataError
 from tests.support.handmade import ConvertedFolder, PackedFolder
 
+pytestmark = pytest.mark.slow  # flips every bit of a folder
+
 KINDS = {"converted": ConvertedFolder, "packed": PackedFolder}
 
 

@@ -41,6 +41,8 @@ from ismdata.rendering.encoding import load_encoding
 from tests.pack.test_pack import bytes_tokenizer as bytes_tokenizer
 from tests.support.reporters import Recorder
 
+pytestmark = pytest.mark.slow  # kills convert and pack at every step
+
 SEQ_LEN = 256
 
 

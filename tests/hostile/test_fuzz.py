@@ -49,6 +49,8 @@ from tests.support.raw_corpora import (
     written,
 )
 
+pytestmark = pytest.mark.slow  # draws damaged corpora
+
 #: The same examples in each run: what is new is for the benchmark to find.
 QUICK = settings(derandomize=True, deadline=None, database=None)
 

@@ -328,6 +328,7 @@ def talk(at: str | None, text: str, **fields: Any) -> dict[str, Any]:
     return {"id": "c", "source": "t:1", "messages": messages}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_no_message_holds_a_control_token(with_: Encoding, place: str) -> None:
     """Every token in every role and place, in one text with the others and, for a few, in a text of its own."""

@@ -41,6 +41,7 @@ LINES: dict[str, tuple[bytes, str | set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", [0, 3, 2000], ids=["alone", "in a few", "in a block"])
 @pytest.mark.parametrize("name", LINES)
 def test_a_hostile_line_is_read_or_refused_by_itself(name: str, around: int, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
 from tests.conftest import DATA, TEMPLATES, encoding, needs_data
 
+pytestmark = pytest.mark.slow  # renders real corpora under many templates
+
 SAMPLE = int(os.environ.get("ISMDATA_LAW5_SAMPLE", "2"))
 
 CORPORA = {

@@ -73,6 +73,7 @@ def runs(mask, document=THREE_ANSWERS):
     return whole, cuts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "backend"), COMBINATIONS)
 @pytest.mark.parametrize("mask", ["ism", "causal"])
 def test_law_1_one_pass_equals_k_passes(architecture, backend, mask):
@@ -135,6 +136,7 @@ def test_law_2_packing_changes_nothing(architecture, backend, mask):
         check_packing(architecture, mask, packed, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=15, deadline=None)
 @given(packed=documents(), mask=st.sampled_from(masks.MASKS))

@@ -101,6 +101,7 @@ def test_a_causal_prefill_of_ism_contexts_is_another_model():
     assert (wrong - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "backend"),
     [(each, "sdpa") for each in ARCHITECTURES] + [("llama", each) for each in BACKENDS if each != "sdpa"],
@@ -193,6 +194,7 @@ def one_forward(model, turns, ids, mask):
         return model(input_ids=torch.tensor([ids]), **tensors).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "glm"])
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
 def test_law_3_twenty_random_turns_with_undo_and_stop(architecture, mask):

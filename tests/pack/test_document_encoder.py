@@ -135,6 +135,7 @@ def check(with_: Encoding, batch: Any, requests: Requests, encoder: DocumentEnco
 TEMPLATES = ["chatml", "qwen3", "llama3", "gemma3", "phi3", "glm4moe", "smolvlm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
@@ -197,6 +198,7 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
             assert check(with_, batch, requests.take(asked), encoder) == len(asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_long_conversations(name: str, smollm2: Path) -> None:
     """Those of many turns are cut in one rendering; the answers are the same as with one rendering an answer."""
@@ -242,6 +244,7 @@ def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyP
     assert len(encoded) == len(set(encoded)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rendered"), [("llama3_1", 0), ("qwen3", 0), ("gemma4", 0), ("phi3", 0), ("glm4moe", 1), ("cohere2", 1)]
 )

@@ -269,6 +269,7 @@ def dumb_glm(plain: dict[str, Any], *, every_answer: bool, mask_id: int, start_i
     return {"ids": ids, "kinds": kinds, "targets": targets, "weights": weights, "first": first, "second": second}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["append", "expand"])
 @pytest.mark.parametrize("mask", masks.MASKS)
 def test_packed_documents_are_the_plain_ones_with_the_tokens_in(mask, history, tmp_path, converted, glm_tokenizer):
@@ -305,6 +306,7 @@ def test_no_target_is_seen_and_start_is_causal_under_ism(mask, tmp_path, convert
     assert (seen_by_context > 0) == (mask == "prefix")
 
 
+@pytest.mark.slow
 def test_over_long_conversations_are_split_and_every_answer_is_trained_once(tmp_path, glm_tokenizer):
     source = tmp_path / "long.jsonl"
     source.write_text(json.dumps({"id": "l", "messages": talk(30, "n")}) + "\n")

@@ -300,6 +300,7 @@ def test_law_5_that_holds_in_no_way_is_an_error(
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, bytes_tokenizer: Path) -> None:
     converted = corpus(tmp_path, [talk(k % 9 + 1, size=15, name=f"{k}-") for k in range(200)])
     folders = []

@@ -17,6 +17,8 @@ from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import template_named
 from tests.support.reporters import Recorder
 
+pytestmark = pytest.mark.slow  # packs a corpus for each choice
+
 TALK = [
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "Yes, one.", "reasoning_content": "It is one."},

@@ -506,6 +506,7 @@ def test_an_answer_that_opens_a_document_is_trained_whole(made: Any) -> None:
 # ---- on every text and place ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["append", "expand"])
 @pytest.mark.parametrize(
     "text", ["", " ", "user", "assistant\n", "1.", "<|im_end|>", "<think>", "</think>", "{{ x }}", "…"]

@@ -39,6 +39,7 @@ def test_as_when_all_are_tried_in_turn(levels, texts, text):
     assert found(pattern, "".join(texts)) == found(one_after_the_other(texts), "".join(texts))
 
 
+@pytest.mark.slow
 def test_texts_that_begin_one_another_without_end():
     """Runs of blanks are added tokens of some tokenizers; an expression cannot be nested a thousand times."""
     texts = ["a" * length for length in range(1, 1500)]

@@ -15,6 +15,8 @@ from ismdata.rendering.refusals import CannotRender, TemplateRefused
 from tests.conftest import conversations, encoding, template_named
 from tests.support.scripted import ScriptedModel
 
+pytestmark = pytest.mark.slow  # packs and feeds under many templates
+
 EOS = 49_999
 TALK = [
     {"role": "system", "content": "Be kind."},

@@ -20,6 +20,8 @@ from ismdata.pack.text_verification import check_texts, verify_conversations, wo
 from ismdata.rendering.template_report import SHAPES, TOOLS, cautions, encoding_of, report_template, shapes_in
 from tests.conftest import TEMPLATES, encoding, template_named
 
+pytestmark = pytest.mark.slow  # packs a corpus under many templates
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -88,6 +88,7 @@ def test_every_template_is_covered() -> None:
     assert {path.stem for path in TEMPLATES} >= UNSTABLE
 
 
+@pytest.mark.slow
 @by_template
 def test_stability_is_found(template: Path, smollm2: Path) -> None:
     found = encoding(smollm2, template, markers=True).renderer.profile
@@ -95,6 +96,7 @@ def test_stability_is_found(template: Path, smollm2: Path) -> None:
     assert (found.difference is None) == found.prefix_stable
 
 
+@pytest.mark.slow
 @by_template
 @pytest.mark.parametrize(("name", "markers"), [("smollm2", True), ("deepseek", False)])
 def test_law_5(template: Path, name: str, markers: bool, smollm2: Path, deepseek: Path) -> None:
@@ -129,6 +131,7 @@ def test_law_5(template: Path, name: str, markers: bool, smollm2: Path, deepseek
     assert stable >= 2 or template.stem in UNSTABLE
 
 
+@pytest.mark.slow
 @by_template
 def test_expand_is_what_the_template_renders(template: Path, smollm2: Path) -> None:
     with_ = encoding(smollm2, template, "expand", markers=True)
@@ -167,6 +170,7 @@ def test_chat_feeds_what_was_packed(template: Path, smollm2: Path) -> None:
                 context = []
 
 
+@pytest.mark.slow
 @by_template
 def test_chat_feeds_what_expand_packed(template: Path, smollm2: Path) -> None:
     """Rendered anew each turn: the blocks are the document's contexts and earlier answers, up to the newest answer."""
@@ -248,6 +252,7 @@ TOOL_TALK: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @by_template
 @pytest.mark.parametrize("history", ["append", "expand"])
 def test_tool_results_stand_before_the_answer_that_uses_them(template: Path, history: Any, smollm2: Path) -> None:
@@ -275,6 +280,7 @@ def test_arguments_as_text_where_the_template_wants_them(smollm2: Path) -> None:
     assert '{"zone": "UTC"}' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("expression", "content"),
     [
@@ -394,12 +400,14 @@ def test_dates_are_fixed_and_can_be_chosen(smollm2: Path) -> None:
     assert default.renderer.template.sha256 != other.renderer.template.sha256
 
 
+@pytest.mark.slow
 def test_chatml_is_said_and_needs_its_tokens(smollm2: Path, deepseek: Path) -> None:
     with pytest.raises(DataError, match=r"lacks <\|im_start\|> and <\|im_end\|>.*--chat-template"):
         load_encoding(str(deepseek))
     assert load_encoding(str(smollm2), chat_template="chatml").renderer.template.name == "chatml"
 
 
+@pytest.mark.slow
 def test_template_errors(smollm2: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load_encoding(str(smollm2), chat_template=str(tmp_path / "none.jinja"))

@@ -15,6 +15,7 @@ from ismdata.rendering.tokenizer import Tokenizer, load_pretrained, without_toke
 from tests.conftest import encoding
 
 
+@pytest.mark.slow
 def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Path) -> None:
     for folder in (smollm2, deepseek):
         ours, theirs = load_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
@@ -24,6 +25,7 @@ def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Pa
         assert (ours.chat_template, len(ours)) == (theirs.chat_template, len(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "deepseek"])
 def test_saving_writes_what_save_pretrained_does(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The model, which is put in as text, included; and the tokenizer is afterwards what it was."""
@@ -42,6 +44,7 @@ def test_saving_writes_what_save_pretrained_does(name: str, tmp_path: Path, requ
             assert path.read_bytes() == theirs[name].read_bytes()
 
 
+@pytest.mark.slow
 def test_taking_tokens_out_does_not_depend_on_how_the_description_is_written(smollm2: Path) -> None:
     tokenizer = encoding(smollm2).tokenizer
     backend = tokenizer.pretrained.backend_tokenizer

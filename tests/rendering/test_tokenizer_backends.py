@@ -200,6 +200,7 @@ def used(folder: Path) -> tuple[str, str]:
     return index["options"]["tokenizer_backend"], index["tokenizer"]["backend"]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_backend_and_any_number_of_workers(
     packed: Callable[..., Any], converted: Path, bytes_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +282,7 @@ def test_a_difference_that_only_law_5_sees(
     assert content(report.output) == content(expected.output)
 
 
+@pytest.mark.slow
 def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while one of them loads it anew, and whether it works in threads of its own or not."""
     reference = Tokenizer(load_pretrained(str(deepseek)), name="deepseek", template="").reference

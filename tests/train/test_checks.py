@@ -27,6 +27,8 @@ from tests.support.reporters import Recorder
 from tests.support.tiny import VOCABULARY, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):

@@ -23,6 +23,8 @@ from tests.support.tiny import sample, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, curve, run, weights, word_tokenizer
 from tests.train.test_loss import DOCUMENTS
 
+pytestmark = pytest.mark.slow  # trains in two processes
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

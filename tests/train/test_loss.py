@@ -242,6 +242,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packed", "batch", "accumulation", "weighting"),
     [

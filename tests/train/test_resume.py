@@ -26,6 +26,8 @@ from tests.support.training_shards import (
     word_tokenizer,
 )
 
+pytestmark = pytest.mark.slow  # trains, and kills the run
+
 STEPS = 6
 OPTIONS = {"steps": STEPS, "batch_size": 2, "warmup": 2, "learning_rate": 3e-3, "log_every": 2, "save_every": 2}
 

@@ -24,6 +24,8 @@ from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
 from tests.support.training_shards import copying_rows, run, weights, word_tokenizer
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):

@@ -61,6 +61,7 @@ def intervals_of(batch, **changes):
     return Intervals(**(named | {"keys": keys} | changes))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -123,6 +124,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_one_compiled_kernel_serves_all_batches_layers_and_windows():
     """Compiled on the CPU, where the lists of blocks count: other documents, masks and tables, one graph."""

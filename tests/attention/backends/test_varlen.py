@@ -129,6 +129,7 @@ def long_intervals(mask: str, seq_len: int = 2048):
     return intervals_under(mask, LONG, seq_len)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 257, 1062])
 @pytest.mark.parametrize("mask", masks.MASKS)
 def test_documents_longer_than_a_chunk(mask, window):
@@ -163,6 +164,7 @@ def test_the_log_sum_exp_is_that_of_all_keys():
     torch.testing.assert_close(lse[:, several], expected[:, several], **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_narrow_dtypes_are_as_near_as_dense_attention_in_them(dtype):
     doc_start, kv_end = long_intervals("ism", seq_len=1792)
@@ -178,6 +180,7 @@ def test_narrow_dtypes_are_as_near_as_dense_attention_in_them(dtype):
 # ---- the tables ----
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(intervals=micro_batches(samples=4))
 def test_tables_hold_each_pair_of_the_mask_once(intervals):
@@ -289,6 +292,7 @@ def operands(mask: str = "ism", *, documents=LONG, seq_len: int = 1792, **option
     return query, key, value, gradient, index, 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["ism", "causal"])
 def test_torch_knows_the_operators(mask):
     """Schema, shapes without data, autograd and tracing, as torch's own checks have it."""

@@ -14,7 +14,10 @@ from ismdata.errors import DataError
 from tests.support.paths import SHARED
 
 DATA = SHARED / "data"
-pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the corpora are not here: {DATA}")
+pytestmark = [
+    pytest.mark.slow,  # converts whole corpora
+    pytest.mark.skipif(not DATA.exists(), reason=f"the corpora are not here: {DATA}"),
+]
 
 #: Corpus, format, records, messages of all conversations written, refusals.
 CORPORA = [

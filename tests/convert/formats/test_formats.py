@@ -500,6 +500,7 @@ def check_any(record):
         read_or_refused(with_choices(FORMATS[name], both), record)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(record=values)
 @example(record={"messages": [{"role": ["sys"], "content": "a"}]})
@@ -508,6 +509,7 @@ def test_any_value_is_read_or_refused(record):
     check_any(record)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(record=mutated())
 def test_any_broken_record_is_read_or_refused(record):

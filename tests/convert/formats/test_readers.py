@@ -142,6 +142,7 @@ def compare(block, name):
     assert len(fast.rows) + len(fast.quarantined) == len(block.numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDS)
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
@@ -226,6 +227,7 @@ def test_both_roads_agree_on_dailydialog(lines):
     compare(block, "dailydialog")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECORDS.keys() - {"lists"}))
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
@@ -296,6 +298,7 @@ def test_array_framing_finds_what_json_loads_finds(records, layout, size, blanks
     assert records_of(frame_document(queue)) == [(None, n, record) for n, record in enumerate(records, 1)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(records=st.lists(values, max_size=3), layout=layouts, size=st.integers(1, 40))
 def test_every_cut_of_an_array_is_found_out(records, layout, size):

@@ -213,6 +213,7 @@ def test_rows_without_their_place_stand_alone(odd: dict[str, Any]) -> None:
     assert [reason for reason, _ in others] in (["missing_field"], ["invalid_field"])
 
 
+@pytest.mark.slow
 def test_deep_trees() -> None:
     """No recursion: 30,000 levels, as rows and nested."""
     depth = 30_000
@@ -282,6 +283,7 @@ rows = st.fixed_dictionaries(dict.fromkeys(_NAMES[:5], values)) | st.fixed_dicti
 )
 
 
+@pytest.mark.slow
 @given(st.lists(values | rows, max_size=4))
 def test_hostile_values_are_read_or_refused(given_values: list[Any]) -> None:
     block = ValueBlock(values=given_values, numbers=np.arange(1, len(given_values) + 1))

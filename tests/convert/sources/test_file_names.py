@@ -149,6 +149,7 @@ def test_both_sides_of_a_talk_and_all_paths_of_a_tree_stand_together(corpus, tmp
     assert (best.written, {text[1][-1] for text in texts_of(best.output)}) == (40, {"0"})
 
 
+@pytest.mark.slow
 def test_a_split_folder_is_verified_whole_and_packed_by_part(corpus, tmp_path, smollm2):
     convert([str(corpus)], tmp_path / "out", selection=Selection(split="0.5/0.5"))
     with pytest.raises(DataError, match=r"holds the parts of a split; .*Name .*train or .*validation"):

@@ -104,6 +104,7 @@ def test_fillings_are_worth_what_they_are_said_to_be(kinds):
         assert worth in (fillings * prices).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seq_len", [1024, 2048, 2560])
 def test_conversations_of_which_a_sequence_holds_a_few_leave_no_gaps(seq_len):
     """Best-fit and exact completion are one and more in a hundred above what is possible."""
@@ -131,6 +132,7 @@ def test_exact_completion_gives_up_where_it_cannot_do_well(monkeypatch):
     assert sum(rooms[:-1]) <= counted @ np.arange(2049) / 2000 < sum(rooms)
 
 
+@pytest.mark.slow
 def test_rounded_lengths_leave_hardly_any_gaps(monkeypatch):
     lengths = np.random.default_rng(0).normal(2500, 900, 2000).clip(40, 8192).astype(int)
     counted = histogram(lengths, 8192)

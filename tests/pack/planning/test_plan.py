@@ -264,6 +264,7 @@ def test_threads_leave_no_trace(monkeypatch, pieces, threads):
     assert found.row_documents.tolist() == expected.row_documents.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "seq_len"),
     [
@@ -345,6 +346,7 @@ def test_neither_length_nor_source_order_leaks(pieces):
     assert np.abs(np.mean(found, axis=0)).max() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distinct", [1, 10, 300])
 def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, pieces, distinct):
     """Not the next one, nor one that is dealt to the next piece, however many documents have the same length: rows at
