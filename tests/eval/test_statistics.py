@@ -48,7 +48,7 @@ def test_the_interval_is_scipys():
         vectorized=True,
         n_resamples=4000,
         method="percentile",
-        rng=np.random.default_rng(1),
+        random_state=np.random.default_rng(1),
     ).confidence_interval
     assert found.value == pytest.approx(table[:, 0].sum() / table[:, 1].sum())
     width = theirs.high - theirs.low

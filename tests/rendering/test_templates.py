@@ -84,7 +84,7 @@ def is_prefix_stable(with_: Encoding, messages: list[dict[str, Any]]) -> bool:
 
 
 def test_every_template_is_covered() -> None:
-    assert len(TEMPLATES) >= 41
+    assert len(TEMPLATES) >= 34  # as many as trl 1.14 ships, the last one for Python 3.10
     assert {path.stem for path in TEMPLATES} >= UNSTABLE
 
 
