@@ -164,7 +164,7 @@ CONFIGS = {
 
 
 def rotary(counter):
-    """Operations of rotary positions, which the formula leaves out: some transformers compute their angles by a product."""
+    """Operations of rotary positions, which the formula leaves out: older transformers compute angles by a product."""
     counts = counter.get_flop_counts()
     return sum(sum(counts[module].values()) for module in counts if module.endswith("rotary_emb"))
 
