@@ -69,7 +69,7 @@ def test_mentioned_options_exist() -> None:
         for command in group().commands.values()
         for parameter in parameters(command)
         for option in parameter.opts + parameter.secondary_opts
-    } | {"--help", "--strict", "--no-deps", "--nproc-per-node"}
+    } | {"--help", "--strict", "--index-url", "--no-deps", "--nproc-per-node"}
     for script in sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]):
         known |= set(re.findall(r"\"(--[a-z][a-z-]+)\"", script.read_text(encoding="utf-8")))
     for path in DOCUMENTS:
