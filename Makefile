@@ -1,4 +1,4 @@
-# make demo         the whole road on the bundled sample: convert, pack, verify, inspect, train, chat
+# make demo         the whole pipeline on the bundled sample: convert, pack, verify, inspect, train, chat
 # make test         the test suite
 # make test-fast    what answers while you write: every test that is not marked slow
 # make test-lowest  the test suite with the lowest versions that pyproject.toml allows
