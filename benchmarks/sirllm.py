@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ismdata.attention.attachment import attach
 from ismdata.generate.feeding import as_encoder
 from ismdata.generate.kv_cache import KVCache
-from ismdata.generate.session import DECAY, Session, Window
+from ismdata.generate.session import Session
+from ismdata.generate.window import DECAY, Window
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.encoding import load_encoding
 
@@ -63,7 +64,7 @@ def game(model: PreTrainedModel, encoder: ConversationEncoder, window: Window, *
     quick = as_encoder(encoder)
     draw = random.Random(seed)
     favourite = draw.sample(MOVES, 3)
-    held = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
+    cache = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
     end = quick.end_of_turn_ids
     words = {move: encoder.encoding.tokenizer.encode([move])[0] for move in MOVES}
     beats = {"rock": "scissors", "paper": "rock", "scissors": "paper"}
@@ -71,10 +72,10 @@ def game(model: PreTrainedModel, encoder: ConversationEncoder, window: Window, *
     text, outcomes = "We begin. Your throw?", {"won": 0, "drawn": 0, "lost": 0}
     for _ in range(rounds):
         messages.append({"role": "user", "content": text})
-        logits = held.feed(quick.next_context(messages), is_answer=False)
+        logits = cache.append(quick.next_context(messages), is_answer=False)
         move = max(MOVES, key=lambda one: float(logits[words[one][0]]))
-        held.feed([*words[move], *end], is_answer=True)
-        held.end_turn()
+        cache.append([*words[move], *end], is_answer=True)
+        cache.end_turn()
         messages.append({"role": "assistant", "content": move})
         thrown = draw.choices(favourite, HABIT)[0]
         outcome = "drawn" if move == thrown else "won" if beats[move] == thrown else "lost"
@@ -103,14 +104,14 @@ def perplexity(model: PreTrainedModel, encoder: ConversationEncoder, window: Win
     text = " ".join(" ".join(draw.choice(kind) for kind in kinds) + "." for _ in range(tokens // 4))
     ids = encoder.encoding.tokenizer.encode([text])[0][:tokens]
     assert len(ids) == tokens
-    held = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
+    cache = KVCache(model, mask="causal", size=window.context, policy=window.policy, decay=window.decay, seed=seed)
     total = worst = 0.0
     for start in range(0, tokens, 64):
         piece = ids[start : start + 64]
-        held.feed(piece, is_answer=False)
-        entropies = held.entropies[-len(piece) :]
+        cache.append(piece, is_answer=False)
+        entropies = cache.entropies[-len(piece) :]
         total, worst = total + sum(entropies), max(worst, *entropies)
-        held.end_turn()
+        cache.end_turn()
     return f"{total / (tokens - 1):.3f} a token, at most {worst:.1f}"
 
 

@@ -36,7 +36,7 @@ def eval_command(
             help="Also generate the answers of up to N conversations, and score them by BLEU, chrF and ROUGE-L.",
         ),
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Upper bound on the tokens of a generated answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in a generated answer.")] = 256,
     bleu_tokenizer: Annotated[
         BleuTokenizer,
         typer.Option(help="Tokenizer of sacrebleu. auto: zh for Chinese, char for Japanese and Thai, else 13a."),

@@ -42,7 +42,7 @@ def generate_answers(
         answers: All answers of the shards, from `find_answers`.
         chosen: Indices into `answers`.
         mask: The mask to run the model under.
-        max_new_tokens: Upper bound on the tokens of an answer.
+        max_new_tokens: Maximum number of tokens in an answer.
         reporter: Receives the progress in answers.
 
     Returns:

@@ -27,7 +27,7 @@ from ismdata.eval.answers import Answers
 from ismdata.eval.bootstrap import Bootstrap, Estimate, FloatArray, estimate, ratio
 from ismdata.masks import IGNORE_INDEX
 
-#: Upper bound on the logits in memory at a time: 256 MiB in float32.
+#: Maximum number of logits in memory at a time: 256 MiB in float32.
 _CHUNK_LOGITS = 1 << 26
 
 

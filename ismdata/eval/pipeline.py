@@ -39,8 +39,8 @@ class EvalOptions:
 
     Attributes:
         mask: The mask to run the model under; None for the one in its config.
-        generate: Upper bound on the conversations whose answers are generated.
-        max_new_tokens: Upper bound on the tokens of a generated answer.
+        generate: Maximum number of conversations whose answers are generated.
+        max_new_tokens: Maximum number of tokens in a generated answer.
         bleu_tokenizer: A value of `choices.BleuTokenizer`.
         batch_size: Sequences per batch.
         precision: A value of `choices.Precision`.

@@ -6,9 +6,9 @@ from .kv_cache import KVCache as KVCache
 from .model_facts import end_of_turn as end_of_turn
 from .model_facts import positions_of as positions_of
 from .sampling import Sampling as Sampling
-from .sampling import chooser as chooser
+from .sampling import make_sampler as make_sampler
 from .session import Session as Session
-from .session import Window as Window
 from .terminal import open_chat as open_chat
 from .terminal import recorded_mask as recorded_mask
 from .terminal import run_terminal as run_terminal
+from .window import Window as Window

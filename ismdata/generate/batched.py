@@ -1,4 +1,4 @@
-"""Answers to many conversations at once, greedily: each the one that a session would give alone (`greedy.py`)."""
+"""Answer many conversations in batches, greedily. Each answer is the one that a session would give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
 from ismdata.generate.greedy import Prompt, greedy_answers
-from ismdata.generate.model_facts import checked_mask, end_of_turn, glm_tokens, positions_of
+from ismdata.generate.model_facts import end_of_turn, glm_tokens, positions_of, resolve_mask
 from ismdata.generate.sampling import message_text
 from ismdata.generate.transcript import Transcript
 from ismdata.masks import block_positions
@@ -29,38 +29,53 @@ def answer_many(
     mask: str | None = None,
     batch_size: int = 16,
 ) -> list[str]:
-    """The model's answer to each conversation, in order: what `Session.answer` gives at temperature 0.
+    """Answer each conversation as `Session.answer` does at temperature 0.
 
-    model: attached and in evaluation mode. conversations: messages as templates take them, the last one not the
-    model's own. tools: those of each conversation. mask: by default the one in the model's config. The batch size
-    changes no answer but for rounding. Raises UsageError, and DataError naming the conversation (counted from 1).
+    Args:
+        model: An attached model in evaluation mode.
+        encoder: A `ConversationEncoder`, or a Hugging Face tokenizer with a chat template.
+        conversations: Conversations in the form that templates take; the last message of each is not the model's.
+        tools: The tools of each conversation.
+        max_new_tokens: Maximum number of tokens in an answer.
+        mask: The mask to run the model under; None for the one in its config.
+        batch_size: Maximum number of conversations in a batch. It changes answers only by rounding.
+
+    Returns:
+        The text of each answer, in the order of the conversations.
+
+    Raises:
+        UsageError: If the call is wrong.
+        DataError: If a conversation, counted from 1, does not fit into the model or its template.
     """
     for option, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if count < 1:
             raise UsageError(f"{option} is {count}; expected 1 or more")
     if tools is not None and len(tools) != len(conversations):
-        raise UsageError(f"tools are {len(tools)}; expected one entry for each of {len(conversations)} conversations")
+        raise UsageError(f"tools has {len(tools)} entries; expected one for each of {len(conversations)} conversations")
     encoder = as_encoder(encoder)
-    mask = checked_mask(model, mask)
+    mask = resolve_mask(model, mask)
     glm = glm_tokens(model, encoder, mask)
     end = end_of_turn(model, encoder)
-    most = positions_of(model)
+    positions = positions_of(model)
     prompts, leads = [], []
     for number, messages in enumerate(conversations):
         place = f"conversation {number + 1}"
         if not messages or messages[-1]["role"] == "assistant":
-            raise UsageError(f"{place}: nothing to answer; expected a last message that is not the model's own")
-        of_it = None if tools is None else tools[number]
+            raise UsageError(f"{place}: nothing to answer; expected a last message that is not the model's")
+        its_tools = None if tools is None else tools[number]
         try:
-            blocks = Transcript(messages=list(messages), tools=of_it).blocks(encoder)
-            leads.append(answer_lead(encoder, messages, of_it))
+            blocks = Transcript(messages=list(messages), tools=its_tools).blocks(encoder)
+            leads.append(answer_lead(encoder, messages, its_tools))
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
         prompt = _prompt(blocks, glm, mask, max_new_tokens)
-        if most is not None and len(prompt) >= most:
-            raise DataError(f"{place}: it has {len(prompt)} tokens; the model has {most} positions, with the answer")
-        if most is not None:  # the end of turn is to fit too, as in a session
-            room = max(1, most - len(prompt) - len(end.ids))
+        if positions is not None and len(prompt) >= positions:
+            raise DataError(
+                f"{place}: has {len(prompt)} tokens before the answer; the model has {positions} positions, which must "
+                "hold the answer too"
+            )
+        if positions is not None:  # leave room for the end of turn, as a session does
+            room = max(1, positions - len(prompt) - len(end.ids))
             prompt = replace(prompt, limit=min(max_new_tokens, room))
         prompts.append(prompt)
     answers = greedy_answers(model, prompts, end, batch_size=batch_size)
@@ -68,7 +83,7 @@ def answer_many(
 
 
 def _prompt(blocks: Sequence[Block], glm: GlmTokens | None, mask: str, limit: int) -> Prompt:
-    """All that is fed before the answer to a conversation of these blocks, which ends with a context."""
+    """The prompt that ends with the context before an answer."""
     if glm is not None:
         blocks = with_markers(blocks, glm)
     if mask == "prefix":

@@ -1,7 +1,7 @@
-"""What a conversation feeds a model, and feeding it: `pack`'s own rendering in, keys in the cache and logits out.
+"""Turn a conversation into blocks of tokens, and run them through a model that extends its cache.
 
-A block is a run of tokens of one kind: a context, which is all there before the model answers, or an answer. Contexts
-come of the encoder that `pack` shares (`encoder.Encoding`); answers are fed as the model wrote them.
+A block is a run of tokens of one kind: a context (everything before an answer) or an answer. Contexts come from the
+encoding that `pack` uses too; answers are fed as the model generated them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ismdata.rendering import glm_tokens as glm_layout
 
 
 class Block(NamedTuple):
-    """Tokens of one kind. `message` is the number of the message that they answer with, -1 for a context."""
+    """Tokens of one kind. `message` is the index of the message that is the answer, -1 for a context."""
 
     ids: list[int]
     message: int = -1
@@ -30,50 +30,53 @@ class Block(NamedTuple):
         return self.message >= 0
 
 
-class Documents(Protocol):
-    """What is needed of `encoder.Encoding`."""
+class DocumentEncoding(Protocol):
+    """The part of `rendering.Encoding` that a session uses."""
 
     def document(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Sequence[Piece]: ...
 
 
 class Encoder(Protocol):
-    """What a session needs of `encoder.ConversationEncoder`."""
+    """The part of `rendering.ConversationEncoder` that a session uses."""
 
     @property
-    def encoding(self) -> Documents: ...
+    def encoding(self) -> DocumentEncoding:
+        """The encoding of whole conversations."""
 
     @property
     def end_of_turn_ids(self) -> list[int]:
-        """The tokens that together end an answer; empty where the template writes none."""
+        """The tokens that together end an answer; empty if the template writes none."""
 
     @property
     def next_turn_end_ids(self) -> frozenset[int]:
-        """The tokens of which one ends an answer as soon as another message follows; empty for most templates."""
+        """Tokens that each end an answer, but that the template writes only before a further message; mostly empty."""
 
     def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Of such a template, the token that ends the last answer, which other messages follow."""
+        """The token among `next_turn_end_ids` that ends the last answer, if there is one."""
 
     @property
     def glm(self) -> GlmTokens | None:
-        """In the GLM layout, the tokens to put before answers."""
+        """In the GLM layout, the tokens to insert before answers."""
 
     @property
     def history(self) -> str:
-        """`append`: what was fed stays. `expand`: the conversation is rendered anew each turn."""
+        """`append`: tokens that were fed stay as they are. `expand`: the conversation is rendered anew at each turn."""
 
     def next_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Tokens to feed before the model answers, all through the last answer's end of turn having been fed."""
+        """The tokens to feed after the last answer's end of turn and before the next answer."""
 
     def blocks(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[tuple[bool, list[int]]]:
-        """Under `expand`: the whole conversation up to where the model answers, as (is an answer, tokens) in order."""
+        """Under `expand`: the conversation up to the next answer, as pairs of (is an answer, tokens)."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
 
 
 def as_encoder(tokenizer: Encoder | PreTrainedTokenizerBase) -> Encoder:
-    """A tokenizer of transformers with its chat template, ready to encode conversations; an encoder as it is.
+    """Make an encoder from a Hugging Face tokenizer with a chat template; return an encoder unchanged.
 
-    Raises DataError for a template or tokenizer that cannot be used.
+    Raises:
+        DataError: If the template or the tokenizer cannot be used.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         name = tokenizer.name_or_path or type(tokenizer).__name__
@@ -85,76 +88,97 @@ def conversation_blocks(
     encoder: Encoder,
     messages: Sequence[Message],
     tools: list[Any] | None,
-    written: Mapping[int, list[int]] | None = None,
+    generated: Mapping[int, list[int]] | None = None,
 ) -> list[Block]:
-    """All that comes before the model answers `messages`, whose last one is not its own.
+    """Encode a whole conversation up to the next answer.
 
-    written: the tokens of answers that the model wrote, by number of the message; an answer that is not there is
-    encoded as `pack` does. Under `expand` all is as it is rendered now, and answers do not say their number (0).
-    Raises DataError where the template does not take the conversation.
+    Args:
+        encoder: The encoder.
+        messages: The conversation; the last message is not the model's.
+        tools: The tools for the template.
+        generated: The tokens of answers that the model generated, by index of the message. Other answers are encoded
+            as `pack` does.
+
+    Returns:
+        The blocks, the last of which is a context. Under `expand` all of them are as rendered now, and answers have
+        the message index 0.
+
+    Raises:
+        DataError: If the template does not accept the conversation.
     """
     if encoder.history == "expand":
-        with refusals_explained():
+        with template_errors():
             return [Block(ids, 0 if is_answer else -1) for is_answer, ids in encoder.blocks(messages, tools)]
     answered = max((k for k, message in enumerate(messages, 1) if message["role"] == "assistant"), default=0)
-    blocks = _finished_blocks(encoder, messages[:answered], tools, written or {}) if answered else []
-    with refusals_explained():
+    blocks = _answered_blocks(encoder, messages[:answered], tools, generated or {}) if answered else []
+    return [*blocks, *next_blocks(encoder, messages, tools, answered)]
+
+
+def next_blocks(encoder: Encoder, messages: Sequence[Message], tools: list[Any] | None, answered: int) -> list[Block]:
+    """Encode what follows the last answer, under `append`: a token that ends it, if there is one, and the context.
+
+    answered: how many messages there are up to the last answer, including it.
+    """
+    with template_errors():
         end = encoder.turn_end(messages, tools) if answered else []
-        ended = [Block(end, answered - 1)] if end else []
-        return [*blocks, *ended, Block(encoder.next_context(messages, tools))]
+        context = Block(encoder.next_context(messages, tools))
+        return [Block(end, answered - 1), context] if end else [context]
 
 
 def with_markers(blocks: Sequence[Block], glm: GlmTokens) -> list[Block]:
-    """Blocks in the GLM layout: `[MASK]` at the end of each context, `[START]` before each answer, but for the one to
-    come: that is fed when the answer begins.
+    """Insert `[MASK]` at the end of each context and `[START]` before each answer, for the GLM layout.
+
+    The `[START]` of the next answer is left out: it is fed when the answer begins.
     """
     marked = glm_layout.marked([(block.is_answer, block.ids) for block in blocks], glm)[:-1]
     answers = (block.message for block in blocks if block.is_answer)
     return [Block(ids, next(answers) if is_answer else -1) for is_answer, ids in marked]
 
 
-def _finished_blocks(
-    encoder: Encoder, messages: Sequence[Message], tools: list[Any] | None, written: Mapping[int, list[int]]
+def _answered_blocks(
+    encoder: Encoder, messages: Sequence[Message], tools: list[Any] | None, generated: Mapping[int, list[int]]
 ) -> list[Block]:
     """The blocks of a conversation that ends with an answer, under `append`, as `pack` makes them."""
     blocks: list[Block] = []
-    with refusals_explained():
+    with template_errors():
         pieces = encoder.encoding.document(messages, tools)
     for piece in pieces:
         if not blocks or blocks[-1].message != piece.message:
             if blocks and blocks[-1].message == len(messages) - 1:
-                break  # what follows the last answer begins the next context
+                break  # what follows the last answer belongs to the next context
             blocks.append(Block([], piece.message))
         blocks[-1].ids.extend(piece.ids or ())
     ends = encoder.next_turn_end_ids
-    return [Block(_as_written(block, written, ends), block.message) for block in blocks]
+    return [Block(_answer_ids(block, generated, ends), block.message) for block in blocks]
 
 
-def _as_written(block: Block, written: Mapping[int, list[int]], ends: frozenset[int]) -> list[int]:
-    """The tokens of an answer as the model wrote them, if it did, with the end that only the next message brought."""
-    ids = written.get(block.message, block.ids)
-    brought = block.ids[-1:] if ids is not block.ids and block.ids and block.ids[-1] in ends else []
-    return [*ids, *brought]
+def _answer_ids(block: Block, generated: Mapping[int, list[int]], ends: frozenset[int]) -> list[int]:
+    """A block's tokens; for a generated answer those, and the end that the template wrote before the next message."""
+    ids = generated.get(block.message, block.ids)
+    end = block.ids[-1:] if ids is not block.ids and block.ids and block.ids[-1] in ends else []
+    return [*ids, *end]
 
 
 def answer_lead(encoder: Encoder, messages: Sequence[Message], tools: list[Any] | None) -> str:
-    """What the template writes between the generation prompt and the text of an answer, so that it is the model's to
-    write: a blank, an empty reasoning block, a channel. Read off the first answer to `messages`.
+    """Find the text that the template writes between the generation prompt and the text of an answer.
+
+    Examples are a space, an empty reasoning block, a channel. The model has to generate it, so it belongs to the
+    answer's tokens but not to the message. It is read off the first answer to `messages`.
     """
     first = next((k for k, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    with refusals_explained():
+    with template_errors():
         pieces = encoder.encoding.document([*messages[:first], {"role": "assistant", "content": ANY_ANSWER}], tools)
     text = encoder.decode([id for piece in pieces if piece.message == first for id in piece.ids or ()])
     return text.partition(ANY_ANSWER)[0]
 
 
 @contextmanager
-def refusals_explained() -> Iterator[None]:
-    """Make a DataError of what a template does not take."""
+def template_errors() -> Iterator[None]:
+    """Turn an error of the chat template into a DataError."""
     try:
         yield
     except CannotRender as error:
-        raise DataError(f"the chat template does not take this conversation: {error}") from error
+        raise DataError(f"the chat template does not accept this conversation: {error}") from error
 
 
 @torch.no_grad()
@@ -167,12 +191,21 @@ def feed(
     rows: int = 1,
     positions: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
-    """Run `ids` after what the cache holds and extend the cache by them.
+    """Run tokens through the model after those in the cache, and append their keys and values to it.
 
-    Every token sees all the cache; among themselves they see all (`bidirectional`, a context block) or what is before
-    them. A single token is the same either way. positions: position 1 and 2 of each token, in the GLM layout; without
-    them positions count on from the cache. Returns the logits [V] of the last token or, where `rows` is more than
-    1, [rows, V] of the last `rows` tokens.
+    Every token sees the whole cache.
+
+    Args:
+        model: An attached model in evaluation mode.
+        ids: The tokens.
+        cache: The cache, changed in place.
+        bidirectional: Whether the tokens see all of each other (a context block) or only their predecessors.
+        rows: Number of tokens at the end whose logits are returned.
+        positions: Position 1 and position 2 of each token, in the GLM layout. Otherwise positions continue from the
+            cache.
+
+    Returns:
+        The logits of the last token, [V]; if `rows` is above 1, those of the last `rows` tokens, [rows, V].
     """
     past = int(cache.get_seq_length())
     end = past + len(ids)
@@ -181,10 +214,10 @@ def feed(
         kv_end = torch.full(tokens.shape, end, dtype=torch.int32, device=model.device)
     else:
         kv_end = torch.arange(past + 1, end + 1, dtype=torch.int32, device=model.device)[None]
-    named = {}
+    position_inputs = {}
     if positions is not None:
-        for name, places in zip(("position_ids", "position_ids_2"), positions, strict=True):
-            named[name] = torch.tensor([list(places)], device=model.device)
+        for name, values in zip(("position_ids", "position_ids_2"), positions, strict=True):
+            position_inputs[name] = torch.tensor([list(values)], device=model.device)
     output = model(
         input_ids=tokens,
         doc_start=torch.zeros_like(kv_end),
@@ -192,32 +225,39 @@ def feed(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=rows,
-        **named,
+        **position_inputs,
     )
     logits: Tensor = output.logits[0]
     return logits if rows > 1 else logits[-1]
 
 
-#: Rows of logits that are held at once while every token is scored.
+#: Rows of logits in memory at a time while tokens are scored.
 _SCORED_ROWS = 256
 
 
 def feed_scored(
     model: PreTrainedModel, ids: Sequence[int], cache: DynamicCache, before: Tensor | None
 ) -> tuple[Tensor, list[float]]:
-    """As `feed` with a causal block, and the entropy of each token: -log p, in nats, of it when it came.
+    """Feed a causal block and compute the entropy of each token: its -log p in nats, given what preceded it.
 
-    before: logits [V] of the token before the first one; None where there is none, and its entropy counts as 0.
+    Args:
+        model: An attached model in evaluation mode.
+        ids: The tokens.
+        cache: The cache, changed in place.
+        before: The logits of the token before the first one, [V]; None if there is none: its entropy is 0.
+
+    Returns:
+        The logits of the last token, [V], and the entropies.
     """
     entropies: list[float] = []
     for start in range(0, len(ids), _SCORED_ROWS):
-        piece = ids[start : start + _SCORED_ROWS]
-        logits = feed(model, piece, cache, bidirectional=False, rows=len(piece)).reshape(len(piece), -1)
+        chunk = ids[start : start + _SCORED_ROWS]
+        logits = feed(model, chunk, cache, bidirectional=False, rows=len(chunk)).reshape(len(chunk), -1)
         if before is None:
             entropies.append(0.0)
-            predicted, targets = logits[:-1], piece[1:]
+            predicted, targets = logits[:-1], chunk[1:]
         else:
-            predicted, targets = torch.cat([before[None], logits[:-1]]), piece
+            predicted, targets = torch.cat([before[None], logits[:-1]]), chunk
         entropies += token_entropies(predicted, targets)
         before = logits[-1]
     assert before is not None
@@ -225,7 +265,7 @@ def feed_scored(
 
 
 def token_entropies(logits: Tensor, tokens: Sequence[int]) -> list[float]:
-    """-log p, in nats, of each token under the logits [n, V] that came before it, computed in float32."""
-    at = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
-    losses: list[float] = torch.nn.functional.cross_entropy(logits.float(), at, reduction="none").tolist()
+    """Compute -log p in nats of each token under the logits before it, [n, V], in float32."""
+    targets = torch.tensor(list(tokens), dtype=torch.long, device=logits.device)
+    losses: list[float] = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").tolist()
     return losses

@@ -1,7 +1,7 @@
-"""The likeliest answers to many prompts at once, token by token: what evaluations ask for.
+"""Greedy decoding of many prompts in batches.
 
-Prompts of different lengths stand in one batch with their ends aligned: row b begins at `doc_start[b]`, and what fills
-it up before that sees itself alone, so each answer is the one that its prompt would get alone, but for rounding.
+Prompts of a batch are padded on the left: row b starts at `doc_start[b]`, and each token of padding sees only itself.
+So batching changes an answer only by rounding.
 
 Shape legend: B prompts of a batch, L tokens of its longest prompt, V vocabulary.
 """
@@ -21,20 +21,24 @@ from ismdata.attention import takes_two_positions
 from ismdata.display import LOGGED, Reporter
 from ismdata.generate.sampling import EndOfTurn
 
-#: Tokens of a batch's prompts and answers together: what bounds its cache.
+#: Maximum number of tokens in a batch, padding and answers included; it bounds the cache.
 _BATCH_TOKENS = 1 << 15
 _BATCH_PROMPTS = 64
 
-#: The columns of a prompt, as the model is fed them. `position_ids_2` is there for the GLM layout alone.
+#: The columns of a prompt, by the names of the model's inputs. Only models of the GLM layout take `position_ids_2`.
 _COLUMNS = ("input_ids", "kv_end", "position_ids", "position_ids_2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """All that is fed before an answer, int32[tokens] each. Token t sees the keys [0, kv_end[t]).
+    """The tokens before an answer. Columns are int32[tokens]; token t sees the keys [0, kv_end[t]).
 
-    position_ids_2: in the GLM layout, where a prompt ends with the `[START]` of its answer; zeros elsewhere. limit: the
-    most tokens of the answer, which is empty where that is below 1 or the prompt has no token to begin from.
+    Attributes:
+        input_ids: The tokens. In the GLM layout the last one is the answer's `[START]`.
+        kv_end: The end of each token's attention interval.
+        position_ids: Position 1 of each token.
+        position_ids_2: Position 2 of each token in the GLM layout, else zeros.
+        limit: Maximum number of tokens in the answer. The answer is empty if it is below 1 or the prompt is empty.
     """
 
     input_ids: NDArray[np.int32]
@@ -56,86 +60,94 @@ def greedy_answers(
     batch_size: int = _BATCH_PROMPTS,
     reporter: Reporter = LOGGED,
 ) -> list[list[int]]:
-    """The tokens of the likeliest answer to each prompt, in order, without their end of turn.
+    """Decode an answer to each prompt greedily.
 
-    model: attached and in evaluation mode. end: where answers end, but for each prompt's limit. batch_size: the most
-    prompts at a time; fewer where they are long. reporter: receives the progress in prompts.
+    Args:
+        model: An attached model in evaluation mode.
+        prompts: The prompts.
+        end: The end of answers.
+        batch_size: Maximum number of prompts in a batch. Batches of long prompts are smaller.
+        reporter: Receives the progress in prompts.
+
+    Returns:
+        The tokens of each answer, in the order of the prompts, without the end of turn.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for batch in _batches(prompts, batch_size):
-        # A template may let the model begin a conversation: then there is nothing to begin from.
-        fed = [at for at in batch if len(prompts[at]) and prompts[at].limit > 0]
-        if fed:
-            for at, answer in zip(fed, _answer_batch(model, [prompts[at] for at in fed], end), strict=True):
-                answers[at] = end.content(answer)
+        # A prompt is empty if the template lets the model begin the conversation and writes nothing before that.
+        decoded = [index for index in batch if len(prompts[index]) and prompts[index].limit > 0]
+        if decoded:
+            batch_answers = _decode_batch(model, [prompts[index] for index in decoded], end)
+            for index, answer in zip(decoded, batch_answers, strict=True):
+                answers[index] = end.content(answer)
         done += len(batch)
         reporter.progress("generate", done, len(prompts))
     return answers
 
 
 def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of prompts to go together, of like lengths, the longest first, so that what is too much shows at once."""
+    """Indices of the prompts of each batch, sorted by length. The longest come first, so that memory runs out early."""
     batch: list[int] = []
     longest = answer = 0
-    for at in sorted(range(len(prompts)), key=lambda at: -len(prompts[at])):
-        longest, answer = max(longest, len(prompts[at])), max(answer, prompts[at].limit)
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index])):
+        longest, answer = max(longest, len(prompts[index])), max(answer, prompts[index].limit)
         if batch and (len(batch) == batch_size or (len(batch) + 1) * (longest + answer) > _BATCH_TOKENS):
             yield batch
-            batch, longest, answer = [], len(prompts[at]), prompts[at].limit
-        batch.append(at)
+            batch, longest, answer = [], len(prompts[index]), prompts[index].limit
+        batch.append(index)
     if batch:
         yield batch
 
 
-def _answer_batch(model: PreTrainedModel, prompts: Sequence[Prompt], end: EndOfTurn) -> list[list[int]]:
-    """The answers to one batch, with as much of their end of turn as was chosen. Rows leave as their answers end."""
+def _decode_batch(model: PreTrainedModel, prompts: Sequence[Prompt], end: EndOfTurn) -> list[list[int]]:
+    """The answers to a batch, with their ends of turn. Rows are removed from the batch when their answers end."""
     answers: list[list[int]] = [[] for _ in prompts]
     two_positions = takes_two_positions(model)
-    columns = _ends_aligned(prompts, model.device)
+    columns = _pad_left(prompts, model.device)
     cache = DynamicCache(config=model.config)
-    going = list(range(len(prompts)))
+    active = list(range(len(prompts)))
     while True:
-        chosen = _feed(model, columns, cache, two_positions=two_positions).argmax(-1)
+        tokens = _forward(model, columns, cache, two_positions=two_positions).argmax(-1)
         kept = []
-        for place, token in enumerate(chosen.tolist()):
-            answer = answers[going[place]]
-            if end.stops(token):
+        for row, token in enumerate(tokens.tolist()):
+            answer = answers[active[row]]
+            if end.is_stop(token):
                 continue
             answer.append(token)
-            if not end.complete(answer) and len(answer) < prompts[going[place]].limit:
-                kept.append(place)
+            if not end.is_complete(answer) and len(answer) < prompts[active[row]].limit:
+                kept.append(row)
         if not kept:
             return answers
         last = {name: column[:, -1:] for name, column in columns.items()}
-        if len(kept) < len(going):
+        if len(kept) < len(active):
             rows = torch.tensor(kept, device=model.device)
             cache.batch_select_indices(rows)
-            chosen, last = chosen[rows], {name: column[rows] for name, column in last.items()}
-            going = [going[place] for place in kept]
-        # In the GLM layout position 1 stands still in an answer, and position 2 counts.
-        moving = "position_ids_2" if two_positions else "position_ids"
-        columns = {**last, "input_ids": chosen[:, None], moving: last[moving] + 1}
+            tokens, last = tokens[rows], {name: column[rows] for name, column in last.items()}
+            active = [active[row] for row in kept]
+        # In the GLM layout position 1 is constant within an answer, and position 2 counts its tokens.
+        counting = "position_ids_2" if two_positions else "position_ids"
+        columns = {**last, "input_ids": tokens[:, None], counting: last[counting] + 1}
         columns["kv_end"] = torch.full_like(last["kv_end"], cache.get_seq_length() + 1)
 
 
-def _ends_aligned(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
-    """The prompts' columns and `doc_start`, [B, L] each: int32 the intervals, int64 the rest."""
+def _pad_left(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+    """The columns of the prompts and `doc_start`, [B, L] each: the intervals int32, the rest int64."""
     longest = max(map(len, prompts))
-    alone = np.arange(longest, dtype=np.int32)
-    filled = {name: np.zeros((len(prompts), longest), np.int64) for name in _COLUMNS}
-    filled |= {"doc_start": np.tile(alone, (len(prompts), 1)), "kv_end": np.tile(alone + 1, (len(prompts), 1))}
+    own = np.arange(longest, dtype=np.int32)  # a token of padding sees only itself
+    padded = {name: np.zeros((len(prompts), longest), np.int64) for name in _COLUMNS}
+    padded |= {"doc_start": np.tile(own, (len(prompts), 1)), "kv_end": np.tile(own + 1, (len(prompts), 1))}
     for row, prompt in enumerate(prompts):
-        fill = longest - len(prompt)
+        padding = longest - len(prompt)
         for name in _COLUMNS:
-            filled[name][row, fill:] = getattr(prompt, name)
-        filled["doc_start"][row, fill:] = fill
-        filled["kv_end"][row, fill:] += fill
-    return {name: torch.from_numpy(column).to(device) for name, column in filled.items()}
+            padded[name][row, padding:] = getattr(prompt, name)
+        padded["doc_start"][row, padding:] = padding
+        padded["kv_end"][row, padding:] += padding
+    return {name: torch.from_numpy(column).to(device) for name, column in padded.items()}
 
 
-def _feed(model: PreTrainedModel, columns: dict[str, Tensor], cache: DynamicCache, *, two_positions: bool) -> Tensor:
-    """Run columns [B, rows] after what the cache holds, which grows by them; the last row's logits, [B, V]."""
-    fed = {name: column for name, column in columns.items() if two_positions or name != "position_ids_2"}
-    logits: Tensor = model(**fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+def _forward(model: PreTrainedModel, columns: dict[str, Tensor], cache: DynamicCache, *, two_positions: bool) -> Tensor:
+    """Run columns, [B, n], after the entries of the cache, and extend it. Returns the last logits, [B, V]."""
+    inputs = {name: column for name, column in columns.items() if two_positions or name != "position_ids_2"}
+    logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1]

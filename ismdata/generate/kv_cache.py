@@ -1,7 +1,7 @@
-"""What a session's cache holds: the tokens behind it, the cache itself, and how it stays within its size.
+"""The KV cache of a session: keys and values, the tokens behind them, and eviction when the cache is full.
 
-Each entry of the cache belongs to one token that went through the model. Where a policy is given (`eviction.py`),
-every token's entropy is kept beside it, and entries leave when there is no room.
+Each entry of the cache belongs to one token that went through the model. With an eviction policy (`eviction.py`) the
+cache also stores each token's entropy.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ismdata.attention import takes_two_positions
-from ismdata.generate.eviction import SINKS, KeyRotation, compact, crop, kept
+from ismdata.generate.eviction import SINKS, KeyRotation, crop_entries, keep_entries, select_entries
 from ismdata.generate.feeding import feed, feed_scored
 from ismdata.masks import token_positions
 
-#: The share of the cache that leaves at once while an answer is written, so that keys are not turned at each token.
+#: At least 1/16 of the cache is evicted at a time, so that keys are not rotated again for each generated token.
 _STRIDE = 16
 
 
 class KVCache:
-    """Tokens that were fed under `mask`, and the keys and values that came of them.
+    """A KV cache that grows block by block under a mask.
 
-    ids: the tokens behind the cache, one each entry. size: the most entries; None for no limit. policy: who stays when
-    there is no room, a key of `cache_policy.POLICIES`; without it, what does not fit must not be fed. decay: what the
-    entropies are multiplied by after each turn. Raises UnsupportedModelError where the model's keys cannot be turned.
+    Attributes:
+        ids: The tokens of the entries, in order.
+        entropies: The entropies of the entries, with a policy only: -log p in nats, times `decay` for each turn since.
+        cache: The keys and values.
+        evictions: How often entries were evicted. Cropping cannot restore evicted entries.
     """
 
     def __init__(
@@ -39,6 +41,20 @@ class KVCache:
         decay: float = 1.0,
         seed: int = 0,
     ) -> None:
+        """Make an empty cache.
+
+        Args:
+            model: An attached model in evaluation mode.
+            mask: The mask to run the model under.
+            size: Maximum number of entries; None for no bound.
+            policy: Which entries stay when the cache is full, a key of `eviction.POLICIES`. None: no entry is evicted,
+                and the caller appends no more than `size`.
+            decay: Factor of all entropies at the end of each turn.
+            seed: Seed of the policy `random`.
+
+        Raises:
+            UnsupportedModelError: If there is a policy and the model's keys cannot be rotated.
+        """
         self.model = model
         self.mask = mask
         self.size = size
@@ -47,59 +63,64 @@ class KVCache:
         self._rotation = None if policy is None else KeyRotation.of(model)
         self._two_positions = takes_two_positions(model)
         self._generator = np.random.default_rng(seed)
-        #: How often entries left; what was cut out cannot come back by cropping.
         self.evictions = 0
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Hold nothing."""
+    def clear(self) -> None:
+        """Remove all entries."""
         self.ids: list[int] = []
         self.entropies: list[float] = []
         self.cache = DynamicCache(config=self.model.config)
         self._logits: Tensor | None = None
         self._turn_start = 0
-        #: In the GLM layout: where the answer that is being fed begins; None inside a context.
+        #: In the GLM layout: the index of the current answer's first entry; None inside a context.
         self._answer_start: int | None = None
 
     def crop(self, length: int) -> None:
-        """Hold the first `length` entries alone, none of which may have been fed after others left."""
+        """Keep the first `length` entries. No entry may have been evicted since the cache had that length."""
         if length == 0:
-            self.forget()
+            self.clear()
             return
-        crop(self.cache, length)
+        crop_entries(self.cache, length)
         del self.ids[length:], self.entropies[length:]
-        # The logits that scored the next token are gone with the last row: its entropy counts as 0.
+        # The logits that would score the next token are gone with the last entry, so its entropy will be 0.
         self._logits = None
         self._turn_start = min(self._turn_start, length)
         self._answer_start = None
 
-    def feed(self, ids: Sequence[int], *, is_answer: bool, opening: Sequence[int] = ()) -> Tensor:
-        """Feed a block, or a part of an answer, and return the last token's logits, [V].
+    def append(self, ids: Sequence[int], *, is_answer: bool, opening: Sequence[int] = ()) -> Tensor:
+        """Run a block, or a part of an answer, through the model and append its entries.
 
-        opening: in the GLM layout, what opens the answer that follows a context; under `prefix` it is a part of the
-        context that the context's tokens see.
+        Args:
+            ids: The tokens.
+            is_answer: Whether they belong to an answer, which is causal under every mask.
+            opening: In the GLM layout, the tokens that open the answer after this context (`[START]`). Under `prefix`
+                they are part of the context, and its tokens see them.
+
+        Returns:
+            The logits of the last token, [V].
         """
         if self.policy is not None and is_answer and self.size is not None and len(self.ids) + len(ids) > self.size:
-            # As if the model wrote it now: what leaves must not depend on whether an answer is fed for the first time.
+            # One token at a time, as in generation, so that the same entries are evicted when an answer is fed again.
             for id in ids:
-                logits = self._feed([id], is_answer=True)
+                logits = self._append([id], is_answer=True)
             return logits
-        joined = list(opening) if self.mask == "prefix" else []
-        logits = self._feed([*ids, *joined], is_answer=is_answer, opening=len(joined))
-        return logits if joined or not opening else self._feed(opening, is_answer=True)
+        in_context = list(opening) if self.mask == "prefix" else []
+        logits = self._append([*ids, *in_context], is_answer=is_answer, opening=len(in_context))
+        return logits if in_context or not opening else self._append(opening, is_answer=True)
 
-    def _feed(self, ids: Sequence[int], *, is_answer: bool, opening: int = 0) -> Tensor:
+    def _append(self, ids: Sequence[int], *, is_answer: bool, opening: int = 0) -> Tensor:
         bidirectional = self.mask != "causal" and not is_answer
         if self.policy is None:
             positions = self._positions(len(ids), is_answer, opening)
             logits = feed(self.model, ids, self.cache, bidirectional=bidirectional, positions=positions)
         else:
-            self._make_room(len(ids))
+            self._evict(len(ids))
             if not is_answer:
                 self._turn_start = len(self.ids)
             logits, entropies = feed_scored(self.model, ids, self.cache, self._logits)
-            if bidirectional:  # inside the block tokens see their successors: the causal pass was for the scores
-                crop(self.cache, len(self.ids))
+            if bidirectional:  # a token of the block sees its successor, so only a causal pass can score it
+                crop_entries(self.cache, len(self.ids))
                 logits = feed(self.model, ids, self.cache, bidirectional=True)
             self.entropies += entropies
         self.ids += ids
@@ -107,8 +128,9 @@ class KVCache:
         return logits
 
     def _positions(self, count: int, is_answer: bool, opening: int) -> tuple[list[int], list[int]] | None:
-        """Both positions of tokens to feed, the last `opening` of which open an answer, for a model that has two; None
-        for one that counts by itself.
+        """Position 1 and position 2 of the next `count` tokens, the last `opening` of which open an answer.
+
+        None for a model with one position, which continues from the cache.
         """
         if not self._two_positions:
             return None
@@ -120,25 +142,26 @@ class KVCache:
         first, second = token_positions(past, count - opening, start=self._answer_start)
         if opening:
             self._answer_start = past + count - opening
-            more, others = token_positions(self._answer_start, opening, start=self._answer_start)
-            first, second = first + more, second + others
+            opening_first, opening_second = token_positions(self._answer_start, opening, start=self._answer_start)
+            first, second = first + opening_first, second + opening_second
         return first, second
 
     def end_turn(self) -> None:
-        """The entropies of all that came up to here fade."""
+        """Multiply the entropies of all entries by `decay`."""
         self.entropies = [entropy * self.decay for entropy in self.entropies]
 
-    def _make_room(self, needed: int) -> None:
-        """Let entries leave until `needed` more fit. The sinks and the last turn stay as far as they can."""
-        held = len(self.ids)
-        if self.size is None or self.policy is None or self._rotation is None or held + needed <= self.size:
+    def _evict(self, needed: int) -> None:
+        """Evict entries until `needed` more fit. The sinks and the last turn stay as far as possible."""
+        entries = len(self.ids)
+        if self.size is None or self.policy is None or self._rotation is None or entries + needed <= self.size:
             return
-        recent = held - self._turn_start
+        recent = entries - self._turn_start
         count = self.size - needed
         count = min(count, max(self.size - max(needed, self.size // _STRIDE), min(SINKS + recent, count)))
-        stay = kept(self.policy, np.array(self.entropies), count, recent=recent, generator=self._generator)
-        compact(self.cache, stay, self._rotation)
-        self.ids = [self.ids[at] for at in stay]
-        self.entropies = [self.entropies[at] for at in stay]
-        self._turn_start = max(len(stay) - recent, 0)
+        entropies = np.array(self.entropies)
+        kept = select_entries(self.policy, entropies, count, recent=recent, generator=self._generator)
+        keep_entries(self.cache, kept, self._rotation)
+        self.ids = [self.ids[index] for index in kept]
+        self.entropies = [self.entropies[index] for index in kept]
+        self._turn_start = max(len(kept) - recent, 0)
         self.evictions += 1

@@ -1,4 +1,4 @@
-"""From logits to the next token, and from an answer's tokens to the text that can be shown."""
+"""Choose the next token from logits, find the end of an answer, and decide which of its text can be shown."""
 
 from __future__ import annotations
 
@@ -20,21 +20,27 @@ from transformers import (
 
 from ismdata.errors import UsageError
 
-#: What a byte-level decoder prints for a character that is not complete yet.
+#: The character that a byte-level decoder puts in place of an incomplete one.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
-#: (logits [V], ids of the context and the answer so far) -> the next token
-Chooser = Callable[[Tensor, Sequence[int]], int]
+#: (logits [V], tokens of the context and of the answer so far) -> the next token
+Sampler = Callable[[Tensor, Sequence[int]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn.
+    """How to choose the next token. Options have the meaning and the order of transformers' `generate`.
 
-    top_k: among the k likeliest, 0 for all. top_p: among the likeliest of this total probability. min_p: among those at
-    least this likely, as a share of the likeliest one's probability. repetition_penalty: above 1, tokens that stand in
-    the conversation already become less likely. They mean what they mean in transformers' `generate`, in its order.
-    Raises UsageError for numbers that cannot be.
+    Attributes:
+        temperature: 0 takes the most likely token; above 0 a token is sampled.
+        top_k: Sample from the k most likely tokens; 0 for all.
+        top_p: Sample from the most likely tokens of this total probability.
+        min_p: Sample from tokens of at least this share of the most likely token's probability.
+        repetition_penalty: Above 1, tokens that occur in the conversation become less likely.
+        seed: Seed of the random numbers.
+
+    Raises:
+        UsageError: If a value is out of range.
     """
 
     temperature: float = 0.0
@@ -57,13 +63,21 @@ class Sampling:
             raise UsageError(f"--repetition-penalty is {self.repetition_penalty}; expected more than 0, 1 for none")
 
 
-def chooser(sampling: Sampling, device: torch.device) -> Chooser:
-    """What picks the next token; one that draws goes on with its random numbers from call to call."""
+def make_sampler(sampling: Sampling, device: torch.device) -> Sampler:
+    """Make the function that chooses the next token.
+
+    Args:
+        sampling: How to choose.
+        device: The device of the logits.
+
+    Returns:
+        The function. It keeps the state of its random numbers from call to call.
+    """
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    drawn = sampling.temperature > 0
-    if drawn:
+    is_random = sampling.temperature > 0
+    if is_random:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
             processors.append(TopKLogitsWarper(sampling.top_k))
@@ -73,44 +87,48 @@ def chooser(sampling: Sampling, device: torch.device) -> Chooser:
             processors.append(MinPLogitsWarper(sampling.min_p))
     generator = torch.Generator(device).manual_seed(sampling.seed)
 
-    def choose(logits: Tensor, ids: Sequence[int]) -> int:
+    def sample(logits: Tensor, ids: Sequence[int]) -> int:
         if not processors:
             return int(logits.argmax())
-        # The penalty alone looks at the tokens, and it looks at which there are, not at how often.
+        # Only the penalty reads the tokens, and it depends on which occur, not on how often.
         seen = torch.tensor([sorted(set(ids))], dtype=torch.long, device=device)
         scores = processors(cast(LongTensor, seen), cast(FloatTensor, logits.float()[None]))[0]
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator) if drawn else scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator) if is_random else scores.argmax())
 
-    return choose
+    return sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndOfTurn:
-    """Where an answer ends: with `ids`, the end of turn that the template writes, or at a token of `stop`.
+    """The tokens at which an answer ends.
 
-    ids: may be several tokens, or none where the template writes nothing after an answer.
+    Attributes:
+        ids: The end of turn that the template writes: one or several tokens, which belong to the answer; empty if the
+            template writes none.
+        stop_ids: Tokens that each end an answer without belonging to it.
     """
 
     ids: tuple[int, ...]
-    stop: frozenset[int]
+    stop_ids: frozenset[int]
 
-    def stops(self, token: int) -> bool:
-        """Whether a token ends the answer without being a part of it."""
-        return token in self.stop and token not in self.ids
+    def is_stop(self, token: int) -> bool:
+        """Whether a token ends the answer without belonging to it."""
+        return token in self.stop_ids and token not in self.ids
 
-    def complete(self, answer: Sequence[int]) -> bool:
+    def is_complete(self, answer: Sequence[int]) -> bool:
+        """Whether an answer ends with the end of turn."""
         return bool(self.ids) and tuple(answer[-len(self.ids) :]) == self.ids
 
     def missing(self, answer: Sequence[int]) -> list[int]:
-        """What an answer lacks of its end of turn."""
+        """The tokens of the end of turn that an answer does not have yet."""
         return list(self.ids[self._overlap(answer) :])
 
     def content(self, answer: Sequence[int]) -> list[int]:
-        """An answer without its end of turn, as far as that has come."""
+        """An answer without its end of turn, or without the part of it that it has."""
         return list(answer[: len(answer) - self._overlap(answer)])
 
     def _overlap(self, answer: Sequence[int]) -> int:
-        """How many tokens at the end of `answer` begin the end of turn."""
+        """Number of tokens at the end of an answer that are the beginning of the end of turn."""
         for length in range(min(len(answer), len(self.ids)), 0, -1):
             if tuple(answer[-length:]) == self.ids[:length]:
                 return length
@@ -118,10 +136,10 @@ class EndOfTurn:
 
 
 def message_text(text: str, lead: str) -> str:
-    """What an answer says: its text without `lead`, which the template writes again when it renders the message."""
+    """The content of an answer's message: its text without `lead`, which the template writes itself (`answer_lead`)."""
     return text.removeprefix(lead)
 
 
 def can_show(text: str, lead: str) -> bool:
-    """Whether the text of an answer so far may be shown: its last character is whole, and it is not all lead."""
+    """Whether the text of an unfinished answer can be shown: its last character is complete, and the lead is over."""
     return not text.endswith(_INCOMPLETE) and not (lead and lead.startswith(text))

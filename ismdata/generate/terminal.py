@@ -1,4 +1,4 @@
-"""A session in the terminal: a line in, the answer out as it comes, and a few commands."""
+"""A session in the terminal: read a line, stream the answer, run a few commands."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ismdata import masks
 from ismdata.attention import model_folder
+from ismdata.choices import MASKS
 from ismdata.errors import DataError, IsmdataError, UsageError
 from ismdata.generate.sampling import Sampling
-from ismdata.generate.session import Session, Window
+from ismdata.generate.session import Session
+from ismdata.generate.window import Window
 from ismdata.rendering import SETTINGS_NAME, ConversationEncoder, load_encoding
 
-#: What a line that begins with / may say, and what it does.
+#: The commands of the terminal, and what each does.
 COMMANDS = {
-    "/undo": "take back the last question and its answer",
-    "/save FILE": "write the conversation to FILE, one line that ismdata convert reads",
-    "/load FILE": "go on with the conversation in FILE",
-    "/new": "start a new conversation; the system prompt stays",
+    "/undo": "remove the last question and its answer",
+    "/save FILE": "write the conversation to FILE, as a line that ismdata convert reads",
+    "/load FILE": "continue the conversation in FILE",
+    "/new": "begin a new conversation with the same system prompt",
     "/help": "show this list",
-    "/exit": "leave; so does the end of input (Ctrl-D)",
+    "/exit": "leave; the end of input (Ctrl-D) leaves too",
 }
 
 
@@ -42,15 +43,26 @@ def open_chat(
     sampling: Sampling | None = None,
     window: Window | None = None,
 ) -> Session:
-    """A session with the model in `folder`, on a GPU in bfloat16 where there is one, else on the CPU in float32.
+    """Open a session with a saved model: in bfloat16 on a GPU if there is one, else in float32 on the CPU.
 
-    Raises DataError when the folder is no saved model with its tokenizer, or its config names a mask that there is not;
-    UsageError when no mask is known.
+    Args:
+        folder: A folder with a model and its tokenizer.
+        mask: The mask to run the model under; None for the one in its config.
+        system: The system prompt.
+        max_new_tokens: Maximum number of tokens in an answer.
+        sampling: How to choose tokens; by default the most likely one.
+        window: The size of the context, and what happens when it is full.
+
+    Returns:
+        The session.
+
+    Raises:
+        DataError: If the folder is not a model with its tokenizer, or its config names an unknown mask.
+        UsageError: If no mask is given and the config names none.
     """
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = _encoder(folder)
-    recorded_mask(folder, override=mask)
     on_gpu = torch.cuda.is_available()
     model = model_folder.load(folder, mask=mask, dtype=torch.bfloat16 if on_gpu else torch.float32)
     nn.Module.to(model, torch.device("cuda" if on_gpu else "cpu")).train(False)
@@ -65,30 +77,27 @@ def open_chat(
 
 
 def _encoder(folder: Path) -> ConversationEncoder:
-    """As `ismdata train` saved it; for a model from elsewhere with its tokenizer's own template."""
+    """The encoder that `ismdata train` saved; for other models one from the tokenizer and its template."""
     if (folder / SETTINGS_NAME).is_file() or not (folder / "tokenizer.json").is_file():
         return ConversationEncoder.load(folder)
     return ConversationEncoder(load_encoding(str(folder)))
 
 
-def recorded_mask(folder: Path, *, override: str | None = None) -> str | None:
-    """The mask that the config of the model in `folder` records; None for none, or no config that can be read.
+def recorded_mask(folder: Path) -> str | None:
+    """Read the mask that a model's config records.
 
-    Raises DataError for one that there is not, unless `override` takes its place.
+    Args:
+        folder: The folder of the model.
+
+    Returns:
+        The mask; None if the config cannot be read, or names no known mask.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # loading the model says what is wrong
+        return None
     found = config.get("ismdata_mask") if isinstance(config, dict) else None
-    if found is None or found in masks.MASKS:
-        return found
-    if override is None:
-        raise DataError(
-            f"{folder / 'config.json'}: ismdata_mask is {found!r}; expected one of {', '.join(masks.MASKS)}. Name the "
-            "mask that the model was trained under with --mask, or install a newer ismdata"
-        )
-    return None
+    return found if found in MASKS else None
 
 
 def run_terminal(
@@ -98,9 +107,16 @@ def run_terminal(
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
 ) -> None:
-    """Read a line, stream the answer, until `/exit` or the end of input. Ctrl-C ends an answer.
+    """Read lines and stream answers until `/exit` or the end of input. Ctrl-C ends an answer.
 
-    trained: the mask that the model's config records; a word is said where the session's is another.
+    Args:
+        session: The session.
+        trained: The mask that the model was trained under, if known; the greeting names it if the session's differs.
+        read: Reads a line, given the prompt.
+        write: Writes text.
+
+    Raises:
+        DataError: If the input is not UTF-8.
     """
     other = f" (the model was trained under {trained})" if trained not in (None, session.mask) else ""
     write(f"Mask {session.mask}{other}. /help lists the commands, /exit leaves.\n")
@@ -116,44 +132,46 @@ def run_terminal(
             return
         try:
             if line.startswith("/"):
-                _command(session, line.strip(), write)
+                _run_command(session, line.strip(), write)
             elif line.strip():
-                _show(session, session.ask(line.strip()), write)
+                _stream(session, session.ask(line.strip()), write)
         except IsmdataError as error:
             write(f"{error}\n")
 
 
-def _command(session: Session, line: str, write: Callable[[str], None]) -> None:
-    """Do what a line that begins with / says. Raises IsmdataError, with the session as it was."""
+def _run_command(session: Session, line: str, write: Callable[[str], None]) -> None:
+    """Run a command. Raises IsmdataError without a change of the session."""
     name, _, rest = line.partition(" ")
     known = {command.partition(" ")[0]: command for command in COMMANDS}
     if name not in known:
-        raise UsageError(f"{name}: no such command; /help lists them. A line of text may begin with a blank")
+        raise UsageError(
+            f"{name}: no such command; /help lists them. To send text that begins with /, type a space first"
+        )
     if bool(rest.strip()) != (" " in known[name]):
         raise UsageError(f"{line}: expected {known[name]}")
     if name == "/help":
         write("".join(f"{command:<12} {what}\n" for command, what in COMMANDS.items()))
     elif name == "/new":
         session.restart()
-        write("A new conversation.\n")
+        write("New conversation.\n")
     elif name == "/undo":
         undone = session.undo()
-        what = f"Took back {undone[0]['content']!r} and what followed." if undone else "Nothing to take back."
-        write(f"{what}\n")
+        result = f"Removed {undone[0]['content']!r} and what followed." if undone else "Nothing to remove."
+        write(f"{result}\n")
     elif name == "/save":
-        path = _path(rest)
+        path = _parse_path(rest)
         session.save(path)
         write(f"Wrote {len(session.messages)} messages to {path}.\n")
     elif name == "/load":
-        path = _path(rest)
+        path = _parse_path(rest)
         session.load(path)
         write(f"Read {len(session.messages)} messages from {path}.\n")
         if session.messages[-1]["role"] != "assistant":
-            _show(session, session.answer(), write)
+            _stream(session, session.answer(), write)
 
 
-def _path(text: str) -> Path:
-    """A file's name as it was typed: quoted or not, ~ for the home folder."""
+def _parse_path(text: str) -> Path:
+    """A file name as typed: quoted or not, with ~ for the home folder."""
     try:
         words = shlex.split(text)
     except ValueError:
@@ -161,21 +179,22 @@ def _path(text: str) -> Path:
     return Path(words[0] if len(words) == 1 else text.strip()).expanduser()
 
 
-def _show(session: Session, answer: Generator[str, None, None], write: Callable[[str], None]) -> None:
+def _stream(session: Session, answer: Generator[str, None, None], write: Callable[[str], None]) -> None:
+    """Write an answer as it comes, and how many messages were dropped for it."""
     before = session.left_out
-    with _interrupts() as interrupted, closing(answer) as pieces:
+    with _caught_interrupts() as interrupted, closing(answer) as pieces:
         for piece in pieces:
             write(piece)
             if interrupted.is_set():
                 break
         write("\n")
     if session.left_out > before:
-        write(f"(The oldest {session.left_out} messages have left the context.)\n")
+        write(f"(The oldest {session.left_out} messages are no longer in the context.)\n")
 
 
 @contextmanager
-def _interrupts() -> Iterator[Event]:
-    """An event that Ctrl-C sets, instead of breaking into the model and leaving a token in half of its layers."""
+def _caught_interrupts() -> Iterator[Event]:
+    """An event that Ctrl-C sets. An exception could instead end a forward pass with a token in half of the layers."""
     interrupted = Event()
     if current_thread() is not main_thread():
         yield interrupted

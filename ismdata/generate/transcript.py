@@ -1,6 +1,4 @@
-"""A conversation as a session holds it: its messages, the tokens of the answers that the model wrote, and what of it
-the model still sees.
-"""
+"""The state of a conversation: its messages, the tokens of generated answers, and what the model still sees of it."""
 
 from __future__ import annotations
 
@@ -8,80 +6,90 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ismdata.generate.feeding import Block, Encoder, conversation_blocks, refusals_explained
+from ismdata.generate.feeding import Block, Encoder, conversation_blocks, next_blocks
 from ismdata.rendering import Message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """messages: all that was said. tools: what the template is told of tools. written: the tokens of the answers that
-    the model wrote in this session, by number of the message. first: the first message behind the system prompt that
-    the model sees; those between are left out.
+    """A conversation. Methods return new transcripts.
+
+    Attributes:
+        messages: All messages.
+        tools: The tools for the template.
+        generated: Tokens of the answers that the model generated in this session, by index of the message.
+        first: Index of the first message after the system prompt that the model sees. Those between are dropped from
+            the context.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
-    written: Mapping[int, list[int]] = field(default_factory=dict)
+    generated: Mapping[int, list[int]] = field(default_factory=dict)
     first: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "first", max(self.first, self.head))
+        object.__setattr__(self, "first", max(self.first, self.system_count))
 
     @property
-    def head(self) -> int:
-        """How many system messages the conversation begins with."""
-        return _head(self.messages)
+    def system_count(self) -> int:
+        """Number of system messages at the beginning."""
+        roles = [message["role"] for message in self.messages]
+        return next((k for k, role in enumerate(roles) if role != "system"), len(roles))
 
     @property
     def answered(self) -> int:
-        """How many messages there are through the last answer."""
+        """Number of messages up to the last answer, including it."""
         return max((k for k, message in enumerate(self.messages, 1) if message["role"] == "assistant"), default=0)
 
     @property
-    def turns(self) -> list[int]:
-        """Where a user begins to speak: after the head, and after each answer. Results of tools belong to the turn."""
+    def turn_starts(self) -> list[int]:
+        """Indices of the user messages that begin a turn. Tool results belong to the turn of the call."""
         return [
             k
             for k, message in enumerate(self.messages)
-            if message["role"] == "user" and (k == self.head or self.messages[k - 1]["role"] == "assistant")
+            if message["role"] == "user" and (k == self.system_count or self.messages[k - 1]["role"] == "assistant")
         ]
 
     def with_messages(self, messages: Sequence[Message]) -> Transcript:
+        """The conversation with further messages."""
         return replace(self, messages=[*self.messages, *messages])
 
     def with_answer(self, text: str, ids: list[int]) -> Transcript:
-        """The conversation with an answer that the model wrote as `ids`, its end of turn included."""
+        """The conversation with an answer that the model generated as `ids`, its end of turn included."""
         answered = self.with_messages([{"role": "assistant", "content": text}])
-        return replace(answered, written={**self.written, len(self.messages): ids})
+        return replace(answered, generated={**self.generated, len(self.messages): ids})
 
-    def undone(self) -> Transcript:
-        """The conversation before the last question, or result of a tool, and the answers to it."""
-        at = len(self.messages)
-        while at > self.head and self.messages[at - 1]["role"] == "assistant":
-            at -= 1
-        while at > self.head and self.messages[at - 1]["role"] != "assistant":
-            at -= 1
-        written = {place: ids for place, ids in self.written.items() if place < at}
-        # Where nothing is left of what the model sees, it sees again what it no longer saw.
-        return replace(self, messages=self.messages[:at], written=written, first=self.first if self.first < at else 0)
+    def without_last_turn(self) -> Transcript:
+        """The conversation without the last question or tool result and the answers to it."""
+        end = len(self.messages)
+        while end > self.system_count and self.messages[end - 1]["role"] == "assistant":
+            end -= 1
+        while end > self.system_count and self.messages[end - 1]["role"] != "assistant":
+            end -= 1
+        generated = {index: ids for index, ids in self.generated.items() if index < end}
+        # If nothing that the model sees is left, the dropped messages come back.
+        first = self.first if self.first < end else 0
+        return replace(self, messages=self.messages[:end], generated=generated, first=first)
 
     def blocks(self, encoder: Encoder, *, fed: int = 0) -> list[Block]:
-        """What to feed before the model answers, the first `fed` messages, the last of which is an answer, having been
-        fed. Raises DataError where the template does not take the conversation.
+        """Encode what to feed before the next answer.
+
+        Args:
+            encoder: The encoder.
+            fed: Number of messages that were fed already, the last of which is an answer; 0 if none.
+
+        Returns:
+            The blocks, with message indices that count all messages.
+
+        Raises:
+            DataError: If the template does not accept the conversation.
         """
-        moved = self.first - self.head
-        kept = [*self.messages[: self.head], *self.messages[self.first :]]
+        dropped = self.first - self.system_count
+        kept = [*self.messages[: self.system_count], *self.messages[self.first :]]
         if fed and fed == self.answered:
-            with refusals_explained():
-                end = encoder.turn_end(kept, self.tools)
-                ended = [Block(end, self.answered - 1)] if end else []
-                return [*ended, Block(encoder.next_context(kept, self.tools))]
-        written = {place - moved: ids for place, ids in self.written.items() if place >= self.first}
-        blocks = conversation_blocks(encoder, kept, self.tools, written)
-        blocks = [Block(ids, message + moved if message >= 0 else message) for ids, message in blocks]
-        done = next((place for place, block in enumerate(blocks, 1) if fed and block.message == fed - 1), 0)
+            return next_blocks(encoder, kept, self.tools, self.answered)
+        generated = {index - dropped: ids for index, ids in self.generated.items() if index >= self.first}
+        blocks = conversation_blocks(encoder, kept, self.tools, generated)
+        blocks = [Block(ids, message + dropped if message >= 0 else message) for ids, message in blocks]
+        done = next((count for count, block in enumerate(blocks, 1) if fed and block.message == fed - 1), 0)
         return blocks[done:]
-
-
-def _head(messages: Sequence[Mapping[str, Any]]) -> int:
-    return next((k for k, message in enumerate(messages) if message["role"] != "system"), len(messages))

@@ -86,7 +86,7 @@ def test_the_first_token_is_that_of_one_full_forward(mask, tiny):
         for _ in range(3):
             conversation.take_back()
             assert conversation.first_token(number) == int(logits[0, -1].argmax())
-            assert conversation.held.ids == ids
+            assert conversation.cache.ids == ids
         conversation.give_answer(number)
 
 
@@ -105,11 +105,11 @@ def test_an_answer_in_one_piece_leaves_the_cache_of_one_token_by_token(mask, arc
         conversation.first_token(number)
         conversation.give_answer(number)
         opening = turn.answer[:1] if architecture == "glm" else []
-        singly.feed(turn.query, is_answer=False, opening=opening)
+        singly.append(turn.query, is_answer=False, opening=opening)
         for id in turn.answer[len(opening) :]:
-            singly.feed([id], is_answer=True)
-    assert conversation.held.ids == singly.ids
-    for ours, theirs in zip(conversation.held.cache.layers, singly.cache.layers, strict=True):
+            singly.append([id], is_answer=True)
+    assert conversation.cache.ids == singly.ids
+    for ours, theirs in zip(conversation.cache.cache.layers, singly.cache.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=1e-12)
 

@@ -327,7 +327,7 @@ def prompt(length, limit):
 
 
 def test_answers_end_at_their_limits():
-    model, never = attach(tiny_model()), EndOfTurn(ids=(), stop=frozenset())
+    model, never = attach(tiny_model()), EndOfTurn(ids=(), stop_ids=frozenset())
     limits = [3, 0, -2, 8, 5]
     prompts = [prompt(length, limit) for length, limit in zip((7, 10, 12, 3, 0), limits, strict=True)]
     reporter = Recorder()
@@ -339,10 +339,10 @@ def test_answers_end_at_their_limits():
 
 def test_an_end_of_turn_is_cut_off_once(monkeypatch):
     """What an answer says before its end may look like the beginning of another; what there is of one goes too."""
-    end = EndOfTurn(ids=(7, 8), stop=frozenset({9}))
+    end = EndOfTurn(ids=(7, 8), stop_ids=frozenset({9}))
     for said, expected in ([5, 7, 7, 8], [5, 7]), ([7, 9], []), ([7, 7, 9], [7]), ([8, 7, 7, 6, 7], [8, 7, 7, 6]):
         steps = iter(said)
-        monkeypatch.setattr(greedy, "_feed", lambda *all, steps=steps, **named: torch.eye(61)[[next(steps)]])
+        monkeypatch.setattr(greedy, "_forward", lambda *all, steps=steps, **named: torch.eye(61)[[next(steps)]])
         assert greedy_answers(attach(tiny_model()), [prompt(4, 5)], end) == [expected]
 
 

@@ -75,8 +75,8 @@ def test_many_at_once_are_each_alone(architecture, mask, monkeypatch):
     monkeypatch.setattr(
         batched, "greedy_answers", lambda *all, **named: given.append(all[1]) or greedy_answers(*all, **named)
     )
-    feed = greedy._feed
-    monkeypatch.setattr(greedy, "_feed", lambda *all, **named: seen.append(feed(*all, **named)) or seen[-1])
+    feed = greedy._forward
+    monkeypatch.setattr(greedy, "_forward", lambda *all, **named: seen.append(feed(*all, **named)) or seen[-1])
     for batch_size in (1, 3, 16):
         assert (
             answer_many(model, encoder, conversations, mask=mask, max_new_tokens=6, batch_size=batch_size) == expected
@@ -106,9 +106,9 @@ def test_nothing_to_do_and_what_cannot_be():
         answer_many(model, encoder, [question, [*question, {"role": "assistant", "content": "b"}]], mask="ism")
     with pytest.raises(UsageError, match="batch_size is 0; expected 1 or more"):
         answer_many(model, encoder, [question], mask="ism", batch_size=0)
-    with pytest.raises(UsageError, match="tools are 2; expected one entry for each of 1 conversations"):
+    with pytest.raises(UsageError, match="tools has 2 entries; expected one for each of 1 conversations"):
         answer_many(model, encoder, [question], mask="ism", tools=[None, None])
     model.config.max_position_embeddings = 4
     encoder.context = lambda text: [5] * 5
-    with pytest.raises(DataError, match="conversation 1: it has 5 tokens; the model has 4 positions, with the answer"):
+    with pytest.raises(DataError, match="conversation 1: has 5 tokens before the answer; the model has 4 positions"):
         answer_many(model, encoder, [question], mask="ism")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, Llam
 
 from ismdata.attention.attachment import attach
 from ismdata.errors import UnsupportedModelError
-from ismdata.generate.eviction import POLICIES, KeyRotation, compact, crop, kept
+from ismdata.generate.eviction import POLICIES, KeyRotation, crop_entries, keep_entries, select_entries
 from ismdata.generate.feeding import feed, feed_scored
 from tests.support.talks import FEW
 from tests.support.tiny import SIZES, VOCABULARY, tiny_model
@@ -41,7 +41,9 @@ def brute_force(entropies, count, *, recent, sinks):
 )
 def test_what_stays(entropies, count, recent, sinks, policy):
     values = np.array(entropies)
-    stay = kept(policy, values, count, recent=recent, sinks=sinks, generator=np.random.default_rng(0)).tolist()
+    stay = select_entries(
+        policy, values, count, recent=recent, sinks=sinks, generator=np.random.default_rng(0)
+    ).tolist()
     assert stay == sorted(set(stay))
     assert len(stay) == min(count, len(entropies))
     always = set(brute_force(entropies, min(count, sinks + recent), recent=recent, sinks=sinks))
@@ -56,7 +58,7 @@ def test_the_policies_differ_in_the_middle():
     entropies = np.array([9, 9, 1, 8, 2, 7, 3, 6, 4, 5.0])
 
     def stay(policy):
-        return kept(policy, entropies, 6, recent=1, sinks=2, generator=np.random.default_rng(1)).tolist()
+        return select_entries(policy, entropies, 6, recent=1, sinks=2, generator=np.random.default_rng(1)).tolist()
 
     assert stay("sirllm") == [0, 1, 3, 5, 7, 9]
     assert stay("streaming") == [0, 1, 6, 7, 8, 9]
@@ -105,9 +107,9 @@ def test_a_cut_cache_is_the_cache_of_what_is_left(kind, scaling):
     cache = DynamicCache(config=model.config)
     feed(model, IDS, cache, bidirectional=False)
     stay = np.array([0, 1, 2, 3, 9, 17, 18, 30, 38, 39])
-    compact(cache, stay, rotation)
+    keep_entries(cache, stay, rotation)
     stay_again = np.array([0, 1, 4, 5, 6, 8, 9])  # cut again, and again the same
-    compact(cache, stay_again, rotation)
+    keep_entries(cache, stay_again, rotation)
     left = [IDS[at] for at in stay[stay_again]]
     assert cache.get_seq_length() == len(left)
     fresh = DynamicCache(config=model.config)
@@ -126,7 +128,7 @@ def test_moved_keys_are_those_of_the_new_positions_in_every_layer(architecture):
     """Cutting the beginning of documents that see nothing of it moves what is left, and changes nothing else."""
     model = attach(tiny_model(architecture, dtype=torch.float32))
     if architecture == "gemma3":  # its angles are made for each kind of layer
-        with pytest.raises(UnsupportedModelError, match=r"positions are not one rotary embedding|asks for"):
+        with pytest.raises(UnsupportedModelError, match=r"no single rotary embedding|expected a tensor"):
             KeyRotation.of(model)
         return
     rotation = KeyRotation.of(model)
@@ -148,7 +150,7 @@ def test_moved_keys_are_those_of_the_new_positions_in_every_layer(architecture):
     old, new = torch.arange(700, 712), torch.arange(12)
     for moved, expected in zip(keys(700), keys(0), strict=True):
         assert (moved - expected).abs().max() > 0.1
-        torch.testing.assert_close(rotation.turn(moved, old, new), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rotation.rotate(moved, old, new), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +161,12 @@ def test_moved_keys_are_those_of_the_new_positions_in_every_layer(architecture):
             LlamaConfig(
                 **SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
             ),
-            r"a part of each head only \(0.5\)",
+            r"only a part of each head \(0.5\)",
         ),
-        (GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}), "part of each head|turned"),
+        (
+            GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+            "part of each head",
+        ),
     ],
     ids=["dynamic", "partial", "gpt-neox"],
 )
@@ -186,7 +191,7 @@ def test_a_model_that_turns_other_pairs_is_noticed(monkeypatch):
     model = one_layer("llama")
     KeyRotation.of(model)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", turn_neighbours)
-    with pytest.raises(UnsupportedModelError, match="are not those that it computes there"):
+    with pytest.raises(UnsupportedModelError, match="differ from the keys that it computes at the new positions"):
         KeyRotation.of(model)
 
 
@@ -196,7 +201,7 @@ def test_cropping_takes_back_what_was_fed_since():
     feed(model, IDS[:9], cache, bidirectional=True)
     before = [layer.keys.clone() for layer in cache.layers]
     feed(model, IDS[9:], cache, bidirectional=True)
-    crop(cache, 9)
+    crop_entries(cache, 9)
     assert cache.get_seq_length() == 9
     for layer, keys in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ismdata.generate.sampling import EndOfTurn, Sampling, can_show, chooser, message_text
+from ismdata.generate.sampling import EndOfTurn, Sampling, can_show, make_sampler, message_text
 from tests.support.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ def test_greedy_with_a_repetition_penalty_is_what_generate_gives():
     model = tiny_model()
     prompt = torch.tensor([[5, 9, 17, 5, 30]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, repetition_penalty=1.7, pad_token_id=0)
-    choose, ids = chooser(Sampling(repetition_penalty=1.7), CPU), prompt[0].tolist()
+    choose, ids = make_sampler(Sampling(repetition_penalty=1.7), CPU), prompt[0].tolist()
     for _ in range(12):
         with torch.no_grad():
             ids.append(choose(model(torch.tensor([ids])).logits[0, -1], ids))
@@ -42,13 +42,13 @@ LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log()
     ids=["all", "top_k", "top_p", "min_p", "top_k and min_p"],
 )
 def test_only_what_sampling_leaves_is_drawn(options, possible):
-    choose = chooser(Sampling(temperature=1.0, **options), CPU)
+    choose = make_sampler(Sampling(temperature=1.0, **options), CPU)
     assert {choose(LOGITS, [0]) for _ in range(400)} == possible
 
 
 def test_temperature_and_penalty_change_how_often():
     def share(ids, **options):
-        choose = chooser(Sampling(**options), CPU)
+        choose = make_sampler(Sampling(**options), CPU)
         return sum(choose(LOGITS, ids) == 0 for _ in range(400)) / 400
 
     assert share([], temperature=1.0) < 0.6
@@ -58,14 +58,14 @@ def test_temperature_and_penalty_change_how_often():
 
 def test_the_end_of_turn_by_its_definition():
     """All answers of up to four tokens over a small alphabet, with the longest overlap found the dumb way."""
-    end = EndOfTurn(ids=(1, 2, 1), stop=frozenset({1, 9}))
+    end = EndOfTurn(ids=(1, 2, 1), stop_ids=frozenset({1, 9}))
     for length in range(5):
         for answer in itertools.product((1, 2, 3), repeat=length):
             overlap = max(n for n in range(4) if answer[length - n :] == (1, 2, 1)[:n] and n <= length)
-            assert end.complete(answer) == (overlap == 3)
+            assert end.is_complete(answer) == (overlap == 3)
             assert end.missing(answer) == [1, 2, 1][overlap:]
             assert end.content(answer) == list(answer[: length - overlap])
-    assert [end.stops(token) for token in (1, 9, 3)] == [False, True, False]  # 1 belongs to the template's own ending
+    assert [end.is_stop(token) for token in (1, 9, 3)] == [False, True, False]  # 1 belongs to the template's own ending
 
 
 def test_the_lead_that_the_template_writes_is_not_shown():

@@ -163,7 +163,7 @@ def test_a_conversation_longer_than_the_model_is_refused_and_kept():
     session, model, _ = session_of(TWO_TURNS, max_positions=12)
     session.reply("ab")
     before = (list(session.messages), list(session.fed), len(model.calls))
-    with pytest.raises(DataError, match=r"would have 12 tokens; the model has 12 positions.*/new"):
+    with pytest.raises(DataError, match=r"would have 12 tokens before the answer; the model has 12 positions.*/new"):
         session.reply("abc")
     assert (session.messages, session.fed, len(model.calls)) == before
     assert session.reply("c") == "j"  # a shorter one still fits, to the last position
@@ -312,7 +312,7 @@ def test_what_the_template_does_not_take(refusal):
 
     encoder.next_context = refuse
     with pytest.raises(
-        DataError, match=f"the chat template does not take this conversation: {refusal}".replace("+", ".")
+        DataError, match=f"the chat template does not accept this conversation: {refusal}".replace("+", ".")
     ):
         session.reply("c")
     assert len(session.messages) == 2

@@ -9,7 +9,8 @@ import pytest
 
 from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError, UsageError
-from ismdata.generate.session import Session, Window
+from ismdata.generate.session import Session
+from ismdata.generate.window import Window
 from ismdata.rendering.messages import as_template_messages
 from tests.generate.test_session import TWO_TURNS, session_of
 from tests.support.scripted import END, CharacterEncoder, ScriptedModel
@@ -55,7 +56,7 @@ def test_a_file_of_something_else_is_not_replaced(tmp_path):
     session, _, _ = session_of(TWO_TURNS)
     session.reply("ab")
     (tmp_path / "diary.txt").write_text("dear diary")
-    with pytest.raises(UsageError, match=r"diary.txt: exists and is not of this session; name another file"):
+    with pytest.raises(UsageError, match=r"diary.txt: exists, and this session did not write or load it; name another"):
         session.save(tmp_path / "diary.txt")
     assert (tmp_path / "diary.txt").read_text() == "dear diary"
     session.save(tmp_path / "talk.jsonl")
@@ -66,7 +67,7 @@ def test_a_file_of_something_else_is_not_replaced(tmp_path):
 
 def test_what_convert_would_refuse_is_not_written(tmp_path):
     session, _, _ = session_of([END, 0])
-    with pytest.raises(DataError, match=r"talk.jsonl: not written, since convert would refuse it"):
+    with pytest.raises(DataError, match=r"talk.jsonl: not written, because convert would refuse it"):
         session.save(tmp_path / "talk.jsonl")  # no messages
     session.reply("ab")
     with pytest.raises(DataError, match=r"convert would refuse it: message 2 \(assistant\) is empty"):
@@ -77,7 +78,7 @@ def test_what_convert_would_refuse_is_not_written(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     session, _, _ = session_of(TWO_TURNS)
     session.reply("ab")
-    with pytest.raises(DataError, match=r"talk.jsonl: writing failed \(No such file or directory\). Name another file"):
+    with pytest.raises(DataError, match=r"talk.jsonl: cannot be written \(No such file or directory\). Name another"):
         session.save(tmp_path / "nowhere" / "talk.jsonl")
 
 
@@ -89,8 +90,8 @@ LINE = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
     [
         (None, r"talk.jsonl: No such file or directory; expected a file with one JSON line"),
         (b"\xff\xfe{}", r"talk.jsonl: not UTF-8 at byte 0; expected one JSON line of messages"),
-        (b"", r"talk.jsonl: 0 lines that hold something; expected one, a conversation as /save writes it"),
-        (f"{LINE}\n{LINE}\n".encode(), r"talk.jsonl: 2 lines that hold something; expected one"),
+        (b"", r"talk.jsonl: 0 non-empty lines; expected one, the conversation that /save writes"),
+        (f"{LINE}\n{LINE}\n".encode(), r"talk.jsonl: 2 non-empty lines; expected one"),
         (b'\n{"messages": [', r"talk.jsonl:2: not JSON \(Expecting value"),
         (b'{"messages": [], "x": NaN}', r"talk.jsonl:1: not JSON \(NaN is not JSON\)"),
         (b"[1, 2]", r"talk.jsonl:1: no messages found; expected"),
@@ -106,7 +107,7 @@ LINE = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', r"talk.jsonl: the conversation has no question"),
         (
             LINE.replace('"a"', '"' + "a" * 40 + '"').encode(),
-            r"talk.jsonl: the conversation would have 42 tokens; the model has 30 positions",
+            r"talk.jsonl: the conversation would have 42 tokens before the answer; the model has 30 positions",
         ),
         ("folder", r"talk.jsonl: Is a directory; expected a file"),
     ],

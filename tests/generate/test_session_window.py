@@ -11,9 +11,10 @@ from transformers import DynamicCache
 
 from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
-from ismdata.generate.eviction import SINKS, kept
+from ismdata.generate.eviction import SINKS, select_entries
 from ismdata.generate.feeding import feed, feed_scored
-from ismdata.generate.session import Session, Window
+from ismdata.generate.session import Session
+from ismdata.generate.window import Window
 from ismdata.rendering.glm_tokens import GlmTokens
 from tests.laws.test_laws_cache import MASK_ID, START_ID, TextEncoder, glm_model, one_forward
 from tests.support.scripted import END, AnewEncoder, CharacterEncoder, ScriptedModel
@@ -76,7 +77,7 @@ def test_a_turn_that_does_not_fit_alone_is_refused():
     session, _ = dropping([7, END, 0], context=12)
     session.reply("ab")
     before = list(session.fed)
-    with pytest.raises(DataError, match=r"would have 14 tokens; the cache holds 12 positions.*Say less"):
+    with pytest.raises(DataError, match=r"would have 14 tokens before the answer; the cache has 12 posi.*Say less"):
         session.reply("abcdefghijkl")
     assert session.fed == before
     assert (said(session), session.left_out) == (["ab", "h"], 0)
@@ -114,7 +115,7 @@ def test_what_is_left_has_the_logits_of_one_forward(when_full, mask):
             continue
         questions = [m["content"] for m in session.messages[session.left_out :] if m["role"] == "user"]
         lengths = [len(session.encoder.context(question)) for question in questions]
-        written = [ids for place, ids in sorted(session._talk.written.items()) if place >= session.left_out]
+        written = [ids for place, ids in sorted(session._transcript.generated.items()) if place >= session.left_out]
         turns = list(zip(lengths, map(len, written), strict=True))
         expected = one_forward(model, turns, session.fed, mask)
         first = len(session.fed) - turns[-1][1] - 1
@@ -133,7 +134,7 @@ def reference_answer(model, held, contexts, *, size, policy, decay, count, turns
             recent = len(ids) - turn
             most = size - len(piece)
             most = min(most, max(size - max(len(piece), size // 16), min(SINKS + recent, most)))
-            stay = kept(policy, np.array(entropies), most, recent=recent, generator=np.random.default_rng(0))
+            stay = select_entries(policy, np.array(entropies), most, recent=recent, generator=np.random.default_rng(0))
             ids, entropies = [ids[k] for k in stay], [entropies[k] for k in stay]
             turn = max(len(ids) - recent, 0)
         if new_turn:
@@ -182,8 +183,8 @@ def test_single_tokens_leave_as_sirllm_says(policy, decay):
     for text, answer, (ids, entropies) in zip(texts, answers, held, strict=True):
         assert session.reply(text) == encoder.decode([token for token in answer if token != 60])
         assert session.fed == ids
-        np.testing.assert_allclose(session._held.entropies, entropies, atol=1e-4)
-    assert session._held.evictions > 8
+        np.testing.assert_allclose(session._cache.entropies, entropies, atol=1e-4)
+    assert session._cache.evictions > 8
     assert len(session.fed) <= 32
 
 
@@ -197,7 +198,7 @@ def test_undo_after_tokens_left():
         for text in texts:
             session.reply(text)
         if undo:
-            assert session._held.evictions
+            assert session._cache.evictions
             session.undo()
         return session
 
@@ -225,7 +226,7 @@ def test_under_ism_contexts_stay_bidirectional():
     torch.testing.assert_close(torch.stack(seen["ours"]), torch.stack(seen["wide"]), rtol=0, atol=1e-5)
     for text in "defghijkl":
         ours.reply(text)
-    assert ours._held.evictions
+    assert ours._cache.evictions
     assert len(ours.fed) <= 60
 
 
@@ -238,12 +239,12 @@ def test_what_cannot_be_chosen():
     ]:
         with pytest.raises(UsageError, match=message):
             Window(**options)
-    with pytest.raises(UsageError, match="--context is 9999; the model has 2048 positions"):
+    with pytest.raises(UsageError, match="--context is 9999; expected at most the model's 2048 positions"):
         Session(model, CharacterEncoder(), mask="ism", window=Window(context=9999))
-    with pytest.raises(UsageError, match="--when-full sirllm: the context is 8; expected --context N, more than 8"):
+    with pytest.raises(UsageError, match="--when-full sirllm: the context is 8; expected --context N with N above 8"):
         Session(model, CharacterEncoder(), mask="ism", window=Window(when_full="sirllm", context=8))
     for mask, encoder in (("prefix", CharacterEncoder()), ("ism", AnewEncoder())):
-        with pytest.raises(UsageError, match=r"keeps none\. Use stop or drop-oldest"):
+        with pytest.raises(UsageError, match=r"does not keep one\. Use stop or drop-oldest"):
             Session(model, encoder, mask=mask, window=Window(when_full="sirllm", context=64))
 
 
@@ -253,7 +254,7 @@ def test_the_glm_layout_lets_no_single_tokens_go():
     with pytest.raises(UsageError, match="differ on the GLM layout"):
         Session(model, encoder, mask="ism")
     encoder = TextEncoder(GlmTokens(mask_id=MASK_ID, start_id=START_ID, every_answer=True))
-    with pytest.raises(UnsupportedModelError, match="asks for x, position_ids, position_ids_2"):
+    with pytest.raises(UnsupportedModelError, match="takes x, position_ids, position_ids_2; expected"):
         Session(model, encoder, mask="ism", window=Window(when_full="sirllm", context=64))
 
 
@@ -264,10 +265,10 @@ def test_a_message_larger_than_the_cache(when_full):
     window = Window(when_full=when_full, context=10)
     session = Session(attach(tiny_model()), encoder, mask="causal", max_new_tokens=4, window=window)
     with pytest.raises(
-        DataError, match="a turn and the first 4 tokens would have 9 tokens; the cache holds 10 positions"
+        DataError, match="the turn and the first 4 tokens would have 9 tokens before the answer; the cache has 10 pos"
     ):
         session.reply(lengths[5])
     for length in (4, 2, 3, 1, 3):
         session.reply(lengths[length])
-    assert session._held.evictions
+    assert session._cache.evictions
     assert len(session.fed) <= 10

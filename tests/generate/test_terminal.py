@@ -12,8 +12,9 @@ import pytest
 from ismdata.attention import attachment as attention
 from ismdata.attention import model_folder
 from ismdata.errors import DataError, UsageError
-from ismdata.generate.session import Session, Window
+from ismdata.generate.session import Session
 from ismdata.generate.terminal import COMMANDS, open_chat, run_terminal
+from ismdata.generate.window import Window
 from ismdata.rendering.encoding import SETTINGS_NAME
 from tests.generate.test_session import TWO_TURNS, session_of
 from tests.support.scripted import END, CharacterEncoder, ScriptedModel
@@ -36,7 +37,7 @@ def terminal(chat, lines):
 
 def test_the_terminal_loop():
     chat, _, _ = session_of([*TWO_TURNS, 4, END, 0])
-    assert terminal(chat, ["ab", "  ", "c", "/new", "d", "/exit", "never read"]) == "hi\nj\nA new conversation.\ne\n"
+    assert terminal(chat, ["ab", "  ", "c", "/new", "d", "/exit", "never read"]) == "hi\nj\nNew conversation.\ne\n"
     assert len(chat.messages) == 2
 
 
@@ -77,7 +78,7 @@ def test_commands(tmp_path):
     shown = terminal(session, ["ab", f"/save {path}", "c", "/undo", "/undo", "/undo", f"/load '{path}'"])
     assert shown == (
         f"hi\nWrote 2 messages to {path}.\nj\n"
-        "Took back 'c' and what followed.\nTook back 'ab' and what followed.\nNothing to take back.\n"
+        "Removed 'c' and what followed.\nRemoved 'ab' and what followed.\nNothing to remove.\n"
         f"Read 2 messages from {path}.\n\n"
     )
     model.script = [0, 0, 5, END]
@@ -95,7 +96,7 @@ def test_a_loaded_question_is_answered(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/quit", "/quit: no such command; /help lists them. A line of text may begin with a blank"),
+        ("/quit", "/quit: no such command; /help lists them. To send text that begins with /, type a space first"),
         ("/save", "/save: expected /save FILE"),
         ("/new now", "/new now: expected /new"),
         ("/load nowhere.jsonl", "nowhere.jsonl: No such file or directory; expected a file with one JSON line"),
@@ -133,7 +134,7 @@ def test_a_line_may_begin_with_a_slash_behind_a_blank():
 def test_turns_that_leave_are_told():
     window = Window(when_full="drop-oldest", context=14)
     session = Session(ScriptedModel([7, END] * 20), CharacterEncoder(), mask="ism", window=window, max_new_tokens=2)
-    assert "(The oldest 2 messages have left the context.)" in terminal(session, ["ab", "cd", "ef"])
+    assert "(The oldest 2 messages are no longer in the context.)" in terminal(session, ["ab", "cd", "ef"])
 
 
 def test_another_mask_than_the_models_is_told():
@@ -198,7 +199,7 @@ def test_a_question_longer_than_the_models_positions(folder):
     session = open_chat(folder, mask="ism")
     shown = terminal(session, ["word " * 100])
     assert "would have" in shown
-    assert "the model has 64 positions, with the answer. Say less" in shown
+    assert "the model has 64 positions, which must hold the answer too. Say less" in shown
     assert session.messages == []
 
 
@@ -216,12 +217,12 @@ def test_the_command_line(folder):
     done = run("--max-new-tokens", "2", "--when-full", "drop-oldest", "--context", "60", lines="Hi\n/undo\n\n/exit\n")
     assert done.exit_code == 0, done.output
     assert "Mask ism. /help" in done.output
-    assert "Took back 'Hi'" in done.output
+    assert "Removed 'Hi'" in done.output
     other = run("--mask", "causal", "--top-k", "3", "--min-p", "0.1", "--repetition-penalty", "1.1", lines="")
     assert "Mask causal (the model was trained under ism)" in other.output
     refused = run("--context", "65")
     assert refused.exit_code == 2
-    assert "--context is 65; the model has 64 positions" in refused.output
+    assert "--context is 65; expected at most the model's 64 positions" in refused.output
     record(folder, "slanted")
     assert run().exit_code == 1
 

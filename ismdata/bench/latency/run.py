@@ -2,7 +2,7 @@
 
 A conversation of 20 turns of 200 tokens, 40 of the query and 160 of the answer; tokens are drawn at random and answers
 are given, not sampled. At each turn the clock runs from the tokens of the query to the first token of the answer, by
-the code that a Session runs (`held`, `decoding`): under ism and causal the query is fed after the cache of all earlier
+the code that a Session runs: under ism and causal the query is fed after the cache of all earlier
 turns, under prefix all of the conversation anew. Rendering and tokenizing the text are left out.
 
 At each turn the masks run in turn, round after round; before a round the cache is cropped, as `undo` does. After the
@@ -35,7 +35,7 @@ from ismdata.bench.report import machine
 from ismdata.data import open_output
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
-from ismdata.generate import KVCache, Sampling, chooser
+from ismdata.generate import KVCache, Sampling, make_sampler
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 
@@ -143,8 +143,8 @@ class Conversation:
     def __init__(self, model: PreTrainedModel, mask: str, turns: Sequence[Turn]) -> None:
         self.mask = mask
         self.turns = turns
-        self.held = KVCache(model, mask=mask, size=None)
-        self._choose = chooser(Sampling(), model.device)
+        self.cache = KVCache(model, mask=mask, size=None)
+        self._choose = make_sampler(Sampling(), model.device)
         self._openings = 1 if takes_two_positions(model) else 0
         self._settled = 0
 
@@ -153,21 +153,21 @@ class Conversation:
         turn = self.turns[number]
         ids = turn.query
         if self.mask == "prefix":
-            self.held.forget()
+            self.cache.clear()
             ids = [*(id for past in self.turns[:number] for id in past.query + past.answer), *ids]
-        logits = self.held.feed(ids, is_answer=False, opening=turn.answer[: self._openings])
-        return self._choose(logits, self.held.ids)
+        logits = self.cache.append(ids, is_answer=False, opening=turn.answer[: self._openings])
+        return self._choose(logits, self.cache.ids)
 
     def take_back(self) -> None:
         """Bring the cache back to the end of the last answer. Prefix keeps none: `first_token` begins with nothing."""
         if self.mask != "prefix":
-            self.held.crop(self._settled)
+            self.cache.crop(self._settled)
 
     def give_answer(self, number: int) -> None:
         """After `first_token`: the rest of the answer, in one causal prefill."""
         if self.mask != "prefix":
-            self.held.feed(self.turns[number].answer[self._openings :], is_answer=True)
-            self._settled = len(self.held.ids)
+            self.cache.append(self.turns[number].answer[self._openings :], is_answer=True)
+            self._settled = len(self.cache.ids)
 
     def prefills(self, number: int) -> list[tuple[int, int]]:
         """What `first_token` feeds: for each call of the model, new tokens and the keys that they see."""
