@@ -13,14 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from ismdata.cli.views import folders as view
 from ismdata.cli.views import reports
 from ismdata.convert import convert
-from ismdata.data import open_output, verify
+from ismdata.data import ConvertedFolder, open_output, verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import pack
 from ismdata.rendering import ConversationEncoder
@@ -62,11 +61,8 @@ def sample_files() -> list[Path]:
 
 def texts(converted: Path) -> Iterator[str]:
     """Yield the text of each message of a converted folder."""
-    for path in sorted(converted.glob("conversations-*.arrow")):
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                contents = batch.column("messages").flatten().field("content")
-                yield from contents.drop_null().to_pylist()
+    for batch in ConvertedFolder(converted).batches():
+        yield from batch.column("messages").flatten().field("content").drop_null().to_pylist()
 
 
 def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from ismdata.arrays import offsets_of
 from ismdata.choices import Dedup
-from ismdata.conversation import ASSISTANT, CONVERSATION_SCHEMA, FORMAT, ROLES, USER, Quarantined
+from ismdata.conversation import ASSISTANT, ROLES, USER, Quarantined
 from ismdata.convert.columnar import flat_list, mask
 from ismdata.convert.digests import Digests, DigestSet, digests, repeats
 from ismdata.convert.near_duplicates import MINIMA, NearIndex
-from ismdata.data import ColumnFile, ShardFile, read_index
-from ismdata.errors import DataError, UsageError
+from ismdata.data import ColumnFile, ConvertedFolder
+from ismdata.errors import UsageError
 
 #: Patterns that mean the same to RE2, which searches a column at once, as to `re`: texts, `.` and `|`.
 _PLAIN = re.compile(r"(?:[^\\^$(){}\[\]?*+]|\\[!-/:-@\[-`{-~])*")
@@ -211,19 +211,5 @@ def against_digests(folder: Path) -> Digests:
 
     Raises DataError when it is not one, or a shard is missing, cut off or not readable.
     """
-    parts = [np.empty((0, 2), np.uint64)]
-    for entry in read_index(folder, FORMAT)["shards"]:
-        file = ShardFile(**entry)
-        file.check_size(folder)
-        path = folder / file.name
-        try:
-            with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
-                if not stream.schema.equals(CONVERSATION_SCHEMA):
-                    raise DataError(
-                        f"{path}: columns are {', '.join(stream.schema.names)}; "
-                        f"expected {', '.join(CONVERSATION_SCHEMA.names)}. Convert the corpus again"
-                    )
-                parts += [digests(pa.Table.from_batches([batch])) for batch in stream]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
-    return np.concatenate(parts)
+    batches = (pa.Table.from_batches([batch]) for batch in ConvertedFolder(folder).batches())
+    return np.concatenate([np.empty((0, 2), np.uint64), *map(digests, batches)])

@@ -34,7 +34,7 @@ from ismdata.data import (
     ColumnFile,
     ConversationWriter,
     Journal,
-    QuarantineWriter,
+    Quarantine,
     describe_file,
     entries,
     write_index,
@@ -120,7 +120,7 @@ class ConversionJob:
             (folder / name).mkdir(exist_ok=True)
             writer = ConversationWriter(folder / name, state["parts"][name] if state else None)
             self.parts.append(_Part(name=name, folder=folder / name, writer=writer))
-        self.quarantine = QuarantineWriter(self.parts[0].folder, state.get("quarantine"))
+        self.quarantine = Quarantine(self.parts[0].folder, state.get("quarantine"))
         scratch = folder / SCRATCH_NAME  # goes when the folder is in place
         scratch.mkdir(exist_ok=True)
         self.cleaner = Cleaner(selection.cleaning, scratch, against=against, keep=state.get("cleaner"))

@@ -4,7 +4,6 @@ from .collate import check_serves as check_serves
 from .column_file import ColumnFile as ColumnFile
 from .conversations import ConversationWriter as ConversationWriter
 from .conversations import ConvertedFolder as ConvertedFolder
-from .conversations import QuarantineWriter as QuarantineWriter
 from .dataset import PackedDataset as PackedDataset
 from .dataset import Sample as Sample
 from .index import INDEX_NAME as INDEX_NAME
@@ -26,6 +25,7 @@ from .output_folder import open_output as open_output
 from .output_folder import put_in_place as put_in_place
 from .output_folder import sync_path as sync_path
 from .problems import Problems as Problems
+from .quarantine import Quarantine as Quarantine
 from .shards import FORMAT as FORMAT
 from .shards import PackedSequence as PackedSequence
 from .shards import PackedShards as PackedShards

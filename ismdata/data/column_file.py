@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from ismdata.data.output_folder import reopen
 from ismdata.errors import DataError
 
 
@@ -25,16 +26,7 @@ class ColumnFile:
         self.path, self.dtype, self.width = path, np.dtype(dtype), width
         self.rows = keep
         self._map: mmap.mmap | None = None
-        self._file = path.open("r+b" if keep and path.exists() else "wb")
-        kept, found = keep * self._row_bytes, self._file.seek(0, os.SEEK_END)
-        if found < kept:
-            self._file.close()
-            raise DataError(
-                f"{path}: {found} bytes; expected at least {kept}, which the interrupted run had written. "
-                "It was changed since; what is left is removed: run the same command again"
-            )
-        self._file.truncate(kept)
-        self._file.seek(kept)
+        self._file = reopen(path, keep * self._row_bytes)
 
     @property
     def _row_bytes(self) -> int:

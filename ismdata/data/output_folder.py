@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ismdata.data.index import INDEX_NAME
 from ismdata.data.lock import locked
@@ -170,6 +171,31 @@ def _sync(folder: Path) -> None:
         if path.relative_to(folder).parts[0] not in (JOURNAL_NAME, SCRATCH_NAME):
             sync_path(path)
     sync_path(folder)
+
+
+def reopen(path: Path, length: int) -> IO[bytes]:
+    """Open a file of an interrupted run to append to its first `length` bytes; what follows them is cut off.
+
+    Args:
+        path: The file. It is created if `length` is 0.
+        length: How many bytes the interrupted run had recorded.
+
+    Returns:
+        The open file, at its end.
+
+    Raises:
+        DataError: If the file is shorter than that.
+    """
+    found = path.stat().st_size if length and path.exists() else 0
+    if found < length:
+        raise DataError(
+            f"{path}: {found} bytes; expected at least {length}, which the interrupted run had written. "
+            "The file has changed since. The unfinished output is removed: run the same command again"
+        )
+    file = path.open("r+b" if length else "wb")
+    file.truncate(length)
+    file.seek(length)
+    return file
 
 
 def sync_path(path: Path) -> None:

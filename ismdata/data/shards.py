@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.data.index import INDEX_NAME, ShardFile, read_index
+from ismdata.data.arrow_stream import read_batches
+from ismdata.data.index import ShardFile, read_index
 from ismdata.errors import DataError
 from ismdata.masks import BLOCK_SIZE
 
@@ -142,23 +143,9 @@ class PackedShards:
         schema.
         """
         if shard not in self._tables:
-            path = self.folder / self.files[shard].name
-            try:
-                with pa.memory_map(str(path)) as source:
-                    table = pa.ipc.open_stream(source).read_all()
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{path}: not a readable Arrow stream ({error}). Pack the corpus again") from error
-            expected = packed_schema(self.seq_len, weighted=self.weighted, layout=self.layout)
-            if not table.schema.equals(expected):
-                raise DataError(
-                    f"{path}: columns are {', '.join(map(str, table.schema))}; expected {', '.join(map(str, expected))}"
-                )
-            if len(table) != self.files[shard].rows:
-                raise DataError(
-                    f"{path}: {len(table)} rows; expected {self.files[shard].rows} ({INDEX_NAME}). "
-                    "Pack the corpus again"
-                )
-            self._tables[shard] = table
+            schema = packed_schema(self.seq_len, weighted=self.weighted, layout=self.layout)
+            batches = [batch for _, batch in read_batches(self.folder, self.files[shard], schema)]
+            self._tables[shard] = pa.Table.from_batches(batches, schema)
         return self._tables[shard]
 
     def __getitem__(self, row: int) -> PackedSequence:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from ismdata import conversation
 from ismdata.choices import LAYOUTS, MASKS
 from ismdata.data import shards
+from ismdata.data.arrow_stream import read_batches
 from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
 from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
@@ -238,32 +239,13 @@ def _check_conservation(folder: Path, counts: dict[str, Any], kept: str, problem
 
 
 def _batches(
-    path: Path, file: ShardFile, schema: pa.Schema, problems: Problems
+    folder: Path, file: ShardFile, schema: pa.Schema, problems: Problems
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches of a shard that Arrow finds sound, each with the number of its first row; or problems."""
-    rows = 0
+    """Batches of a shard that Arrow finds sound, each with the number of its first row; what is wrong is a problem."""
     try:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_stream(source)
-            if not reader.schema.equals(schema):
-                problems.add(f"{path}: columns are {_fields(reader.schema)}; expected {_fields(schema)}")
-                return
-            for batch in reader:
-                batch.validate(full=True)
-                yield rows, batch
-                rows += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        problems.add(f"{path}: row {rows} on: not a sound Arrow stream ({error}). Make the folder again")
-        return
-    if rows != file.rows:
-        problems.add(f"{path}: {rows} rows; expected {file.rows} ({INDEX_NAME})")
-
-
-def _fields(schema: pa.Schema) -> str:
-    try:
-        return ", ".join(f"{field.name} {field.type}{'' if field.nullable else ' not null'}" for field in schema)
-    except UnicodeDecodeError:
-        return "not named in UTF-8"
+        yield from read_batches(folder, file, schema, validate=True)
+    except DataError as error:
+        problems.add(str(error))
 
 
 def _nulls(array: pa.Array, field: pa.Field) -> Iterator[str]:
@@ -289,7 +271,7 @@ def _verify_converted(folder: Path, index: dict[str, Any], problems: Problems) -
     counts = {"conversations": 0, "messages": 0}
     for file in _shards(index, intact):
         path = folder / file.name
-        for first_row, batch in _batches(path, file, conversation.CONVERSATION_SCHEMA, problems):
+        for first_row, batch in _batches(folder, file, conversation.CONVERSATION_SCHEMA, problems):
             counts["conversations"] += batch.num_rows
             counts["messages"] += _check_conversations(path, first_row, batch, problems)
     _check_quarantine(folder, index, intact, problems)
@@ -370,7 +352,7 @@ def _verify_packed(folder: Path, index: dict[str, Any], problems: Problems) -> d
     sound = _all_read(index, intact)
     for file in _shards(index, intact):
         path = folder / file.name
-        for first_row, batch in _batches(path, file, terms.schema, problems):
+        for first_row, batch in _batches(folder, file, terms.schema, problems):
             if _has_nulls(path, first_row, batch, problems):
                 sound = False
                 continue

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import ismdata
-from ismdata.data import ConvertedFolder, Journal, open_output, write_index
+from ismdata.data import ConvertedFolder, Journal, Quarantine, open_output, write_index
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError
 from ismdata.memory import give_back, kept_memory
@@ -29,7 +29,7 @@ from ismdata.pack.options import PackOptions
 from ismdata.pack.planning.plan import plan
 from ismdata.pack.report import PackReport, conversation_counts, packed_index
 from ismdata.pack.shard_writer import SHARD_TOKENS, write_shards
-from ismdata.pack.tokenize import Quarantine, sampled_texts, tokenize
+from ismdata.pack.tokenize import sampled_texts, tokenize
 from ismdata.rendering import Encoding, cautions, load_encoding, shapes_in
 
 
@@ -102,7 +102,6 @@ def pack(
             )
         counts = conversation_counts(job.conversations, tally.conversations, quarantine.reasons)
         totals = tally.totals(lengths, options.seq_len, sequences=planned.rows)
-        refusals = quarantine.first()
         write_index(
             folder,
             packed_index(job, shards, counts=counts, totals=totals, weighted=tally.weighted, backend=tokenized.backend),
@@ -112,7 +111,7 @@ def pack(
         counts=counts,
         totals=totals,
         notes=encoding.notes,
-        first_refusals=refusals,
+        first_refusals=tuple(quarantine.first.values()),
         seconds=time.perf_counter() - started,
     )
 
@@ -209,6 +208,6 @@ def _nothing_left(job: PackJob, quarantine: Quarantine) -> str:
     """Why there is no document to pack."""
     if not job.conversations:
         return f"{', '.join(str(source.folder) for source in job.sources)}: no conversations; expected at least one"
-    first = quarantine.first()[0]
+    first = next(iter(quarantine.first.values()))
     reasons = ", ".join(f"{count} x {reason}" for reason, count in quarantine.reasons.most_common())
     return f"no conversation can be packed ({reasons}). The first: {first.source}: {first.detail}. Nothing was written"

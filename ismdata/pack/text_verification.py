@@ -18,11 +18,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata import conversation
-from ismdata.data import QUARANTINE_NAME, PackedShards, Problems, ShardFile, VerifyReport, read_index
+from ismdata.data import QUARANTINE_NAME, ConvertedFolder, PackedShards, Problems, VerifyReport
 from ismdata.data import shards as packed_shards
 from ismdata.display import LOGGED, Reporter
-from ismdata.errors import DataError, UsageError
+from ismdata.errors import UsageError
 from ismdata.masks import ANSWER
 from ismdata.rendering import reasoning_length
 
@@ -70,18 +69,7 @@ class Conversations:
     """Converted folders by conversation id. Raises DataError where one is not readable."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
-        tables = []
-        for folder in folders:
-            index = read_index(folder, conversation.FORMAT)
-            for entry in index["shards"]:
-                file = ShardFile(**entry)
-                file.check_size(folder)
-                try:
-                    with pa.memory_map(str(folder / file.name)) as source, pa.ipc.open_stream(source) as stream:
-                        tables.append(stream.read_all())
-                except pa.ArrowInvalid as error:
-                    raise DataError(f"{folder / file.name}: not a readable Arrow stream ({error})") from error
-        self.table = pa.concat_tables(tables)
+        self.table = pa.concat_tables([ConvertedFolder(folder).table() for folder in folders])
         self.rows: dict[str, list[int]] = {}
         for row, name in enumerate(self.table["id"].to_pylist()):
             self.rows.setdefault(name, []).append(row)

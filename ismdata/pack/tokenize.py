@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +16,7 @@ import pyarrow.compute as pc
 
 from ismdata.concurrency import delay_by_one
 from ismdata.conversation import Quarantined, Refusal
-from ismdata.data import QUARANTINE_NAME, SCRATCH_NAME, ConvertedFolder
+from ismdata.data import SCRATCH_NAME, ConvertedFolder, Quarantine
 from ismdata.errors import DataError
 from ismdata.memory import give_back
 from ismdata.pack import template_check
@@ -42,50 +38,6 @@ from ismdata.rendering import (
     disagreement,
     stratified,
 )
-
-
-class Quarantine:
-    """Refused conversations, written as they come and counted by reason.
-
-    state: what `state` gave when an interrupted run recorded it; what was written later is cut off.
-    """
-
-    def __init__(self, path: Path, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {"bytes": 0, "reasons": {}, "first": {}}
-        self.path = path
-        self.reasons: Counter[str] = Counter(state["reasons"])
-        self._first: dict[str, int] = dict(state["first"])  # where the first line of each reason starts
-        self.file = path.open("r+b" if path.exists() else "w+b")
-        if self.file.seek(0, os.SEEK_END) < state["bytes"]:
-            raise DataError(
-                f"{path}: shorter than the interrupted run had written it. "
-                "It was changed since; what is left is removed: run the same command again"
-            )
-        self.file.truncate(state["bytes"])
-        self.file.seek(state["bytes"])
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What there is so far, as JSON."""
-        return {"bytes": self.file.tell(), "reasons": dict(self.reasons), "first": self._first}
-
-    def add(self, batch: ConversationBatch, refused: Mapping[int, Refusal]) -> None:
-        for c, refusal in sorted(refused.items()):
-            record = batch.conversation(c)
-            line = Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
-            self._first.setdefault(refusal.reason, self.file.tell())
-            self.file.write(json.dumps(line.as_json(), ensure_ascii=False).encode() + b"\n")
-            self.reasons[refusal.reason] += 1
-
-    def first(self) -> tuple[Quarantined, ...]:
-        """The first refusal of each reason. Ends writing."""
-        self.file.close()
-        with self.path.open("rb") as file:
-            lines = []
-            for start in self._first.values():
-                file.seek(start)
-                lines.append(json.loads(file.readline()))
-        return tuple(Quarantined(**line) for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +137,14 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
     encoding, options, journal = job.encoding, job.options, job.journal
     state = journal.state or {}
     spool = Spool(job.folder / SCRATCH_NAME, keep=state.get("rows"))
-    quarantine = Quarantine(job.folder / QUARANTINE_NAME, state.get("quarantine"))
+    quarantine = Quarantine(job.folder, state.get("quarantine"))
     tally = Tally(**state.get("tally", {}))
     skeletons, done = state.get("skeletons", True), state.get("done", 0)
 
     def record() -> None:
         state = {"skeletons": skeletons, "backend": backend.identity, "done": done, "rows": spool.rows}
-        state |= {"quarantine": quarantine.state, "tally": asdict(tally)}
-        journal.record(state, [*spool.columns, quarantine.file])
+        state |= {"quarantine": quarantine.state(), "tally": asdict(tally)}
+        journal.record(state, [*spool.columns, *quarantine.files()])
         give_back()  # otherwise fragmented free memory grows with the corpus
 
     encoder = DocumentEncoder(
@@ -204,7 +156,7 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
         glm=encoding.glm,
         without_reasoning=options.train_on == "content",
     )
-    rows = _from((rows for source in job.sources for rows in source.batches()), done)
+    rows = _batches_from(job.sources, done)
     samples = chain(
         [template_check.LATER_SAMPLE if done else template_check.SAMPLE], repeat(template_check.LATER_SAMPLE)
     )
@@ -232,7 +184,7 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
                     check.result()
             tally.weighted |= batch.weight is not None
             spool.append(documents.documents, documents.names)
-            quarantine.add(batch, documents.refused)
+            quarantine.add(_quarantined(batch, documents.refused))
             tally.add(documents, conversations=len(batch) - len(documents.refused))
             done += len(batch)
             if journal.due():
@@ -242,7 +194,15 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
     if done > state.get("done", 0) and journal.due():
         record()
     spool.close()
+    quarantine.close()
     return TokenizedCorpus(spool=spool, quarantine=quarantine, tally=tally, backend=backend.name)
+
+
+def _quarantined(batch: ConversationBatch, refused: Mapping[int, Refusal]) -> Iterator[Quarantined]:
+    """The refused conversations of a batch, in its order; `refused` has them by their number in the batch."""
+    for number, refusal in sorted(refused.items()):
+        record = batch.conversation(number)
+        yield Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,12 +215,11 @@ class _Unchecked:
     checks: Sequence[Future[Any]]
 
 
-def _from(batches: Iterable[pa.RecordBatch], start: int) -> Iterator[pa.RecordBatch]:
-    """The batches from row `start` on."""
-    for batch in batches:
-        if start < len(batch):
-            yield batch.slice(start)
-        start = max(0, start - len(batch))
+def _batches_from(sources: Sequence[ConvertedFolder], start: int) -> Iterator[pa.RecordBatch]:
+    """The batches of all sources, from row `start` of their rows on."""
+    for source in sources:
+        yield from source.batches(start)
+        start = max(0, start - source.rows)
 
 
 def _sampled_requests(batch: ConversationBatch, options: PackOptions, count: int) -> Requests:

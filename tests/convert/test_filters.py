@@ -221,7 +221,9 @@ def test_against_reads_all_shards(tmp_path: Path) -> None:
 
 def test_against_refuses_other_columns(tmp_path: Path) -> None:
     folder = converted(tmp_path / "other", [pa.table({"text": ["a"]})])
-    with pytest.raises(DataError, match=r"conversations-00000.arrow: columns are text; expected id, source"):
+    with pytest.raises(
+        DataError, match=r"conversations-00000.arrow: columns are text string; expected id string not null, source"
+    ):
         against_digests(folder)
 
 

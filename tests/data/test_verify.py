@@ -273,7 +273,9 @@ def test_rows_in_the_wrong_number_are_noticed(tmp_path):
     packed = PackedFolder(tmp_path / "packed")
     packed.index["shards"][0]["rows"] = 3
     write_index(packed.folder, packed.index)
-    assert verify(packed.folder).problems == [f"{packed.folder}/shard-00000.arrow: 2 rows; expected 3 (index.json)"]
+    assert verify(packed.folder).problems == [
+        f"{packed.folder}/shard-00000.arrow: 2 rows; expected 3 (index.json). Create the folder again"
+    ]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99, -8, -1])

@@ -161,7 +161,7 @@ def test_death_at_every_sync(
 @contextmanager
 def death_at_line(number: int) -> Iterator[list[int]]:
     """Die at the n-th line run in the files that write; yields how many there were."""
-    names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations"]
+    names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations", "data/quarantine"]
     names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/filters"]
     files = {str(Path(ismdata.__file__).parent / f"{name}.py") for name in names}
     assert all(Path(file).is_file() for file in files)

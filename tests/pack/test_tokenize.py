@@ -59,6 +59,17 @@ def test_batches_of_some_rows_are_those_of_all(sources: list[ConvertedFolder], r
     assert [batch.to_pylist() for batch in found] == [batch.to_pylist() for batch in expected]
 
 
+@given(st.integers(0, 450))
+def test_batches_from_a_row_on_are_the_rest_of_all(sources: list[ConvertedFolder], start: int) -> None:
+    batches = [batch.to_pylist() for batch in sources[0].batches()]
+    rest, before = [], 0
+    for batch in batches:
+        rest.append(batch[max(0, start - before) :])
+        before += len(batch)
+    assert [batch.to_pylist() for batch in sources[0].batches(start)] == [batch for batch in rest if batch]
+    assert sources[0].table().to_pylist() == [row for batch in batches for row in batch]
+
+
 def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[ConvertedFolder]) -> None:
     places = {0, 162, 325, 487}  # of 650 rows: the last in the second folder
     expected: list[str] = []

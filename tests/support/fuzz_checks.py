@@ -22,7 +22,7 @@ from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.archives import Part, parts_of
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
-from ismdata.data.conversations import quarantine_line
+from ismdata.data.quarantine import quarantine_line
 from ismdata.errors import DataError
 
 PLACE = Place(prefix="x:", stem="x")

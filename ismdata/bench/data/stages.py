@@ -203,15 +203,11 @@ def _packing(
     )
 
 
-def _batches(converted: Path) -> Iterator[pa.RecordBatch]:
-    for path in sorted(converted.glob("conversations-*.arrow")):
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
-            yield from stream
-
-
 def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
     """The texts of all messages of a converted folder."""
-    for batch in _batches(converted):
+    from ismdata.data import ConvertedFolder
+
+    for batch in ConvertedFolder(converted).batches():
         yield batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
 from ismdata.cli.views.quarantine import quarantine
-from ismdata.data import INDEX_NAME, ShardFile, load_index, read_index, shards
+from ismdata.data import INDEX_NAME, ConvertedFolder, load_index, shards
 from ismdata.display import View, histogram_bars, numbers, share_bar, title
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
@@ -146,10 +146,11 @@ def _concatenate(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 def _converted_summary(folder: Path) -> dict[str, Any]:
-    index = read_index(folder, conversation.FORMAT)
+    converted = ConvertedFolder(folder)
+    index = converted.index
     messages, turns = [], []
     roles = dict.fromkeys(conversation.ROLES, 0)
-    for batch in _conversation_batches(folder, index):
+    for batch in converted.table().to_batches():
         column = batch.column("messages")
         messages.append(pc.list_value_length(column).to_numpy())
         role = column.flatten().field("role")
@@ -181,17 +182,6 @@ def _turns(messages: pa.ListArray, role: pa.StringArray) -> NDArray[np.int64]:
     new = np.ones(len(code), bool)
     new[1:] = (code[1:] != code[:-1]) | (conversation_of[1:] != conversation_of[:-1])
     return np.bincount(conversation_of[new], minlength=len(lengths))
-
-
-def _conversation_batches(folder: Path, index: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-    for entry in index["shards"]:
-        path = folder / entry["name"]
-        ShardFile(**entry).check_size(folder)
-        try:
-            with pa.memory_map(str(path)) as source:
-                yield from pa.ipc.open_stream(source)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable Arrow stream ({error}). Convert the corpus again") from error
 
 
 def _first_refusals(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, str]]:
