@@ -60,15 +60,10 @@ def test_a_file_shorter_than_recorded_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("record", "written"),
-    [("ü", '"ü"'), ("\ud800", '"\\ud800"'), (float("nan"), '"nan"'), ({1, 2}, None)],
-    ids=["text", "lone-surrogate", "nan", "set"],
+    [("ü", '"ü"'), ("\ud800", '"\\ud800"'), (float("nan"), '"nan"')],
+    ids=["text", "lone-surrogate", "nan"],
 )
-def test_any_record_has_a_line(record: Any, written: str | None) -> None:
-    refused = Quarantined(source="a:1", reason="rejected", detail="so", record=record)
-    if written is None:
-        with pytest.raises(TypeError):
-            quarantine_line(refused)
-        return
-    line = quarantine_line(refused).decode()
+def test_any_record_has_a_line(record: Any, written: str) -> None:
+    line = quarantine_line(Quarantined(source="a:1", reason="rejected", detail="so", record=record)).decode()
     assert line.endswith(f'"record": {written}}}\n')
     json.loads(line)
