@@ -18,7 +18,7 @@ from ismdata.errors import Refused, UsageError, shown
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 #: Record fields that hold what is no text: without it the messages are half of the conversation.
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 _REASONING_PARTS = frozenset({"reasoning", "thinking"})
 
 
@@ -48,7 +48,7 @@ def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
     """The row of `conversation.CONVERSATION_SCHEMA` without its `source`; `id` may be None. Raises Refused."""
     if not draft.messages:
         raise Refused("no_messages", "the conversation has no messages")
-    for name in MEDIA:
+    for name in MEDIA_FIELDS:
         if draft.extra.get(name):
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
     refuse_flags(draft.ignored)
@@ -57,7 +57,7 @@ def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
         "id": None if draft.id is None else str(draft.id),
         "messages": messages,
         "tools": _tools(draft.tools),
-        "meta": meta_text(draft.extra),
+        "meta": meta_json(draft.extra),
     }
     for number, message in enumerate(messages, 1):
         for name, value in message.items():
@@ -70,7 +70,7 @@ def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
 
 
 #: Roles whose messages in a row can be one.
-JOINED = ("user", "assistant")
+JOINED_ROLES = ("user", "assistant")
 
 
 def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for message in messages:
         last = result[-1] if result else None
-        if last is not None and message["role"] in JOINED and not message["tool_calls"] and _alike(last, message):
+        if last is not None and message["role"] in JOINED_ROLES and not message["tool_calls"] and _alike(last, message):
             result[-1] = {**last, "content": f"{last['content']}\n{message['content']}"}
         else:
             result.append(message)
@@ -212,14 +212,14 @@ def _tools(value: Any) -> str | None:
     return json_text(whole, "tools")
 
 
-def meta_text(extra: Mapping[str, Any]) -> str | None:
+def meta_json(extra: Mapping[str, Any]) -> str | None:
     """The JSON text of what else a record holds, nulls left out, or None. Raises Refused."""
     held = {name: value for name, value in extra.items() if value is not None}
     return json_text(held, "the record's other fields") if held else None
 
 
 #: Weights are stored as float32 in shards.
-MOST_WEIGHT = 3.4e38
+MAX_WEIGHT = 3.4e38
 
 
 def _weight(value: Any, number: int) -> float | None:
@@ -230,7 +230,7 @@ def _weight(value: Any, number: int) -> float | None:
             weight = float(value)
         except OverflowError:
             weight = math.inf
-        if 0 <= weight <= MOST_WEIGHT:
+        if 0 <= weight <= MAX_WEIGHT:
             return weight
     raise Refused(
         "invalid_field", f"message {number} has weight {shown(value)}; expected a number from 0 up, finite as float32"
@@ -270,15 +270,15 @@ def parse_json(text: str) -> Any:
         value = _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
-    if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
+    if text.count("[") + text.count("{") > MAX_DEPTH and exceeds_depth(value):
         raise ValueError(_TOO_DEEP)
     return value
 
 
-def is_deep(value: Any) -> bool:
+def exceeds_depth(value: Any) -> bool:
     """Whether a JSON value is nested more than MAX_DEPTH levels deep.
 
-    >>> is_deep([[1]])
+    >>> exceeds_depth([[1]])
     False
     """
     level = [value] if isinstance(value, list | dict) else []

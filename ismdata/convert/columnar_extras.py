@@ -1,7 +1,7 @@
-"""The fast road for records that hold more than their messages, as most published corpora do.
+"""The fast path for records with more fields than their messages, as in most published corpora.
 
-What more they hold becomes `meta`, so that part of each record is taken as Python values. The messages go to columns
-without a Python object each, which is where the general road spends its time.
+The other fields become `meta`, so they are parsed to Python values. The messages become columns without a Python object
+each; creating those is where the general path spends most of its time.
 """
 
 from __future__ import annotations
@@ -17,64 +17,74 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ismdata.arrays import offsets_of
-from ismdata.convert.canonical import MEDIA, meta_text
-from ismdata.convert.columnar import flat_list, mask, per_record
+from ismdata.convert.canonical import MEDIA_FIELDS, meta_json
+from ismdata.convert.columnar import any_per_record, as_bools, flat_list
 from ismdata.convert.corpus_format import Block, Columns, take_id
 from ismdata.convert.sources.blocks import TableBlock, plain_value
 from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rest:
-    """What a record holds beside its messages: its id as text and its `meta`."""
+class RecordInfo:
+    """A record without its messages: its id as text, and `meta` as JSON text."""
 
     id: str | None
     meta: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
-    """A record of messages that are a role and a text each: `roles` and `contents` go together."""
+class PlainRecord:
+    """A record whose messages are only a role and a text each.
+
+    `roles` and `contents` have one entry per message; `ignored` names message fields that are dropped.
+    """
 
     roles: Sequence[str]
     contents: Sequence[str]
-    rest: Rest
+    info: RecordInfo
     ignored: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Apart:
-    """N rows of a table: their messages alone as a block, the other fields of each, and fields that are left out.
+class MessageTable:
+    """N rows of a table, split into messages and other fields.
 
-    `ignored` counts them by name, int64[N] each; `care` is bool[N]: rows with message fields for the general road.
+    Attributes:
+        messages: The column of messages as a block.
+        others: The other fields of each row.
+        ignored: By name, how many message fields of each row are dropped, int64[N] each.
+        fallback: bool[N], the rows with message fields that only the general path can parse.
     """
 
     messages: TableBlock
     others: list[dict[str, Any]]
     ignored: dict[str, NDArray[np.int64]]
-    care: NDArray[np.bool_]
+    fallback: NDArray[np.bool_]
 
 
-def rest_of(fields: dict[str, Any], unused: Collection[str]) -> Rest | None:
-    """Id and meta of a record without its messages; None where the general road has more to say about it.
+def record_info(fields: dict[str, Any], unused: Collection[str]) -> RecordInfo | None:
+    """Id and meta of a record, given its fields without the messages; None if the general path must parse the record.
 
-    `unused` names fields that must hold nothing. Takes `fields` apart.
+    Removes entries from `fields`. `unused` names fields that must be empty.
     """
     for name in unused:
         if fields.pop(name, None) not in (None, "", []):
             return None
-    if any(fields.get(name) for name in MEDIA):
+    if any(fields.get(name) for name in MEDIA_FIELDS):
         return None
     own = take_id(fields)
     try:
-        return Rest(id=None if own is None else str(own), meta=meta_text(fields))
+        return RecordInfo(id=None if own is None else str(own), meta=meta_json(fields))
     except Refused:
         return None
 
 
-def columns_of_records(block: Block, plain: Callable[[Any], Plain | None]) -> Columns | None:
-    """The columns of a block; records that are not plain are left to the general road. None where none is plain."""
-    rests: list[Rest | None] = []
+def columns_of_records(block: Block, plain: Callable[[Any], PlainRecord | None]) -> Columns | None:
+    """Columns of a block by parsing each record with `plain`, which returns None for records of the general path.
+
+    Returns None if no record is plain, or if a text is not valid Unicode.
+    """
+    infos: list[RecordInfo | None] = []
     lengths = np.zeros(len(block.numbers), np.int64)
     roles: list[str] = []
     contents: list[str] = []
@@ -84,79 +94,88 @@ def columns_of_records(block: Block, plain: Callable[[Any], Plain | None]) -> Co
             found = plain(block.record(row))
         except Refused:
             found = None
-        rests.append(None if found is None else found.rest)
+        infos.append(None if found is None else found.info)
         if found is not None:
             lengths[row] = len(found.roles)
             roles += found.roles
             contents += found.contents
             for name in found.ignored:
                 ignored[name].append(row)
-    care = np.array([rest is None for rest in rests], np.bool_)
-    if care.all():
+    fallback = np.array([info is None for info in infos], np.bool_)
+    if fallback.all():
         return None
     try:
         return Columns(
-            ids=ids_of(rests),
+            ids=id_column(infos),
             offsets=offsets_of(lengths),
             roles=pa.array(roles, pa.string()),
             contents=pa.array(contents, pa.string()),
-            care=care,
-            meta=meta_of(rests),
-            ignored={name: np.bincount(rows, minlength=len(care)) for name, rows in ignored.items()},
+            fallback=fallback,
+            meta=meta_column(infos),
+            ignored={name: np.bincount(rows, minlength=len(fallback)) for name, rows in ignored.items()},
         )
-    except UnicodeEncodeError:  # half a surrogate pair somewhere: the general road finds out where
+    except UnicodeEncodeError:  # half a surrogate pair: the general path finds out in which record
         return None
 
 
-def ids_of(rests: Sequence[Rest | None]) -> pa.Array:
-    """string[N]"""
-    return pa.array([None if rest is None else rest.id for rest in rests], pa.string())
+def id_column(infos: Sequence[RecordInfo | None]) -> pa.Array:
+    """The ids of N records, string[N]."""
+    return pa.array([None if info is None else info.id for info in infos], pa.string())
 
 
-def meta_of(rests: Sequence[Rest | None]) -> pa.Array:
-    """string[N]"""
-    return pa.array([None if rest is None else rest.meta for rest in rests], pa.string())
+def meta_column(infos: Sequence[RecordInfo | None]) -> pa.Array:
+    """The meta of N records, string[N]."""
+    return pa.array([None if info is None else info.meta for info in infos], pa.string())
 
 
-def apart(block: TableBlock, name: str, *, known: Collection[str], heeded: Collection[str]) -> Apart | None:
-    """The rows of a table whose column `name` is a list of messages, None where it is none.
+def split_table(
+    block: TableBlock, name: str, *, known: Collection[str], significant: Collection[str]
+) -> MessageTable | None:
+    """Split the rows of a table into their messages and the other fields.
 
-    Of the fields of a message the `known` ones stay. Rows in which a `heeded` one of the others holds something need
-    care; what the rest of them hold is left out and counted.
+    Args:
+        block: The table.
+        name: The column of messages.
+        known: The message fields to keep.
+        significant: Message fields that only the general path can parse: rows with a value there are `fallback`. All
+            other message fields are dropped and counted.
+
+    Returns:
+        The split table, or None if the column is not a list of objects with distinct, partly known field names.
     """
     column = block.rows[name]
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
         return None
-    kind = column.type.value_type
-    if not pa.types.is_struct(kind) or len({field.name for field in kind}) < kind.num_fields:
+    message_type = column.type.value_type
+    if not pa.types.is_struct(message_type) or len({field.name for field in message_type}) < message_type.num_fields:
         return None
     offsets, values = flat_list(column)
-    kept = [field for field in kind if field.name in known]
-    care = np.zeros(len(block.rows), np.bool_)
+    kept = [field for field in message_type if field.name in known]
+    fallback = np.zeros(len(block.rows), np.bool_)
     ignored: dict[str, NDArray[np.int64]] = {}
-    for field in kind:
+    for field in message_type:
         if field.name not in known:
-            held = _held(values.field(field.name))
-            if field.name in heeded:
-                care |= per_record(held, offsets)
-            elif held.any():
-                total = offsets_of(held.astype(np.int64))
+            present = _is_present(values.field(field.name))
+            if field.name in significant:
+                fallback |= any_per_record(present, offsets)
+            elif present.any():
+                total = offsets_of(present.astype(np.int64))
                 ignored[f"{name}[].{field.name}"] = total[offsets[1:]] - total[offsets[:-1]]
     if not kept:
         return None
     children = [values.field(field.name) for field in kept]
     messages = pa.StructArray.from_arrays(children, fields=kept, mask=values.is_null())
-    listed = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages)
-    return Apart(
-        messages=TableBlock(rows=pa.table({name: listed}), numbers=block.numbers),
+    message_lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages)
+    return MessageTable(
+        messages=TableBlock(rows=pa.table({name: message_lists}), numbers=block.numbers),
         others=[plain_value(fields) for fields in block.rows.drop_columns([name]).to_pylist()],
         ignored=ignored,
-        care=care,
+        fallback=fallback,
     )
 
 
-def _held(values: pa.Array) -> NDArray[np.bool_]:
-    """Which values are some; numbers that are none count as null, as they do on the general road."""
+def _is_present(values: pa.Array) -> NDArray[np.bool_]:
+    """Which values are not null, bool[M]. NaN and infinity count as null, as on the general path."""
     if pa.types.is_floating(values.type):
-        return mask(pc.fill_null(pc.is_finite(values), False))
-    return mask(values.is_valid())
+        return as_bools(pc.fill_null(pc.is_finite(values), False))
+    return as_bools(values.is_valid())

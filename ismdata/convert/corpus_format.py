@@ -1,8 +1,9 @@
-"""What a corpus format is: one object that recognises a record and turns it into a draft, one at a time or by columns.
+"""The interface of a corpus format: it recognizes records and parses them, one at a time or a block at a time.
 
-Raw records become canonical rows in two ways. `parse_record` is the general path: one record at a time, plain Python,
-every special case. `parse_block` is the fast path: a whole block at once. It may decline the block or some of its rows,
-which then take the general path. Both give the same rows; the tests compare them.
+Raw records become canonical rows in two ways. On the general path, `parse_record` parses one record at a time in plain
+Python and handles every special case (`canonical.py` finishes the row). On the fast path, `parse_block` parses a whole
+block into columns (`columnar.py` finishes the rows). It may decline the block or some of its rows, which then take the
+general path. Both paths give the same rows; tests compare them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +20,23 @@ from numpy.typing import NDArray
 from ismdata.choices import Paths, Preference, Side
 from ismdata.errors import Refused
 
-#: Fields that can name a record, the first one present wins.
+#: Record fields that can hold an id; the first one present is used.
 ID_FIELDS = ("id", "conversation_id", "dialogue_id", "dialog_id", "uuid")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A record taken apart by its format, before the rules that all formats share.
+    """One conversation as its format parsed it, before `canonicalize` applies the rules that all formats share.
 
-    `messages` are dicts whose keys are those of `conversation.MESSAGE_TYPE` plus `function_call` and the names in
-    `training_flags.TRAINING_FLAGS`; their values and role names are still the corpus's own. `extra` holds the record's
-    fields that have no place of their own; they become `meta`. `ignored` names message fields that are left out.
+    Attributes:
+        messages: One dict per message. Its keys are those of `conversation.MESSAGE_TYPE`, `function_call` and
+            `training_flags.TRAINING_FLAGS`; its values, role names included, are as in the corpus.
+        id: The record's id as in the corpus, or None.
+        tools: The record's tool descriptions as in the corpus, or None.
+        extra: The record's other fields, which become `meta`.
+        ignored: Names of message fields that are dropped, such as `messages[].mood`.
+        id_suffix: Tells apart several conversations of one record: the id becomes `id/id_suffix`.
+        split_group: `--split` keeps conversations with the same group in the same part. None: decided by the content.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -37,15 +44,19 @@ class Draft:
     tools: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
     ignored: Sequence[str] = ()
-    part: str = ""
-    kin: str | None = None
+    id_suffix: str = ""
+    split_group: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What the data leave open and the user decides. A format with a field of the same name follows it.
+    """What the user decides where the data leave it open. A format uses those for which it has a field.
 
-    `roles` maps role names in lower case to canonical roles.
+    Attributes:
+        roles: Role names in lower case to canonical roles.
+        assistant: Which of two speakers is trained.
+        tree: Which paths of a tree of messages are read.
+        preference: Which answers of preference data are read; None refuses such records.
     """
 
     roles: Mapping[str, str]
@@ -56,7 +67,7 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """How the records of a source are called: `prefix` and number say where one stands, `stem` and number name it."""
+    """How records are named: `prefix` + number is a record's `source`, `stem` + "-" + number the id if it has none."""
 
     prefix: str
     stem: str
@@ -64,21 +75,27 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """A block of N records with M messages in all, as columns.
+    """A block of N records with M messages in total, as columns.
 
-    Rows whose `care` is set are left to the general road; their messages here can be anything. `optional` holds columns
-    of `conversation.MESSAGE_TYPE` beyond role and content. `ignored` counts for each record the message fields that
-    are left out, by name.
+    Attributes:
+        ids: string[N], null where a record has no id; None where no record has one.
+        offsets: int64[N + 1]. The messages of record i are offsets[i]:offsets[i + 1].
+        roles: string[M] or a dictionary array of strings, the names as in the corpus.
+        contents: string[M].
+        optional: Further columns of `conversation.MESSAGE_TYPE` by name, [M] each.
+        fallback: bool[N], the rows that the general path must parse. Their messages here can be anything.
+        meta: string[N], or None where no record has any.
+        ignored: By name, how many message fields of each record are dropped, int64[N] each.
     """
 
-    ids: pa.Array | None  # string[N], null where a record has no id of its own
-    offsets: NDArray[np.int64]  # [N + 1], the messages of record i are offsets[i]:offsets[i + 1]
-    roles: pa.Array  # string[M] or a dictionary of strings, the corpus's own names
-    contents: pa.Array  # string[M]
-    optional: dict[str, pa.Array] = field(default_factory=dict)  # [M] each
-    care: NDArray[np.bool_]  # [N]
-    meta: pa.Array | None = None  # string[N]
-    ignored: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)  # [N] each
+    ids: pa.Array | None
+    offsets: NDArray[np.int64]
+    roles: pa.Array
+    contents: pa.Array
+    optional: dict[str, pa.Array] = field(default_factory=dict)
+    fallback: NDArray[np.bool_]
+    meta: pa.Array | None = None
+    ignored: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class Block(Protocol):
@@ -86,36 +103,36 @@ class Block(Protocol):
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """[N], the line or record number of each, counted from 1."""
+        """The line or record number of each record, counted from 1: int64[N]."""
         ...
 
     def record(self, row: int) -> Any:
-        """One record as Python values. Raises Refused where it cannot be read."""
+        """One record as Python values. Raises Refused if it cannot be read."""
         ...
 
     def raw(self, row: int) -> Any:
-        """One record as it stands in the source, for the quarantine: nothing is raised."""
+        """One record as it is in the source, for the quarantine. Never raises."""
         ...
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
-        """All records as a table of exactly this schema, or None when some record does not fit it.
+        """All records as a table of exactly this schema, or None if some record does not fit it.
 
-        `wrapped` says that a record is not an object but the value of the schema's only column.
+        `wrapped`: a record is not an object but the value of the schema's only column.
         """
         ...
 
     def texts(self) -> pa.Array | None:
-        """The records as string[N], or None when they are not plain lines of UTF-8."""
+        """The records as string[N], or None if they are not plain lines of UTF-8."""
         ...
 
 
 class CorpusFormat(ABC):
-    """One corpus format; the subclasses are frozen dataclasses, whose fields are what a format can vary in."""
+    """A corpus format. Subclasses are frozen dataclasses; their fields are the variants of the format."""
 
     @property
     @abstractmethod
     def expects(self) -> str:
-        """The shape in a few words, for the list of formats in an error message."""
+        """The shape of a record in a few words, for error messages that list the formats."""
 
     @property
     def plain_text(self) -> bool:
@@ -128,19 +145,27 @@ class CorpusFormat(ABC):
 
     @abstractmethod
     def matches(self, record: Any) -> bool:
-        """Whether a record looks like one of this format; where records are regrouped, whether a row of one does."""
+        """Whether a record looks like this format; for a format that regroups, whether a row does."""
 
     def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
-        """Blocks of whole records, where a record of the source is only a row of a conversation."""
+        """Group rows into records, for formats in which a row of the source is only part of a conversation."""
         yield from blocks
 
     @abstractmethod
     def parse_record(self, record: Any) -> Sequence[Draft]:
-        """Take one record apart: most hold one conversation. Raises Refused."""
+        """Parse one record into its conversations, usually one. Raises Refused."""
 
     def parse_block(self, block: Block) -> Columns | None:
-        """Take a block apart at once, or None where that is not possible."""
+        """Parse a whole block, or return None if this format or block has no fast path."""
         return None
+
+
+class SourceBlock(NamedTuple):
+    """A block with all that is needed to read it. Worker processes receive it pickled."""
+
+    block: Block
+    place: Place
+    corpus_format: CorpusFormat
 
 
 AnyFormat = TypeVar("AnyFormat", bound=CorpusFormat)
@@ -153,14 +178,14 @@ def with_choices(corpus_format: AnyFormat, choices: Choices) -> AnyFormat:
 
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """The record as a dict. Raises Refused when it is not one."""
+    """The record as a dict. Raises Refused if it is not one."""
     if not isinstance(record, dict):
         raise Refused("not_an_object", f"the record is {kind_of(record)}; expected an object")
     return record
 
 
 def take_id(fields: dict[str, Any]) -> Any:
-    """Remove the first identifier from `fields` and give it back, None when there is none. Empty ones go too."""
+    """Remove the first id from `fields` and return it, or None if there is none. Removes empty ids before it too."""
     for name in ID_FIELDS:
         value = fields.get(name)
         if value == "":
@@ -171,7 +196,11 @@ def take_id(fields: dict[str, Any]) -> Any:
 
 
 def kind_of(value: object) -> str:
-    """The JSON kind of a value, for error messages."""
+    """The JSON type of a value with its article, for error messages.
+
+    >>> kind_of([]), kind_of(None)
+    ('a list', 'null')
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -12,9 +12,9 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonicalize
 from ismdata.convert.corpus_format import Choices, CorpusFormat, Draft, with_choices
 from ismdata.convert.formats.mapped import Mapped
-from ismdata.convert.guess_mapping import Guessed, guessed, regrouped
+from ismdata.convert.guess_mapping import GuessedFormat, guess_mapping, regroup_records
 from ismdata.convert.mapping_file import mapping_text
-from ismdata.convert.parts import FormatChoice, SourcePart, opened
+from ismdata.convert.parts import FormatChoice, SourcePart, open_parts
 from ismdata.convert.sources.arguments import SavedDataset, Source
 from ismdata.errors import DataError, Refused
 
@@ -103,7 +103,7 @@ def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
     except DataError:
         if format.name != "auto":
             raise
-        found = _first_records(source, replace(format, name="unknown", corpus_format=Guessed()))
+        found = _first_records(source, replace(format, name="unknown", corpus_format=GuessedFormat()))
         if found is None:
             raise
         part, placed = found
@@ -131,7 +131,7 @@ def _first_records(
     source: Source | SavedDataset, format: FormatChoice
 ) -> tuple[SourcePart, list[tuple[str, Any]]] | None:
     """The first part with records that can be read, and the first of these with their places."""
-    for part in opened(source, format):
+    for part in open_parts(source, format):
         placed = list(islice(_records(part), _LOOKED_AT))
         if placed:
             return part, placed
@@ -139,7 +139,7 @@ def _first_records(
 
 
 def _records(part: SourcePart) -> Iterator[tuple[str, Any]]:
-    for block, place in part.blocks:
+    for block, place, _ in part.blocks:
         for row in range(len(block.numbers)):
             try:
                 record = block.record(row)
@@ -171,7 +171,7 @@ def explain_records(
     if isinstance(corpus_format, Mapped):
         return shown(corpus_format=corpus_format, mapping=_text_of(corpus_format), equivalent=True)
     rows = [row for record in records for row in record] if _are_rows(corpus_format) else records
-    guess = guessed(rows)
+    guess = guess_mapping(rows)
     if guess is not None:
         guess = replace(guess, assistant=choices.assistant)
     if corpus_format is not None:
@@ -183,7 +183,7 @@ def explain_records(
         )
     if guess is None:
         return shown(corpus_format=None, mapping=None, equivalent=False)
-    whole = next(iter(regrouped(guess, rows)), records[0])
+    whole = next(iter(regroup_records(guess, rows)), records[0])
     return shown(
         placed=[(placed[0][0], whole)],
         corpus_format=_following(guess, choices),
@@ -256,7 +256,7 @@ def _alike(
 ) -> bool:
     """Whether a mapping reads the same messages as a format does, record by record, and any at all."""
     mapped = _following(one, choices)
-    read = [_messages(mapped, record, choices) for record in regrouped(mapped, rows)]
+    read = [_messages(mapped, record, choices) for record in regroup_records(mapped, rows)]
     expected = [_messages(corpus_format, record, choices) for record in records]
     return read == expected and any(expected)
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ismdata.arrays import offsets_of
 from ismdata.choices import Dedup
 from ismdata.conversation import ASSISTANT, ROLES, USER, Quarantined
-from ismdata.convert.columnar import flat_list, mask
+from ismdata.convert.columnar import as_bools, flat_list
 from ismdata.convert.digests import Digests, DigestSet, digests, repeats
 from ismdata.convert.near_duplicates import MINIMA, NearIndex
 from ismdata.data import ColumnFile, ConvertedFolder
@@ -176,7 +176,7 @@ def turn_counts(rows: pa.Table) -> NDArray[np.int64]:
     """User and assistant messages of each conversation, int64[N]."""
     offsets, messages = flat_list(rows.column("messages"))
     talk = pa.array([ROLES[USER], ROLES[ASSISTANT]])
-    before = offsets_of(mask(pc.is_in(messages.field("role"), value_set=talk)).astype(np.int64))
+    before = offsets_of(as_bools(pc.is_in(messages.field("role"), value_set=talk)).astype(np.int64))
     counts: NDArray[np.int64] = before[offsets[1:]] - before[offsets[:-1]]
     return counts
 
@@ -188,7 +188,7 @@ def first_match(rows: pa.Table, pattern: re.Pattern[str]) -> NDArray[np.int64]:
     offsets, messages = flat_list(rows.column("messages"))
     contents = messages.field("content")
     if len(pattern.pattern) <= _PLAIN_LENGTH and _PLAIN.fullmatch(pattern.pattern):
-        found = mask(pc.fill_null(pc.match_substring_regex(contents, pattern.pattern), False))
+        found = as_bools(pc.fill_null(pc.match_substring_regex(contents, pattern.pattern), False))
     else:
         texts = contents.to_pylist()
         found = np.fromiter((text is not None and bool(pattern.search(text)) for text in texts), np.bool_, len(texts))

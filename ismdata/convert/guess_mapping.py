@@ -41,12 +41,12 @@ _SIDES = (
 )  # fmt: skip
 
 
-def guessed(records: Sequence[Any]) -> Mapped | None:
+def guess_mapping(records: Sequence[Any]) -> Mapped | None:
     """The mapping that fits the records best, or None when no messages can be made out in them."""
     found = next((one for one in _candidates(records) if one is not None and _reads_some(one, records)), None)
     if found is None:
         return None
-    talks = [_said(found, record) for record in regrouped(found, records)]
+    talks = [_said(found, record) for record in regroup_records(found, records)]
     texts = [said.message["content"] for talk in talks for said in talk]
     strip = any(isinstance(text, str) and text != text.strip() for text in texts)
     speakers = [[said.speaker for said in talk if said.speaker is not None] for talk in talks]
@@ -61,11 +61,11 @@ def _all_text(records: Sequence[Any], name: str) -> bool:
 
 
 def _reads_some(mapped: Mapped, records: Sequence[Any]) -> bool:
-    return any(_said(mapped, record) for record in regrouped(mapped, records))
+    return any(_said(mapped, record) for record in regroup_records(mapped, records))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guessed(CorpusFormat):
+class GuessedFormat(CorpusFormat):
     """Each record as the mapping says that is guessed from it alone: what an unknown corpus is looked at with."""
 
     @property
@@ -73,10 +73,10 @@ class Guessed(CorpusFormat):
         return "anything that holds messages"
 
     def matches(self, record: Any) -> bool:
-        return guessed([record]) is not None
+        return guess_mapping([record]) is not None
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
-        found = guessed([record])
+        found = guess_mapping([record])
         if found is None:
             raise Refused("not_an_object", "no messages can be made out in the record")
         return found.parse_record(record)
@@ -264,7 +264,7 @@ def _said(mapped: Mapped, record: Any) -> list[Utterance]:
         return []
 
 
-def regrouped(mapped: Mapped, records: Sequence[Any]) -> Iterator[Any]:
+def regroup_records(mapped: Mapped, records: Sequence[Any]) -> Iterator[Any]:
     """Records as the mapping takes them: rows that belong together as one. Rows that do not say where are left out."""
     block = ValueBlock(values=list(records), numbers=np.arange(1, len(records) + 1))
     for part, _ in mapped.regroup([(block, Place(prefix="", stem=""))]):

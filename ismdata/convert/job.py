@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,14 @@ from ismdata import __version__
 from ismdata.concurrency import map_in_order
 from ismdata.conversation import FORMAT, Quarantined
 from ismdata.convert.canonical import Rules
-from ismdata.convert.corpus_format import CorpusFormat
+from ismdata.convert.corpus_format import SourceBlock
 from ismdata.convert.digests import digests
 from ismdata.convert.filters import Cleaner, Cleaning
-from ismdata.convert.parts import EMPTY, UNKNOWN, FormatChoice, Placed, ResultIterator, UnknownFormat, opened
-from ismdata.convert.read_block import BlockResult, read_block
+from ismdata.convert.parts import EMPTY, FormatChoice, SourceBlocks
+from ismdata.convert.read_block import BlockResult, block_checksum, read_block
 from ismdata.convert.sampling import SPLIT_NAMES, parse_split, sampled, split_of
-from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
-from ismdata.convert.sources.blocks import LineBlock
-from ismdata.convert.worker_pool import Workers
+from ismdata.convert.sources.arguments import SavedDataset, Source
+from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import (
     QUARANTINE_NAME,
     SCRATCH_NAME,
@@ -145,84 +144,63 @@ class ConversionJob:
         sources: Sequence[Source | SavedDataset],
         format: FormatChoice,
         rules: Rules,
-        workers: Workers,
+        workers: WorkerPool,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Read what is not read yet of all sources, block by block, and write what comes of it. Raises DataError."""
+        """Read the blocks of all sources that are not read yet, and filter and write their conversations.
+
+        Raises DataError.
+        """
         total = sum(source.bytes for source in sources)
         done = sum(source.bytes for source in sources[: len(self.mark.reports)])
         for source in [] if self.mark.drawing else sources[len(self.mark.reports) :]:
             digest = None if source.once else workers.submit_thread(source.sha256)
-            seen: list[tuple[str, str]] = []
-            blocks = ResultIterator(self._blocks(source, format, seen, partial(_further, progress, done, total)))
-            unread = self._unread(blocks, source.name)
-            # Enough blocks are pending that no worker waits.
+            blocks = SourceBlocks(source, format, partial(_report_progress, progress, done, total))
             results = map_in_order(
-                partial(_read, rules=rules), unread, submit=workers.submit, pending=2 * workers.count + 1
+                partial(read_block, rules=rules),
+                self._unread(blocks, source.name),
+                submit=workers.submit,
+                pending=2 * workers.count + 1,  # enough that no worker waits
             )
-            for read in results:
-                self.mark.checksum = _chained(self.mark.checksum, read.checksum)
+            for result in results:
+                self.mark.checksum = _chained(self.mark.checksum, result.checksum)
                 self.mark.blocks += 1
-                self._add(read.reading)
+                self._add(result)
                 if not self._waiting and self.journal.due():
                     self._record()
             done += source.bytes
-            layouts = dict.fromkeys(layout for layout, _ in seen)
-            formats = dict.fromkeys(name for _, name in seen if name != EMPTY)
-            report = SourceReport(
-                name=source.name,
-                bytes=source.bytes,
-                sha256=digest.result() if digest else source.sha256(),
-                layout=", ".join(layouts) or EMPTY,
-                format=", ".join(formats) or EMPTY,
-                records=self.mark.records,
-                left_aside=(*source.passed_over, *blocks.result),
-            )
-            reports = [*self.mark.reports, report]
-            self.mark = _Mark(reports=reports, ignored=self.mark.ignored, unknown=self.mark.unknown)
+            self._finish_source(source, blocks, digest.result() if digest else source.sha256())
         self._flush()
         self._refuse_nothing()
 
-    def _blocks(
-        self,
-        source: Source | SavedDataset,
-        format: FormatChoice,
-        seen: list[tuple[str, str]],
-        progress: Callable[[int], None],
-    ) -> Generator[_Sorted, None, list[str]]:
-        """The blocks of all parts of a source; layout and format of each part go to `seen`.
+    def _finish_source(self, source: Source | SavedDataset, blocks: SourceBlocks, sha256: str | None) -> None:
+        """Report a source whose blocks are read, and move the mark to the next one."""
+        if blocks.unknown is not None:
+            self.mark.unknown.append(blocks.unknown)
+        report = SourceReport(
+            name=source.name,
+            bytes=source.bytes,
+            sha256=sha256,
+            layout=", ".join(dict.fromkeys(blocks.layouts)) or EMPTY,
+            format=", ".join(dict.fromkeys(name for name in blocks.formats if name != EMPTY)) or EMPTY,
+            records=self.mark.records,
+            left_aside=(*source.passed_over, *blocks.skipped),
+        )
+        reports = [*self.mark.reports, report]
+        self.mark = _Mark(reports=reports, ignored=self.mark.ignored, unknown=self.mark.unknown)
 
-        Returns the names of what was not read. A file that was not named but found in a folder is left aside when its
-        first part is of no known format.
-        """
-        parts = ResultIterator(opened(source, format))
-        try:
-            for part in parts:
-                seen.append((part.layout, part.format))
-                if part.corpus_format is not None:
-                    for placed in part.blocks:
-                        yield part.corpus_format, placed
-                        progress(min(part.position(), source.bytes))
-        except UnknownFormat as error:
-            if seen or not (isinstance(source, FileSource) and source.found):
-                raise
-            seen.append((UNKNOWN, UNKNOWN))
-            self.mark.unknown.append(f"left aside: {error}")
-            return [source.name]
-        return parts.result
-
-    def _unread(self, blocks: Iterable[_Sorted], name: str) -> Iterator[_Sorted]:
-        """The blocks after those that an earlier run has read, which must be what they were. Raises DataError."""
+    def _unread(self, blocks: Iterable[SourceBlock], name: str) -> Iterator[SourceBlock]:
+        """The blocks after those that an earlier run has read. Raises DataError if those have changed."""
         checksum, count, expected = 0, 0, self.mark.blocks
-        for one in blocks:
+        for block in blocks:
             if count < expected:
-                checksum = _chained(checksum, _checksum(one[1]))
+                checksum = _chained(checksum, block_checksum(block.block))
                 count += 1
                 if count < expected:
                     continue
                 self._check_unchanged(checksum, name)
             else:
-                yield one
+                yield block
         if count < expected:
             self._check_unchanged(None, name)
 
@@ -233,12 +211,12 @@ class ConversionJob:
                 "What it had written is removed: run the command again"
             )
 
-    def _add(self, reading: BlockResult) -> None:
-        """Take what came of a block; small blocks are gathered, so that many small files make no small batches."""
-        self.mark.ignored.update(reading.ignored)
-        self.mark.records += len(reading.rows) + len(reading.quarantined)
-        self._waiting.append(reading)
-        self._waiting_bytes += reading.rows.nbytes
+    def _add(self, result: BlockResult) -> None:
+        """Collect results until they make a batch, so that many small files do not make many small batches."""
+        self.mark.ignored.update(result.ignored)
+        self.mark.records += len(result.rows) + len(result.quarantined)
+        self._waiting.append(result)
+        self._waiting_bytes += result.nbytes
         if self._waiting_bytes >= _BATCH_BYTES or len(self._waiting) >= _BATCH_BLOCKS:
             self._flush()
 
@@ -246,17 +224,17 @@ class ConversionJob:
         """Clean and write what waits."""
         if not self._waiting:
             return
-        rows = pa.concat_tables([reading.rows for reading in self._waiting]).combine_chunks()
-        kin = pa.chunked_array([reading.kin for reading in self._waiting]).combine_chunks()
-        refused = [one for reading in self._waiting for one in reading.quarantined]
+        rows = pa.concat_tables([result.rows for result in self._waiting]).combine_chunks()
+        groups = pa.chunked_array([result.split_groups for result in self._waiting]).combine_chunks()
+        refused = [one for result in self._waiting for one in result.quarantined]
         self._waiting, self._waiting_bytes = [], 0
         kept, dropped = self.cleaner.apply(rows)
         self.quarantine.add([*refused, *dropped])
         if dropped:
-            rows, kin = rows.filter(pa.array(kept)).combine_chunks(), kin.filter(pa.array(kept))
+            rows, groups = rows.filter(pa.array(kept)).combine_chunks(), groups.filter(pa.array(kept))
         side = None
         if len(self.parts) > 1:
-            side = split_of(digests(rows, roles=False), kin.to_pylist(), self.fractions)
+            side = split_of(digests(rows, roles=False), groups.to_pylist(), self.fractions)
         if self.candidates is None:
             self._write(rows, side)
         else:
@@ -359,7 +337,7 @@ class ConversionJob:
         if kept:
             return
         if not self.quarantine.reasons and self.mark.unknown:
-            raise DataError(self.mark.unknown[0].removeprefix("left aside: "))
+            raise DataError(self.mark.unknown[0])
         if not self.quarantine.reasons:
             names = ", ".join(report.name for report in self.mark.reports)
             raise DataError(f"{names}: empty, no record found; expected a corpus. See whether it is the right file")
@@ -368,36 +346,10 @@ class ConversionJob:
         raise DataError(f"{first.source}: {first.detail} (none of {read} records can be used; this is the first)")
 
 
-#: A block with the format that parses it.
-_Sorted = tuple[CorpusFormat, Placed]
-
-
-def _further(progress: Callable[[int, int], None], done: int, total: int, here: int) -> None:
+def _report_progress(progress: Callable[[int, int], None], done: int, total: int, here: int) -> None:
     progress(done + here, total)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What came of a block, and the checksum of the block."""
-
-    reading: BlockResult
-    checksum: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.reading.rows.nbytes)
-
-
-def _read(one: _Sorted, *, rules: Rules) -> _Read:
-    corpus_format, (block, place) = one
-    return _Read(reading=read_block(block, corpus_format, place, rules), checksum=_checksum((block, place)))
-
-
-def _checksum(placed: Placed) -> int:
-    """Of the text of a block; what is no text is told by the size and time of its file alone."""
-    block = placed[0]
-    return zlib.crc32(block.data) if isinstance(block, LineBlock) else 0
-
-
 def _chained(before: int, checksum: int) -> int:
+    """The checksum of a sequence of blocks, from that of the earlier ones and that of the next."""
     return zlib.crc32(checksum.to_bytes(4, "little"), before)

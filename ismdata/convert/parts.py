@@ -1,4 +1,4 @@
-"""A source taken for what it is: its parts, each with layout, format and blocks of records."""
+"""Open a source: find its parts, the layout and format of each, and its blocks of records."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, with_choices
+from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, SourceBlock, with_choices
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
-from ismdata.convert.sources.arguments import SavedDataset, Source
+from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, framing_of, skip_mark
 from ismdata.convert.sources.framing import ByteQueue, Framed
@@ -22,31 +22,36 @@ from ismdata.errors import DataError, Refused, shown
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Placed = tuple[Block, Place]
-
-#: What a part is called that holds no record.
+#: The format that is reported for a part without records.
 EMPTY = "empty"
-#: What a file of a folder is called that is left aside, for it is of no known format.
+#: The layout and format that are reported for a skipped file of no known format.
 UNKNOWN = "unknown"
-#: Fields that tell a format although the list in them is empty.
+#: Fields that decide the format even if the list in them is empty.
 _EMPTY_LISTS = {"messages": "messages", "conversations": "sharegpt"}
-#: Records that detection looks at before it gives up.
-_LOOKED_AT = 100
+#: Records that are tried before detection gives up.
+_DETECTION_RECORDS = 100
 
 
 class UnknownFormat(DataError):
-    """No record of a part looks like one of any format."""
+    """No record of a part matches any format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormatChoice:
-    """What parts are read as: `name` is "auto", a key of FORMATS, or the name of `corpus_format` if given."""
+    """The format to read parts as.
+
+    Attributes:
+        name: "auto", a key of FORMATS, or the name of `corpus_format` if that is given.
+        corpus_format: A format that is not in FORMATS, such as a mapping.
+        choices: What the user decides where the data leave it open.
+    """
 
     name: str = "auto"
     corpus_format: CorpusFormat | None = None
     choices: Choices
 
     def is_record(self, record: object) -> bool:
+        """Whether a value is a record of the chosen format, or of any if the format is to be detected."""
         if self.name == "auto":
             return detect(record) is not None
         return self._named.matches(record)
@@ -56,7 +61,7 @@ class FormatChoice:
         return self.corpus_format or FORMATS[self.name]
 
     def format_for(self, record: object) -> tuple[str, CorpusFormat] | None:
-        """Name and format of a record, None if no format matches; a given name wins whatever the record is."""
+        """Name and format of a record, None if no format matches. A chosen format is used whatever the record is."""
         name = detect(record) if self.name == "auto" else self.name
         if name is None:
             return None
@@ -65,18 +70,27 @@ class FormatChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePart:
-    """One part of a source. `format` is EMPTY and `corpus_format` None where it holds no record."""
+    """One part of a source: a file, a member of an archive or a dataset.
+
+    Attributes:
+        name: Where it is, for messages and the `source` of conversations.
+        layout: How its records are framed, such as "JSON Lines".
+        format: The name of its format, EMPTY if it has no records.
+        corpus_format: The format with the user's choices, None if the part has no records.
+        blocks: Its records, in order. Read them before the next part is opened.
+        position: Returns how many bytes of the source's file have been read.
+    """
 
     name: str
     layout: str
     format: str
     corpus_format: CorpusFormat | None
-    blocks: Iterable[Placed]
+    blocks: Iterable[SourceBlock]
     position: Callable[[], int]
 
 
 class ResultIterator(Generic[Item, Result]):
-    """Iterates over a generator and keeps its return value: `result` is there after the last item."""
+    """Iterates over a generator and keeps its return value in `result`, which is set after the last item."""
 
     result: Result
 
@@ -87,35 +101,84 @@ class ResultIterator(Generic[Item, Result]):
         self.result = yield from self._generator
 
 
-def opened(source: Source | SavedDataset, format: FormatChoice) -> Generator[SourcePart, None, list[str]]:
-    """The parts of a source, one after the other: each is to be read to its end before the next is asked for.
+class SourceBlocks:
+    """Iterates over the blocks of all parts of a source, in order.
 
-    Returns the names of what is in the source and was not read.
-    Raises DataError when a part cannot be read, UnknownFormat when it is of no known format.
+    A file that was found in a folder rather than named is skipped if its first part is of no known format. The
+    attributes are complete after the last block.
+
+    Attributes:
+        layouts: The layout of each part.
+        formats: The format of each part.
+        skipped: Names of what the source holds and was not read.
+        unknown: Why the source was skipped, None if it was not.
+    """
+
+    def __init__(self, source: Source | SavedDataset, format: FormatChoice, progress: Callable[[int], None]) -> None:
+        self.layouts: list[str] = []
+        self.formats: list[str] = []
+        self.skipped: list[str] = []
+        self.unknown: str | None = None
+        self._source, self._format, self._progress = source, format, progress
+
+    def __iter__(self) -> Iterator[SourceBlock]:
+        parts = ResultIterator(open_parts(self._source, self._format))
+        try:
+            for part in parts:
+                self.layouts.append(part.layout)
+                self.formats.append(part.format)
+                for block in part.blocks:
+                    yield block
+                    self._progress(min(part.position(), self._source.bytes))
+            self.skipped = parts.result
+        except UnknownFormat as error:
+            if self.formats or not (isinstance(self._source, FileSource) and self._source.found):
+                raise
+            self.layouts, self.formats, self.skipped = [UNKNOWN], [UNKNOWN], [self._source.name]
+            self.unknown = str(error)
+
+
+def open_parts(source: Source | SavedDataset, format: FormatChoice) -> Generator[SourcePart, None, list[str]]:
+    """Open the parts of a source, one at a time.
+
+    Args:
+        source: The source.
+        format: The format to read it as.
+
+    Yields:
+        Its parts. Read the blocks of one before the next is taken.
+
+    Returns:
+        Names of what the source holds and was not read.
+
+    Raises:
+        UnknownFormat: If no record of a part matches any format.
+        DataError: If a part cannot be read.
     """
     if isinstance(source, SavedDataset):
-        yield _known(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
+        yield _source_part(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
         return []
     parts = ResultIterator(source.parts())
     for part in parts:
         if part.is_parquet:
-            yield _known(_table_blocks(part), part.name, "Parquet", format, part.position)
+            yield _source_part(_table_blocks(part), part.name, "Parquet", format, part.position)
             continue
         queue = ByteQueue(part.stream, part.name)
         skip_mark(queue)
         layout, framing = framing_of(queue, format.is_record)
         _check_layout(part.name, layout, format, queue)
-        yield _known(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
+        yield _source_part(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
     return parts.result
 
 
 def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:
+    """Raise DataError if the chosen format reads lines of text and the file has another layout."""
     if format.name in FORMATS and FORMATS[format.name].plain_text and layout != TEXT_LINES and queue.data:
         expected = FORMATS[format.name].expects
         raise DataError(f"{name}: found {layout}; expected {expected}. Leave out --format {format.name}")
 
 
-def _line_blocks(framed: Iterable[Framed], part: Part, layout: str) -> Iterator[Placed]:
+def _line_blocks(framed: Iterable[Framed], part: Part, layout: str) -> Iterator[tuple[Block, Place]]:
     unit = "" if layout in LINE_LAYOUTS else "record "
     for one in framed:
         prefix, stem = part.name, part.stem
@@ -124,7 +187,7 @@ def _line_blocks(framed: Iterable[Framed], part: Part, layout: str) -> Iterator[
         yield one.block, Place(prefix=f"{prefix}:{unit}", stem=stem)
 
 
-def _table_blocks(source: Part | SavedDataset) -> Iterator[Placed]:
+def _table_blocks(source: Part | SavedDataset) -> Iterator[tuple[Block, Place]]:
     place = Place(prefix=f"{source.name}:row ", stem=source.stem)
     first = 1
     for table in source.tables():
@@ -135,35 +198,43 @@ def _table_blocks(source: Part | SavedDataset) -> Iterator[Placed]:
 
 
 def _check_table(table: pa.Table, place: str) -> None:
-    """Raises DataError for texts that are no UTF-8: who reads Parquet or Arrow files takes their word for it."""
+    """Raise DataError for texts that are not UTF-8: the readers of Parquet and Arrow files do not check them."""
     try:
         table.validate(full=True)
     except pa.ArrowInvalid as error:
         raise DataError(f"{place}: {error}; expected texts in UTF-8. Write the file again from its source") from error
 
 
-def _known(
-    blocks: Iterator[Placed], name: str, layout: str, format: FormatChoice, position: Callable[[], int]
+def _source_part(
+    blocks: Iterator[tuple[Block, Place]],
+    name: str,
+    layout: str,
+    format: FormatChoice,
+    position: Callable[[], int],
 ) -> SourcePart:
-    """The part with the format of its first record that is of one. Raises UnknownFormat when none is."""
+    """The part with the format that its first records have. Raises UnknownFormat if none matches."""
     head = list(islice(blocks, 1))
     if not head:
         return SourcePart(name=name, layout=layout, format=EMPTY, corpus_format=None, blocks=(), position=position)
-    found = _detected(head[0], name, format)
-    regrouped = found[1].regroup(chain(head, blocks))
+    format_name, corpus_format = _detect_format(*head[0], name, format)
     return SourcePart(
-        name=name, layout=layout, format=found[0], corpus_format=found[1], blocks=regrouped, position=position
+        name=name,
+        layout=layout,
+        format=format_name,
+        corpus_format=corpus_format,
+        blocks=(SourceBlock(*one, corpus_format) for one in corpus_format.regroup(chain(head, blocks))),
+        position=position,
     )
 
 
-def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, CorpusFormat]:
+def _detect_format(block: Block, place: Place, name: str, format: FormatChoice) -> tuple[str, CorpusFormat]:
+    """Name and format of the first record that matches one. Raises UnknownFormat, or DataError if none can be read."""
     if format.name != "auto":
-        found = format.format_for(None)
-        assert found is not None
-        return found
-    block, place = placed
+        chosen = format.format_for(None)
+        assert chosen is not None
+        return chosen
     refusal, others = "", []
-    for row in range(min(len(block.numbers), _LOOKED_AT)):
+    for row in range(min(len(block.numbers), _DETECTION_RECORDS)):
         try:
             record = block.record(row)
         except Refused as error:
@@ -185,6 +256,6 @@ def _detected(placed: Placed, name: str, format: FormatChoice) -> tuple[str, Cor
         seen = f"the first record is {shown(first)}"
     known = "; ".join(f"{key} ({corpus_format.expects})" for key, corpus_format in FORMATS.items())
     raise UnknownFormat(
-        f"{name}: {seen}; expected one of {known}. Say how to read it with --mapping FILE: "
-        f"`ismdata convert --explain {name}` writes one to start from"
+        f"{name}: {seen}; expected one of {known}. Describe the format in a file and pass it with --mapping FILE; "
+        f"`ismdata convert --explain {name}` writes a draft of it"
     )

@@ -28,11 +28,11 @@ from ismdata.convert.filters import against_digests
 from ismdata.convert.formats.registry import FORMATS
 from ismdata.convert.job import ConversionJob, Selection, SourceReport
 from ismdata.convert.mapping_file import load_mapping
-from ismdata.convert.parts import FormatChoice, opened
+from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sampling import parse_split
 from ismdata.convert.sources.arguments import SavedDataset, Source, expand, told_apart
-from ismdata.convert.worker_pool import Workers
+from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import INDEX_NAME, Journal, describe_file, open_output
 from ismdata.errors import UsageError
 from ismdata.memory import kept_memory
@@ -82,7 +82,7 @@ def convert(
     `format` is "auto" or a key of FORMATS; `mapping` a TOML file that says how to read anything else. `roles` adds role
     names to the usual ones. `assistant`, `tree` and `preference` decide what the data leave open (`base.Choices`);
     `join` makes one message of several in a row of one side. `workers` blocks are read side by side, 0 means one a
-    core: in threads and, with `processes`, in processes where reading turns out to be slow (`workers.Workers`).
+    core: in threads and, with `processes`, in processes where reading turns out to be slow (`workers.WorkerPool`).
     `progress` is called with bytes done and bytes in all.
 
     Raises UsageError when an option cannot be or the output is in use, DataError when a source cannot be read, is
@@ -94,7 +94,7 @@ def convert(
     wanted, rules = _format(format, mapping, roles, assistant, tree, preference, join)
     with (
         open_output(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
-        Workers(workers or os.cpu_count() or 1, processes=processes) as pool,
+        WorkerPool(workers or os.cpu_count() or 1, processes=processes) as pool,
         kept_memory(),
     ):
         expanded = told_apart([source for argument in sources for source in expand(argument)])
@@ -138,7 +138,10 @@ def convert(
         first=job.quarantine.first,
         sources=tuple(job.mark.reports),
         ignored_fields=dict(sorted(job.mark.ignored.items())),
-        notes=(*job.mark.unknown, *_notes(job.mark.reports, assistant, tree, preference)),
+        notes=(
+            *(f"skipped: {reason}" for reason in job.mark.unknown),
+            *_notes(job.mark.reports, assistant, tree, preference),
+        ),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
     )
@@ -231,10 +234,8 @@ class _Other:
             return against_digests(self.folder)
         found = [np.empty((0, 2), np.uint64)]
         for source in self.sources:
-            for part in opened(source, format):
-                if part.corpus_format is not None:
-                    for block, place in part.blocks:
-                        found.append(digests(read_block(block, part.corpus_format, place, rules).rows))
+            for part in open_parts(source, format):
+                found += [digests(read_block(block, rules).rows) for block in part.blocks]
         return np.concatenate(found)
 
 

@@ -1,10 +1,15 @@
-"""One block of records to canonical rows and refusals: the fast road first, the general one for what it leaves."""
+"""Read one block: records become canonical rows or quarantine entries.
+
+The fast path (`columnar.py`) reads the whole block at once. Rows that it leaves, or all rows of a block or format
+without a fast path, take the general path (`canonical.py`), one record at a time.
+"""
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,83 +19,111 @@ import pyarrow.compute as pc
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
 from ismdata.convert.canonical import Rules, canonicalize
 from ismdata.convert.columnar import assemble
-from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place
+from ismdata.convert.corpus_format import Block, Draft, SourceBlock
+from ismdata.convert.sources.blocks import LineBlock
 from ismdata.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockResult:
-    """What came of a block: read = len(rows) + len(quarantined), in conversations.
+    """The conversations of a block: each is either a row or quarantined.
 
-    `kin` is string[len(rows)]: what a split must keep on one side with the row, null where it is the row alone.
+    Attributes:
+        rows: N rows of CONVERSATION_SCHEMA, in the order of the records.
+        split_groups: string[N], each row's `Draft.split_group`.
+        quarantined: The refused records and conversations, in the order of the records.
+        ignored: How many message fields were dropped, by name.
+        checksum: `block_checksum` of the block.
     """
 
     rows: pa.Table
-    kin: pa.Array
+    split_groups: pa.Array
     quarantined: list[Quarantined]
     ignored: Counter[str] = field(default_factory=Counter)
+    checksum: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return int(self.rows.nbytes)
 
 
-def read_block(block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
-    """Rows of CONVERSATION_SCHEMA and refusals, both in the order of the records."""
-    columns = corpus_format.parse_block(block)
+def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
+    """Read a block on the fast path, and what that leaves on the general path.
+
+    Args:
+        block: The records, with their format.
+        rules: The rules that all formats share.
+
+    Returns:
+        The same rows and quarantine entries as `read_records`, and the block's checksum.
+    """
+    checksum = block_checksum(block.block)
+    columns = block.corpus_format.parse_block(block.block)
     if columns is None:
-        return read_records(block, corpus_format, place, rules)
-    numbers = pa.array(block.numbers).cast(pa.string())
-    sources = pc.binary_join_element_wise(place.prefix, numbers, "")
-    own_ids = pc.binary_join_element_wise(f"{place.stem}-", numbers, "")
-    rows, care = assemble(columns, rules, sources=sources, own_ids=own_ids)
-    ignored = +Counter({name: int(counts[~care].sum()) for name, counts in columns.ignored.items()})
-    if not care.any():
-        return BlockResult(rows=rows, kin=pa.nulls(len(rows), pa.string()), quarantined=[], ignored=ignored)
-    left = np.flatnonzero(care)
-    special, counts = _read(block, corpus_format, place, rules, left.tolist())
-    rows = rows.append_column("kin", pa.nulls(len(rows), pa.string()))
-    woven = _woven(rows, left.tolist(), counts, special.rows.append_column("kin", special.kin))
+        return replace(read_records(block, rules), checksum=checksum)
+    numbers = pa.array(block.block.numbers).cast(pa.string())
+    sources = pc.binary_join_element_wise(block.place.prefix, numbers, "")
+    own_ids = pc.binary_join_element_wise(f"{block.place.stem}-", numbers, "")
+    rows, fallback = assemble(columns, rules, sources=sources, own_ids=own_ids)
+    ignored = +Counter({name: int(counts[~fallback].sum()) for name, counts in columns.ignored.items()})
+    groups = pa.nulls(len(rows), pa.string())
+    if not fallback.any():
+        return BlockResult(rows=rows, split_groups=groups, quarantined=[], ignored=ignored, checksum=checksum)
+    chosen = np.flatnonzero(fallback).tolist()
+    general, counts = _read_chosen(block, rules, chosen)
+    merged = _merge(
+        rows.append_column("group", groups), general.rows.append_column("group", general.split_groups), chosen, counts
+    )
     return BlockResult(
-        rows=woven.drop_columns("kin"),
-        kin=woven["kin"].combine_chunks(),
-        quarantined=special.quarantined,
-        ignored=ignored + special.ignored,
+        rows=merged.drop_columns("group"),
+        split_groups=merged["group"].combine_chunks(),
+        quarantined=general.quarantined,
+        ignored=ignored + general.ignored,
+        checksum=checksum,
     )
 
 
-def _woven(rows: pa.Table, left: Sequence[int], counts: Sequence[int], special: pa.Table) -> pa.Table:
-    """`rows` with the one at each place of `left` replaced by the next `counts` rows of `special`."""
+def read_records(block: SourceBlock, rules: Rules) -> BlockResult:
+    """Read all records of a block on the general path."""
+    return _read_chosen(block, rules, range(len(block.block.numbers)))[0]
+
+
+def block_checksum(block: Block) -> int:
+    """CRC-32 of a block's text; 0 for other blocks, whose files are identified by size and time alone."""
+    return zlib.crc32(block.data) if isinstance(block, LineBlock) else 0
+
+
+def _merge(rows: pa.Table, general: pa.Table, chosen: Sequence[int], counts: Sequence[int]) -> pa.Table:
+    """Replace the row at `chosen[i]` by the next `counts[i]` rows of `general`."""
     pieces, done, taken = [], 0, 0
-    for at, count in zip(left, counts, strict=True):
-        pieces += [rows.slice(done, at - done), special.slice(taken, count)]
+    for at, count in zip(chosen, counts, strict=True):
+        pieces += [rows.slice(done, at - done), general.slice(taken, count)]
         taken += count
         done = at + 1
     return pa.concat_tables([*pieces, rows.slice(done)]).combine_chunks()
 
 
-def read_records(block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules) -> BlockResult:
-    """The general road for all records of a block."""
-    return _read(block, corpus_format, place, rules, range(len(block.numbers)))[0]
-
-
-def _read(
-    block: Block, corpus_format: CorpusFormat, place: Place, rules: Rules, chosen: Sequence[int]
-) -> tuple[BlockResult, list[int]]:
-    """The general road for the `chosen` records of a block, and how many rows came of each."""
+def _read_chosen(block: SourceBlock, rules: Rules, chosen: Sequence[int]) -> tuple[BlockResult, list[int]]:
+    """Read the records at `chosen` on the general path; also return how many rows each one gave."""
+    records, place, corpus_format = block
     rows: list[dict[str, Any]] = []
-    kin: list[str | None] = []
+    groups: list[str | None] = []
     quarantined: list[Quarantined] = []
     ignored: Counter[str] = Counter()
     counts = []
     for row in chosen:
-        number, before = block.numbers[row], len(rows)
+        number, before = records.numbers[row], len(rows)
         source = f"{place.prefix}{number}"
 
         def refuse(refusal: Refused, row: int = row, source: str = source) -> None:
             quarantined.append(
-                Quarantined(source=source, reason=refusal.reason, detail=refusal.detail, record=block.raw(row))
+                Quarantined(source=source, reason=refusal.reason, detail=refusal.detail, record=records.raw(row))
             )
 
         drafts: Sequence[Draft] = ()
         try:
-            drafts = corpus_format.parse_record(block.record(row))
+            drafts = corpus_format.parse_record(records.record(row))
             if not drafts:
                 raise Refused("no_messages", "the record holds no conversation")
         except Refused as refusal:
@@ -101,16 +134,16 @@ def _read(
             except Refused as refusal:
                 refuse(refusal)
                 continue
-            own = f"{place.stem}-{number}" if conversation["id"] is None else conversation["id"]
-            conversation["id"] = f"{own}/{draft.part}" if draft.part else own
+            own_id = f"{place.stem}-{number}" if conversation["id"] is None else conversation["id"]
+            conversation["id"] = f"{own_id}/{draft.id_suffix}" if draft.id_suffix else own_id
             rows.append({**conversation, "source": source})
-            kin.append(draft.kin)
+            groups.append(draft.split_group)
             ignored.update(draft.ignored)
         counts.append(len(rows) - before)
-    reading = BlockResult(
+    result = BlockResult(
         rows=pa.Table.from_pylist(rows, CONVERSATION_SCHEMA),
-        kin=pa.array(kin, pa.string()),
+        split_groups=pa.array(groups, pa.string()),
         quarantined=quarantined,
         ignored=ignored,
     )
-    return reading, counts
+    return result, counts

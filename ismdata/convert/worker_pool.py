@@ -33,7 +33,7 @@ Result = TypeVar("Result", bound=Sized)
 _SECONDS, _BYTES_A_SECOND = 2.0, 40e6
 
 
-class Workers:
+class WorkerPool:
     """A pool for `count` blocks at a time. processes: whether it may start any (the program's main file is imported in
     each, so that a script has to guard its own calls with `if __name__ == "__main__"`)."""
 
@@ -70,7 +70,7 @@ class Workers:
         with self._lock:
             return self._seconds > _SECONDS and self._bytes < self._seconds * _BYTES_A_SECOND
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

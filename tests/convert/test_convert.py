@@ -20,7 +20,7 @@ from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.convert import job as conversion
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
-from ismdata.convert.worker_pool import Workers
+from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import conversations as conversation_files
 from ismdata.errors import DataError, UsageError
 
@@ -465,7 +465,7 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
 def test_blocks_are_not_read_far_ahead():
     given = []
     items = (given.append(n) or n for n in range(100))
-    with Workers(2, processes=False) as pool:
+    with WorkerPool(2, processes=False) as pool:
         for n, result in enumerate(
             map_in_order(lambda item: np.full(1, 2 * item), items, submit=pool.submit, pending=5)
         ):

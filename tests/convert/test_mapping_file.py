@@ -19,9 +19,9 @@ from ismdata.convert.corpus_format import Choices, CorpusFormat, with_choices
 from ismdata.convert.explain import explain, explain_records
 from ismdata.convert.formats.mapped import Mapped, remove_at, value_at
 from ismdata.convert.formats.registry import FORMATS, detect
-from ismdata.convert.guess_mapping import guessed, regrouped
+from ismdata.convert.guess_mapping import guess_mapping, regroup_records
 from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
-from ismdata.convert.parts import FormatChoice, opened
+from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.read_block import read_records
 from ismdata.convert.sources.arguments import expand
 from ismdata.errors import DataError, Refused, UsageError
@@ -40,7 +40,7 @@ def with_roles(mapped: Mapped, **roles: str) -> Mapped:
 def conversations(corpus_format: CorpusFormat, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
     """The messages of each conversation as role and content; the reason where a record is refused."""
     found: list[Any] = []
-    for record in regrouped(corpus_format, records) if isinstance(corpus_format, Mapped) else records:
+    for record in regroup_records(corpus_format, records) if isinstance(corpus_format, Mapped) else records:
         try:
             drafts = corpus_format.parse_record(record)
             rows = [canonicalize(draft, Rules(roles=roles)) for draft in drafts]
@@ -112,7 +112,7 @@ def test_rows_are_grouped_and_ordered() -> None:
 
 def test_both_sides() -> None:
     drafts = parse_mapping('messages = "."\nassistant = "both"', "my.toml").parse_record(["q", "a"])
-    assert [(draft.part, [one["role"] for one in draft.messages]) for draft in drafts] == [
+    assert [(draft.id_suffix, [one["role"] for one in draft.messages]) for draft in drafts] == [
         ("second", ["user", "assistant"]),
         ("first", ["assistant", "user"]),
     ]
@@ -380,7 +380,7 @@ UNKNOWN: dict[str, list[Any]] = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_shapes_are_guessed(name: str) -> None:
     records = UNKNOWN[name]
-    mapped = guessed(records)
+    mapped = guess_mapping(records)
     assert mapped is not None
     expected = [[(SIDES[at % 2], text) for at, text in enumerate(talk)] for talk in TALKS]
     assert read(mapping_text(mapped, {}), *records) == expected
@@ -388,7 +388,7 @@ def test_unknown_shapes_are_guessed(name: str) -> None:
 
 @given(st.lists(values, max_size=4))
 def test_guessing_stands_anything(records: list[Any]) -> None:
-    mapped = guessed(records)
+    mapped = guess_mapping(records)
     if mapped is not None:
         assert mapped == parse_mapping(mapping_text(mapped, {}), "my.toml")
 
@@ -464,11 +464,10 @@ def all_of(path: Path, format: FormatChoice) -> tuple[list[Any], list[str]]:
     """Messages of all conversations, and the reasons of all refusals."""
     rules = Rules(roles=format.choices.roles)
     readings = [
-        read_records(block, part.corpus_format, place, rules)
+        read_records(block, rules)
         for source in expand(str(path))
-        for part in opened(source, format)
-        for block, place in part.blocks
-        if part.corpus_format is not None
+        for part in open_parts(source, format)
+        for block in part.blocks
     ]
     rows = [row for reading in readings for row in reading.rows["messages"].to_pylist()]
     return rows, [refused.reason for reading in readings for refused in reading.quarantined]

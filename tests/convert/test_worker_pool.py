@@ -18,11 +18,11 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.convert import worker_pool as workers
 from ismdata.convert.canonical import Rules
 from ismdata.convert.corpus_format import Choices
-from ismdata.convert.parts import FormatChoice, opened
+from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.pipeline import convert
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sources.arguments import expand
-from ismdata.convert.worker_pool import Workers
+from ismdata.convert.worker_pool import WorkerPool
 from ismdata.errors import DataError
 from tests.support.paths import ROOT
 from tests.support.raw_corpora import ANCHOR, FORMATS, A, S, U, written
@@ -40,11 +40,11 @@ def test_a_block_can_be_handed_to_another_process(name: str, tmp_path: Path) -> 
         rules = Rules(roles=ROLE_NAMES)
         choices = Choices(roles=ROLE_NAMES, preference=form.options.get("preference"))
         blocks = 0
-        for part in opened(source, FormatChoice(name=name, choices=choices)):
-            for block, place in part.blocks:
-                corpus_format, other_block, other_place = pickle.loads(pickle.dumps((part.corpus_format, block, place)))
-                here = read_block(block, part.corpus_format, place, rules)
-                there = pickle.loads(pickle.dumps(read_block(other_block, corpus_format, other_place, rules)))
+        for part in open_parts(source, FormatChoice(name=name, choices=choices)):
+            for block in part.blocks:
+                pickled = pickle.dumps(block)
+                here = read_block(block, rules)
+                there = pickle.loads(pickle.dumps(read_block(pickle.loads(pickled), rules)))
                 assert there == here
                 blocks += 1
         assert blocks
@@ -71,7 +71,7 @@ def busy(number: int) -> Sized:
 @pytest.mark.slow
 def test_processes_take_over_where_reading_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_SECONDS", 0.1)
-    with Workers(2, processes=True) as pool:
+    with WorkerPool(2, processes=True) as pool:
         found = [pool.submit(busy, number).result().of for number in range(20)]
         with pytest.raises(DataError, match="-1: found a number below 0"):
             pool.submit(busy, -1).result()
@@ -82,7 +82,7 @@ def test_processes_take_over_where_reading_is_slow(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("count", "processes"), [(1, True), (2, False)], ids=["one-worker", "threads-alone"])
 def test_threads_stay_where_processes_may_not_be(count: int, processes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_SECONDS", 0.0)
-    with Workers(count, processes=processes) as pool:
+    with WorkerPool(count, processes=processes) as pool:
         assert {pool.submit(busy, number).result().of[1] for number in range(4)} == {os.getpid()}
 
 
@@ -97,7 +97,7 @@ def test_the_same_bytes_from_processes(tmp_path: Path, monkeypatch: pytest.Monke
     convert([str(corpus)], tmp_path / "threads")
     monkeypatch.setattr(workers, "_SECONDS", -1.0)
     monkeypatch.setattr(workers, "_BYTES_A_SECOND", float("inf"))
-    monkeypatch.setattr(Workers, "_is_slow", lambda self: True)
+    monkeypatch.setattr(WorkerPool, "_is_slow", lambda self: True)
     report = convert([str(corpus)], tmp_path / "processes", workers=2, processes=True)
     assert report.quarantined == {"empty_answer": 8}
     for path in (tmp_path / "threads").iterdir():
@@ -107,11 +107,11 @@ def test_the_same_bytes_from_processes(tmp_path: Path, monkeypatch: pytest.Monke
 SCRIPT = """
 import os, sys, time
 from ismdata.convert import worker_pool as workers
-from ismdata.convert.worker_pool import Workers
+from ismdata.convert.worker_pool import WorkerPool
 from tests.convert.test_worker_pool import busy
 if __name__ == "__main__":
     workers._SECONDS = -1.0
-    with Workers(2, processes=True) as pool:
+    with WorkerPool(2, processes=True) as pool:
         pool.submit(busy, 1).result()
         print(*{pool.submit(busy, n).result().of[1] for n in range(20)}, flush=True)
         time.sleep(60)

@@ -15,9 +15,9 @@ import numpy as np
 
 from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLES
 from ismdata.convert.canonical import Rules, parse_json
-from ismdata.convert.corpus_format import Block, CorpusFormat, Place
+from ismdata.convert.corpus_format import Block, CorpusFormat, Place, SourceBlock
 from ismdata.convert.digests import digests
-from ismdata.convert.parts import FormatChoice, opened
+from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.archives import Part, parts_of
 from ismdata.convert.sources.blocks import ValueBlock
@@ -30,12 +30,12 @@ PLACE = Place(prefix="x:", stem="x")
 
 def check_block(block: Block, place: Place, corpus_format: CorpusFormat, rules: Rules) -> None:
     """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
-    fast = read_block(block, corpus_format, place, rules)
-    general = read_records(block, corpus_format, place, rules)
+    fast = read_block(SourceBlock(block, place, corpus_format), rules)
+    general = read_records(SourceBlock(block, place, corpus_format), rules)
     rows = fast.rows.to_pylist()
     assert rows == general.rows.to_pylist(), "the two roads give different rows"
     assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
-    assert fast.ignored == general.ignored and fast.kin.to_pylist() == general.kin.to_pylist()
+    assert fast.ignored == general.ignored and fast.split_groups.to_pylist() == general.split_groups.to_pylist()
     places = {row["source"] for row in rows} | {one.source for one in fast.quarantined}
     assert {f"{place.prefix}{number}" for number in block.numbers} <= places, "a record is neither written nor refused"
     fast.rows.validate(full=True)
@@ -95,9 +95,8 @@ class Memory:
 
 def check_file(data: bytes, name: str, format: FormatChoice, rules: Rules) -> None:
     try:
-        for part in opened(Memory(data=data, name=name), format):  # type: ignore[arg-type]
-            if part.corpus_format is not None:
-                for block, place in part.blocks:
-                    check_block(block, place, part.corpus_format, rules)
+        for part in open_parts(Memory(data=data, name=name), format):  # type: ignore[arg-type]
+            for block, place, corpus_format in part.blocks:
+                check_block(block, place, corpus_format, rules)
     except DataError as error:
         assert str(error)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ismdata.arrays import offsets_of
-from ismdata.convert.columnar import BLANKS, flat_list, held, mask, per_record
+from ismdata.convert.columnar import WHITESPACE, any_per_record, as_bools, flat_list, has_text
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.fields import missing_field, take_text
 from ismdata.convert.formats.speakers import to_messages
@@ -64,20 +64,20 @@ class Alpaca(CorpusFormat):
             return None
         pair_offsets, pairs = flat_list(table["history"])
         sizes, earlier = flat_list(pa.chunked_array([pairs]))
-        bad_pair = (np.diff(sizes) != 2) | per_record(mask(earlier.is_null()), sizes)
+        bad_pair = (np.diff(sizes) != 2) | any_per_record(as_bools(earlier.is_null()), sizes)
         instruction, given, output = (table[name].combine_chunks() for name in ("instruction", "input", "output"))
-        care = held(table["tools"]) | per_record(bad_pair, pair_offsets)
-        care |= ~held(table["instruction"]) | mask(output.is_null())
-        care |= mask(pc.fill_null(pc.ends_with(pc.utf8_rtrim(instruction, BLANKS), ANSWER_MARK), False))
+        fallback = has_text(table["tools"]) | any_per_record(bad_pair, pair_offsets)
+        fallback |= ~has_text(table["instruction"]) | as_bools(output.is_null())
+        fallback |= as_bools(pc.fill_null(pc.ends_with(pc.utf8_rtrim(instruction, WHITESPACE), ANSWER_MARK), False))
         joined = pc.binary_join_element_wise(instruction, given, "\n")
-        prompts = pc.if_else(pa.array(held(table["input"])), joined, instruction)
+        prompts = pc.if_else(pa.array(has_text(table["input"])), joined, instruction)
 
-        # Rows that need care may have ragged pairs; counting no history for them keeps the other rows aligned.
-        counts = np.where(care, 0, np.diff(pair_offsets))
+        # Fallback rows may have ragged pairs; counting no history for them keeps the other rows aligned.
+        counts = np.where(fallback, 0, np.diff(pair_offsets))
         first = sizes[pair_offsets[:-1]]
-        with_system = held(table["system"])
+        with_system = has_text(table["system"])
         offsets = offsets_of(with_system + 2 * counts + 2)
-        n, total = len(care), int(offsets[-1])
+        n, total = len(fallback), int(offsets[-1])
         # All texts in one array: system, history, prompt, output. `at` is the index of each message's text in it.
         texts = pa.concat_arrays([table["system"].combine_chunks(), earlier, prompts, output])
         at = np.empty(total, np.int64)
@@ -97,7 +97,7 @@ class Alpaca(CorpusFormat):
             offsets=offsets,
             roles=pa.DictionaryArray.from_arrays(pa.array(role), _NAMES),
             contents=texts.take(pa.array(at)),
-            care=care,
+            fallback=fallback,
         )
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ismdata.arrays import offsets_of
 from ismdata.choices import Side
-from ismdata.convert.columnar import BLANKS, flat_list, mask
+from ismdata.convert.columnar import WHITESPACE, as_bools, flat_list
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
 from ismdata.convert.formats.speakers import alternating_role_column, alternating_roles, to_messages
 from ismdata.errors import Refused, shown
@@ -51,7 +51,7 @@ class DailyDialog(CorpusFormat):
         utterances = split_utterances(text, END_OF_UTTERANCE)
         extra = {"labels": labels} if labels else {}
         return [
-            Draft(messages=to_messages(roles, utterances), part=part, extra=extra)
+            Draft(messages=to_messages(roles, utterances), id_suffix=part, extra=extra)
             for part, roles in alternating_roles(len(utterances), self.assistant)
         ]
 
@@ -60,7 +60,7 @@ class DailyDialog(CorpusFormat):
         if lines is None:
             return None
         columns = columns_of_lines(lines, END_OF_UTTERANCE, self.assistant)
-        return replace(columns, care=columns.care | mask(pc.match_substring(lines, "\t")))
+        return replace(columns, fallback=columns.fallback | as_bools(pc.match_substring(lines, "\t")))
 
 
 def split_utterances(line: str, separator: str) -> list[str]:
@@ -74,19 +74,19 @@ def split_utterances(line: str, separator: str) -> list[str]:
 
 
 def columns_of_lines(lines: pa.Array, separator: str, assistant: Side, *, fewest: int = 1) -> Columns:
-    """`split_utterances` of string[N] at once; lines with fewer than `fewest` utterances need care. Not for "both"."""
+    """`split_utterances` of string[N] at once. Fallback: lines with fewer than `fewest` utterances. Not for "both"."""
     offsets, pieces = flat_list(pa.chunked_array([pc.split_pattern(lines, separator)]))
-    pieces = pc.utf8_trim(pieces, BLANKS)
+    pieces = pc.utf8_trim(pieces, WHITESPACE)
     keep = np.ones(len(pieces), np.bool_)
     last = offsets[1:] - 1
-    keep[last] = ~mask(pc.equal(pieces, ""))[last]
+    keep[last] = ~as_bools(pc.equal(pieces, ""))[last]
     offsets = offsets_of(np.diff(offsets) - ~keep[last])
     return Columns(
         ids=None,
         offsets=offsets,
         roles=alternating_role_column(offsets, assistant),
         contents=pieces.filter(pa.array(keep)),
-        care=np.diff(offsets) < fewest,
+        fallback=np.diff(offsets) < fewest,
     )
 
 

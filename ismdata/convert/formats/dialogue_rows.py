@@ -67,7 +67,7 @@ class DialogueRows(SpeakerFormat):
                 id=id_text(rows[0].get(columns.dialogue)),
                 extra=extra,
                 ignored=ignored,
-                part=part,
+                id_suffix=part,
             )
             for part, roles in self.roles_of(speakers)
         ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ismdata.convert.columnar import flat_list, mask, per_record
+from ismdata.convert.columnar import any_per_record, as_bools, flat_list
 from ismdata.convert.corpus_format import ID_FIELDS, Block, Columns, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.fields import missing_field
 from ismdata.convert.formats.speakers import SpeakerFormat, alternating_role_column, alternating_roles, to_messages
@@ -61,7 +61,7 @@ class Lists(SpeakerFormat):
                 raise Refused("invalid_content", f"message {number} is {kind_of(text)}; expected a string")
         own_id = take_id(fields)
         return [
-            Draft(messages=to_messages(roles, listed), id=own_id, extra=fields, part=part)
+            Draft(messages=to_messages(roles, listed), id=own_id, extra=fields, id_suffix=part)
             for part, roles in self._roles_in(fields, name, len(listed))
         ]
 
@@ -83,9 +83,9 @@ class Lists(SpeakerFormat):
         if table is None:
             return None
         offsets, contents = flat_list(table["messages"])
-        care = (np.diff(offsets) == 0) | per_record(mask(contents.is_null()), offsets)
+        fallback = (np.diff(offsets) == 0) | any_per_record(as_bools(contents.is_null()), offsets)
         roles = alternating_role_column(offsets, self.assistant)
-        return Columns(ids=None, offsets=offsets, roles=roles, contents=contents, care=care)
+        return Columns(ids=None, offsets=offsets, roles=roles, contents=contents, fallback=fallback)
 
 
 def _find_list(fields: Any) -> tuple[str, Any]:

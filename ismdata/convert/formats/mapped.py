@@ -125,7 +125,7 @@ class Mapped(CorpusFormat):
         )
         messages = [self._stripped(one.message) for one in utterances]
         return [
-            replace(whole, messages=system + with_roles(messages, roles), part=part)
+            replace(whole, messages=system + with_roles(messages, roles), id_suffix=part)
             for part, roles in self._roles([one.speaker for one in utterances])
         ]
 

@@ -12,9 +12,16 @@ import pyarrow.compute as pc
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.canonical import MOST_WEIGHT, parse_json
-from ismdata.convert.columnar import flat_list, held, mask, per_record
-from ismdata.convert.columnar_extras import Plain, apart, columns_of_records, ids_of, meta_of, rest_of
+from ismdata.convert.canonical import MAX_WEIGHT, parse_json
+from ismdata.convert.columnar import any_per_record, as_bools, flat_list, has_text
+from ismdata.convert.columnar_extras import (
+    PlainRecord,
+    columns_of_records,
+    id_column,
+    meta_column,
+    record_info,
+    split_table,
+)
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, openai_tools, split_blocks, system_blocks
 from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns
@@ -131,7 +138,7 @@ class MessageLists(CorpusFormat):
         if self.role is not None:
             return [whole]
         return [
-            replace(whole, messages=system + with_roles(messages, roles), part=part)
+            replace(whole, messages=system + with_roles(messages, roles), id_suffix=part)
             for part, roles in alternating_roles(len(messages), self.assistant)
         ]
 
@@ -179,7 +186,7 @@ class MessageLists(CorpusFormat):
             return name
         return _ALIASES.get(name)
 
-    def parse_plain(self, record: Any) -> Plain | None:
+    def parse_plain(self, record: Any) -> PlainRecord | None:
         """A record of plain texts, for the fast path; None for any other. Must read it as `parse_record` does."""
         if not isinstance(record, dict) or self.role is None:
             return None
@@ -205,8 +212,8 @@ class MessageLists(CorpusFormat):
                     if self._canonical_name(field) is not None:
                         return None
                     ignored.append(f"{name}[].{field}")
-        rest = rest_of({one: value for one, value in record.items() if one != name}, (*self.systems, *_TOOLS))
-        return None if rest is None else Plain(roles=roles, contents=contents, rest=rest, ignored=ignored)
+        info = record_info({one: value for one, value in record.items() if one != name}, (*self.systems, *_TOOLS))
+        return None if info is None else PlainRecord(roles=roles, contents=contents, info=info, ignored=ignored)
 
     def schema(self) -> pa.Schema:
         """The columns that the fast path reads at once. Blocks with anything else are read by `parse_plain`."""
@@ -230,8 +237,10 @@ class MessageLists(CorpusFormat):
     def _columns_of_wide_table(self, block: TableBlock) -> Columns | None:
         """The columns of a table with more columns than messages; None if its messages are no plain lists."""
         names = [name for name in (self.messages, *self.also) if name in block.rows.column_names]
-        heeded = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"})}
-        parts = apart(block, names[0], known=self._fast_fields, heeded=heeded) if len(names) == 1 else None
+        significant = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"})}
+        parts = (
+            split_table(block, names[0], known=self._fast_fields, significant=significant) if len(names) == 1 else None
+        )
         if parts is None:
             return None
         messages = TableBlock(rows=parts.messages.rows.rename_columns([self.messages]), numbers=block.numbers)
@@ -239,9 +248,9 @@ class MessageLists(CorpusFormat):
         if table is None:
             return None
         columns = self._columns_of(table)
-        rests = [rest_of(fields, (*self.systems, *_TOOLS)) for fields in parts.others]
-        care = columns.care | parts.care | np.array([rest is None for rest in rests], np.bool_)
-        return replace(columns, ids=ids_of(rests), meta=meta_of(rests), ignored=parts.ignored, care=care)
+        infos = [record_info(fields, (*self.systems, *_TOOLS)) for fields in parts.others]
+        fallback = columns.fallback | parts.fallback | np.array([info is None for info in infos], np.bool_)
+        return replace(columns, ids=id_column(infos), meta=meta_column(infos), ignored=parts.ignored, fallback=fallback)
 
     @property
     def _fast_fields(self) -> set[str]:
@@ -255,21 +264,21 @@ class MessageLists(CorpusFormat):
         weight = messages.field("weight")
         optional = {name: messages.field(name) for name in _OPTIONAL}
         # The general path refuses null messages, roles and contents, and weights out of range.
-        odd = mask(messages.is_null()) | mask(roles.is_null()) | mask(contents.is_null())
+        odd = as_bools(messages.is_null()) | as_bools(roles.is_null()) | as_bools(contents.is_null())
         if weight.null_count < len(weight):
             # False for NaN.
-            in_range = pc.and_(pc.greater_equal(weight, 0.0), pc.less_equal(weight, MOST_WEIGHT))
-            odd |= ~mask(pc.fill_null(in_range, True))
-        care = (np.diff(offsets) == 0) | per_record(odd, offsets)
+            in_range = pc.and_(pc.greater_equal(weight, 0.0), pc.less_equal(weight, MAX_WEIGHT))
+            odd |= ~as_bools(pc.fill_null(in_range, True))
+        fallback = (np.diff(offsets) == 0) | any_per_record(odd, offsets)
         for name in ("tools", *self.systems):
-            care |= held(table[name])
+            fallback |= has_text(table[name])
         return Columns(
             ids=table["id"].combine_chunks(),
             offsets=offsets,
             roles=roles,
             contents=contents,
             optional=optional,
-            care=care,
+            fallback=fallback,
         )
 
 

@@ -71,7 +71,7 @@ class PersonaChat(CorpusFormat):
             Draft(
                 messages=_system_prompt(personas, roles[0]) + to_messages([roles[side] for side in sides], utterances),
                 ignored=ignored,
-                part=part,
+                id_suffix=part,
             )
             for part, roles in (alternating_roles(2, self.assistant) if utterances else ())
         ]

@@ -63,7 +63,7 @@ class Separated(SpeakerFormat):
             messages = to_messages(roles, texts)
             if glaive:
                 messages = [with_tool_calls(one) if one["role"] == "assistant" else one for one in messages]
-            drafts.append(Draft(messages=system + messages, id=own_id, extra=fields, part=part))
+            drafts.append(Draft(messages=system + messages, id=own_id, extra=fields, id_suffix=part))
         return drafts
 
 

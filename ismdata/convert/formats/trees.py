@@ -79,8 +79,8 @@ class _TreeFormat(CorpusFormat):
                     id=own_id,
                     extra=meta,
                     ignored=ignored,
-                    part="" if own_id is not None else f"path{number}",
-                    kin=tree,
+                    id_suffix="" if own_id is not None else f"path{number}",
+                    split_group=tree,
                 )
             )
             ignored = []

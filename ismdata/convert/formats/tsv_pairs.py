@@ -34,7 +34,7 @@ class TabPairs(CorpusFormat):
         if len(utterances) < 2:
             raise Refused("not_an_object", "the line has no tab between utterances; expected question, tab, reply")
         return [
-            Draft(messages=to_messages(roles, utterances), part=part)
+            Draft(messages=to_messages(roles, utterances), id_suffix=part)
             for part, roles in alternating_roles(len(utterances), self.assistant)
         ]
 

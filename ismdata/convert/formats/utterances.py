@@ -99,7 +99,9 @@ class Utterances(SpeakerFormat):
             speakers = [_speaker(utterance, names.speaker, number) for number, utterance in enumerate(listed, 1)]
             sides = self.roles_of(speakers)
         return [
-            Draft(messages=system + to_messages(roles, contents), id=own_id, extra=fields, ignored=ignored, part=part)
+            Draft(
+                messages=system + to_messages(roles, contents), id=own_id, extra=fields, ignored=ignored, id_suffix=part
+            )
             for part, roles in sides
         ]
 

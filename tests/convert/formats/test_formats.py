@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import REASONS, ROLE_NAMES
 from ismdata.convert.canonical import Rules, canonicalize
-from ismdata.convert.corpus_format import Choices, Place, with_choices
+from ismdata.convert.corpus_format import Choices, Place, SourceBlock, with_choices
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.blocks import LineBlock
@@ -202,7 +202,7 @@ def test_the_assistant_is_whom_the_user_says(name, record):
     assert read(name, record, assistant="first") == [first]
     assert read(name, record, assistant="both") == [second, first]
     corpus_format = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant="both"))
-    assert [draft.part for draft in corpus_format.parse_record(record)] == ["second", "first"]
+    assert [draft.id_suffix for draft in corpus_format.parse_record(record)] == ["second", "first"]
 
 
 def test_known_names_win_over_the_order_and_swapped_names_are_swapped_once():
@@ -375,7 +375,7 @@ def dialogues(text, **choices):
     block, _ = line_block(text.encode(), 1, plain_text=True)
     corpus_format = with_choices(FORMATS["personachat"], Choices(roles=ROLE_NAMES, **choices))
     readings = [
-        read_block(group, corpus_format, place, Rules(roles=ROLE_NAMES))
+        read_block(SourceBlock(group, place, corpus_format), Rules(roles=ROLE_NAMES))
         for group, place in corpus_format.regroup([(block, PLACE)])
     ]
     return (
@@ -581,8 +581,8 @@ def test_both_roads_agree_on_lines_with_tabs(lines):
     for name in ("tsv_pairs", "dailydialog"):
         for assistant in ("second", "first", "both"):
             corpus_format = with_choices(FORMATS[name], Choices(roles=ROLE_NAMES, assistant=assistant))
-            fast = read_block(block, corpus_format, PLACE, Rules(roles=ROLE_NAMES))
-            general = read_records(block, corpus_format, PLACE, Rules(roles=ROLE_NAMES))
+            fast = read_block(SourceBlock(block, PLACE, corpus_format), Rules(roles=ROLE_NAMES))
+            general = read_records(SourceBlock(block, PLACE, corpus_format), Rules(roles=ROLE_NAMES))
             assert fast.rows.to_pylist() == general.rows.to_pylist()
             assert fast.quarantined == general.quarantined
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLE_NAMES
 from ismdata.convert.canonical import Rules
-from ismdata.convert.columnar import BLANKS
-from ismdata.convert.corpus_format import Place
+from ismdata.convert.columnar import WHITESPACE
+from ismdata.convert.corpus_format import Place, SourceBlock
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources import framing
@@ -136,8 +136,8 @@ def assert_same(fast, general):
 
 
 def compare(block, name):
-    fast = read_block(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
-    general = read_records(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
+    fast = read_block(SourceBlock(block, PLACE, FORMATS[name]), Rules(roles=ROLE_NAMES))
+    general = read_records(SourceBlock(block, PLACE, FORMATS[name]), Rules(roles=ROLE_NAMES))
     assert_same(fast, general)
     assert len(fast.rows) + len(fast.quarantined) == len(block.numbers)
 
@@ -163,7 +163,7 @@ def test_both_roads_agree_on_a_hostile_line_among_sound_ones(name, hostile):
     sound = SOUND_LINES[name]
     block, _ = line_block(b"\n".join([sound, hostile, sound, hostile]), 1)
     compare(block, name)
-    fast = read_block(block, FORMATS[name], PLACE, Rules(roles=ROLE_NAMES))
+    fast = read_block(SourceBlock(block, PLACE, FORMATS[name]), Rules(roles=ROLE_NAMES))
     assert {"corpus.jsonl:1", "corpus.jsonl:3"} <= set(fast.rows["source"].to_pylist())
 
 
@@ -173,7 +173,7 @@ def test_rows_and_lines_stay_together_when_values_and_lines_do_not():
     whole = b'{"messages":[' + turn + b"]}"
     block, _ = line_block(b'{"messages":[\n' + turn + b"]}\n" + whole + whole, 1)
     compare(block, "messages")
-    assert read_block(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES)).rows.num_rows == 0
+    assert read_block(SourceBlock(block, PLACE, FORMATS["messages"]), Rules(roles=ROLE_NAMES)).rows.num_rows == 0
 
 
 @pytest.mark.parametrize("pair", [["q"], ["q", "a", "x"], [], ["q", None], None])
@@ -182,7 +182,7 @@ def test_a_ragged_history_does_not_shift_its_neighbours(pair):
     records.insert(1, {"instruction": "bad", "output": "a", "history": [["h", "b"], pair]})
     block, _ = line_block("\n".join(map(json.dumps, records)).encode(), 1)
     compare(block, "alpaca")
-    refused = read_block(block, FORMATS["alpaca"], PLACE, Rules(roles=ROLE_NAMES)).quarantined
+    refused = read_block(SourceBlock(block, PLACE, FORMATS["alpaca"]), Rules(roles=ROLE_NAMES)).quarantined
     assert [entry.source for entry in refused] == ["corpus.jsonl:2"]
 
 
@@ -190,11 +190,11 @@ def test_a_sound_block_takes_the_fast_road():
     for name, sound in SOUND_LINES.items():
         block, _ = line_block(sound + b"\n" + sound + b"\n", 1)
         columns = FORMATS[name].parse_block(block)
-        assert columns is not None and not columns.care.any(), name
+        assert columns is not None and not columns.fallback.any(), name
         if name != "lists":
             rows = pa.Table.from_pylist([json.loads(sound)] * 2).slice(1)
             columns = FORMATS[name].parse_block(TableBlock(rows=rows, numbers=np.array([2])))
-            assert columns is not None and not columns.care.any(), name
+            assert columns is not None and not columns.fallback.any(), name
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -206,9 +206,9 @@ def test_records_with_more_than_messages_take_the_fast_road(table):
     else:
         block, _ = line_block("\n".join([json.dumps(record)] * 2).encode(), 2)
     columns = FORMATS["messages"].parse_block(block)
-    assert columns is not None and not columns.care.any()
-    fast = read_block(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES))
-    assert_same(fast, read_records(block, FORMATS["messages"], PLACE, Rules(roles=ROLE_NAMES)))
+    assert columns is not None and not columns.fallback.any()
+    fast = read_block(SourceBlock(block, PLACE, FORMATS["messages"]), Rules(roles=ROLE_NAMES))
+    assert_same(fast, read_records(SourceBlock(block, PLACE, FORMATS["messages"]), Rules(roles=ROLE_NAMES)))
     assert fast.rows["id"].to_pylist() == ["c", "c"]
     assert json.loads(fast.rows["meta"][0].as_py()) == {"turn": 1, "language": "English"}
     assert fast.ignored == {"conversation[].toxic": 2}
@@ -245,8 +245,8 @@ def test_both_roads_agree_on_tables(name, data):
 
 
 def test_blank_means_what_str_strip_means():
-    assert all(char.strip() == "" for char in BLANKS)
-    assert len(BLANKS) == sum(chr(point).isspace() for point in range(0x110000))
+    assert all(char.strip() == "" for char in WHITESPACE)
+    assert len(WHITESPACE) == sum(chr(point).isspace() for point in range(0x110000))
 
 
 # ---- framing ----

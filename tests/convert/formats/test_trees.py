@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.canonical import Rules, canonicalize, role_table
-from ismdata.convert.corpus_format import Choices, Place, with_choices
+from ismdata.convert.corpus_format import Choices, Place, SourceBlock, with_choices
 from ismdata.convert.formats import trees
 from ismdata.convert.formats.dialogue_rows import DIALOGUE_ROWS
 from ismdata.convert.formats.registry import detect
@@ -96,7 +96,7 @@ def test_paths_are_those_of_the_definition(rows: list[dict[str, Any]]) -> None:
         paths = naive_paths(rows, best=tree == "best")
         assert found == [[(row["role"], row["text"]) for row in path] for path in paths]
         assert [draft.id for draft in drafts] == [path[-1]["message_id"] for path in paths]
-        assert {draft.kin for draft in drafts} <= {"t"}
+        assert {draft.split_group for draft in drafts} <= {"t"}
 
 
 @given(random_rows())
@@ -139,8 +139,8 @@ def test_nested_trees_are_the_same(rows: list[dict[str, Any]]) -> None:
             assert refusal.reason == "rejected"
             found = []
         expected = drafts_of(rows, tree)
-        assert [(one.id, one.messages, one.kin, one.extra) for one in found] == [
-            (one.id, one.messages, one.kin, one.extra) for one in expected
+        assert [(one.id, one.messages, one.split_group, one.extra) for one in found] == [
+            (one.id, one.messages, one.split_group, one.extra) for one in expected
         ]
         assert sum(len(one.ignored) for one in found) == sum(len(one.ignored) for one in expected)
 
@@ -249,7 +249,7 @@ def test_a_bad_message_spoils_its_own_paths_alone() -> None:
     }
     bad, good = NESTED_TREES.parse_record(record)
     assert (usable(bad), usable(good)) == (False, True)
-    assert (bad.part, good.part) == ("path1", "path2")
+    assert (bad.id_suffix, good.id_suffix) == ("path1", "path2")
     with pytest.raises(Refused, match="expected a list"):
         NESTED_TREES.parse_record({"prompt": {"text": "q", "role": "prompter", "replies": {"a": 1}}})
 
@@ -291,7 +291,7 @@ def test_hostile_values_are_read_or_refused(given_values: list[Any]) -> None:
         assert all(isinstance(corpus_format.matches(value), bool) for value in given_values)
         records = 0
         for part, place in corpus_format.regroup([(block, PLACE)]):
-            reading = read_records(part, corpus_format, place, Rules(roles=ROLES))
+            reading = read_records(SourceBlock(part, place, corpus_format), Rules(roles=ROLES))
             records += len(part.numbers)
             assert len(reading.rows) + len(reading.quarantined) >= len(part.numbers)
         assert records <= len(given_values)
