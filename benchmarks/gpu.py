@@ -33,11 +33,11 @@ from ismdata.attention.attachment import attach
 from ismdata.attention.backends.registry import BACKENDS
 from ismdata.attention.canary import check_training
 from ismdata.bench.attention.cases import YARDSTICK, Case, Heads, Inputs, case, missing, random_inputs
-from ismdata.bench.attention.run import device_facts, find_device, run_attention_bench
+from ismdata.bench.attention.run import device_facts, run_attention_bench
 from ismdata.bench.attention.training_steps import base_config, model_steps, one_billion_config
 from ismdata.bench.attention.workload import Workload, lay_out, random_documents, sharegpt_like
 from ismdata.bench.report import machine
-from ismdata.bench.timing import attempt, peak_bytes, release
+from ismdata.bench.timing import attempt, find_device, peak_bytes, release
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import Sample
 from ismdata.display import LogReporter

@@ -1,4 +1,4 @@
-"""What came of a benchmark: rows, the machine they were measured on, a table and a picture."""
+"""Report a benchmark: its rows, the machine they were measured on, a table and a picture."""
 
 from __future__ import annotations
 
@@ -24,9 +24,20 @@ _COLOURS = {"ours": "#2563a8", "yardstick": "#b9bec6"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. `ratio` is what `ratio_is` says, None where there is nothing to compare with.
+    """One line of the table.
 
-    `details` holds every single time. A row without values says in `note` why there are none.
+    Attributes:
+        name: The measurement, as in `--only`.
+        what: What was measured.
+        corpus: On which corpus.
+        unit: Of `ours` and `yardstick`.
+        ours: The value of ismdata; None if there is none.
+        yardstick: The value that it is compared with; None if there is none.
+        ratio: What `ratio_is` says.
+        ratio_is: What the ratio means, e.g. `times faster`.
+        note: Why there is no value, or a remark.
+        failed: Whether the measurement failed.
+        details: Every single time.
     """
 
     name: str
@@ -42,21 +53,22 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> tuple[str, str, str, str, str, str]:
-        """what, corpus, ours, yardstick, ratio, note"""
+        """The cells of the table: what, corpus, ours, yardstick, ratio, note."""
         ratio = "" if self.ratio is None else f"{number(self.ratio)} {self.ratio_is}"
         ours, yardstick = (_with_unit(value, self.unit) for value in (self.ours, self.yardstick))
         return self.what, self.corpus, ours, yardstick, ratio, self.note
 
     def line(self) -> str:
-        """The row as plain text."""
+        """The row as one line of text."""
         return " · ".join(cell for cell in self.cells() if cell)
 
     def as_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
         return asdict(self)
 
 
 def number(value: float) -> str:
-    """Three or four digits; whole numbers whole, and ratios near one with what sets them apart from it.
+    """Format a number with three or four digits. Integers are exact; numbers near 1 keep four decimals.
 
     >>> [number(value) for value in (938, 12345.6, 63.21, 1.00042, 0.0123)]
     ['938', '12,346', '63.2', '1.0004', '0.0123']
@@ -75,7 +87,7 @@ def _with_unit(value: float | None, unit: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, system and the versions of what takes part."""
+    """Describe the machine: processor, cores, memory, system, and versions of the packages involved."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -102,14 +114,21 @@ def _processor() -> str:
 
 
 def machine_line(about: dict[str, Any]) -> str:
-    """What `machine` found, in one line."""
+    """The description of a machine in one line."""
     versions = ", ".join(f"{name} {of}" for name, of in about["versions"].items())
     memory = about["memory_bytes"] / 2**30
     return f"{about['processor']}, {about['cores']} cores, {memory:.0f} GiB; Python {about['python']}, {versions}"
 
 
 def table(results: dict[str, Any]) -> View:
-    """The results as a JSON object and as a table for the terminal."""
+    """Show the results of `ismdata bench data`.
+
+    Args:
+        results: What `bench.json` holds.
+
+    Returns:
+        The results as a JSON object, and a table for the terminal.
+    """
     drawing = Table(title=machine_line(results["machine"]), title_justify="left", title_style="dim")
     drawing.add_column("what")
     drawing.add_column("corpus")
@@ -122,7 +141,7 @@ def table(results: dict[str, Any]) -> View:
 
 
 def picture(rows: Sequence[Row], about: dict[str, Any]) -> str:
-    """An SVG with a pair of bars for each row that has something to compare, drawn to the scale of the longer one."""
+    """Draw an SVG with a pair of bars per row that is compared, scaled to the longer one."""
     compared = [row for row in rows if row.ours is not None and row.yardstick is not None]
     height = _TOP + _ROW * len(compared) + 20
     parts = [
@@ -157,7 +176,7 @@ def svg_text(
     anchor: str = "start",
     weight: str = "normal",
 ) -> str:
-    """A line of text in an SVG, its characters escaped."""
+    """A line of text in an SVG, with escaped characters."""
     return (
         f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">'
         f"{escape(text)}</text>"

@@ -1,5 +1,6 @@
-"""Seconds and bytes of work on a device: CUDA events and the allocator's peak there, the clock and torch's own record
-of allocations on a CPU.
+"""Measure seconds and bytes of work on a device.
+
+On CUDA: events, and the allocator's peak. On a CPU: the clock, and the profiler's record of allocations.
 """
 
 from __future__ import annotations
@@ -19,14 +20,38 @@ from typing import Any
 
 import torch
 
-#: Products of two such matrices keep a GPU busy for some milliseconds: the time in which Python queues what follows.
+from ismdata.choices import check_choice
+from ismdata.errors import UsageError
+
+#: Side of two matrices, and how often they are multiplied: this keeps a GPU busy for a few milliseconds while Python
+#: queues the work to measure.
 _LEAD_SIZE, _LEAD_PRODUCTS = 8192, 4
+
+
+def find_device(name: str) -> torch.device:
+    """Find the device to measure on.
+
+    Args:
+        name: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+
+    Raises:
+        UsageError: If the name is another one, or there is no GPU for `cuda`.
+    """
+    check_choice("--device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu, or check nvidia-smi")
+    on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lap:
-    """What a piece of work took. `processor`: seconds of all threads of this process together, on a CPU; it moves less
-    than the clock where others use the machine.
+    """How long a piece of work took.
+
+    Attributes:
+        seconds: By the clock, or by CUDA events.
+        processor: Processor time of all threads of this process, on a CPU only. It varies less than the clock when
+            other processes use the machine.
     """
 
     seconds: float
@@ -34,7 +59,7 @@ class Lap:
 
 
 class Stopwatch:
-    """Takes the time of each of several pieces of work that follow each other on one device."""
+    """Measures several pieces of work that run one after another on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -43,11 +68,10 @@ class Stopwatch:
             self._lead = torch.randn(_LEAD_SIZE, _LEAD_SIZE, device=device, dtype=torch.bfloat16)
 
     def laps(self, *work: Callable[[], object], repeat: int = 1) -> list[Lap]:
-        """The mean of each piece over `repeat` turns of all pieces in order.
+        """Run all pieces in order, `repeat` times, and return the mean time of each.
 
-        On CUDA nothing waits in between: the device first gets a few milliseconds of other work, so that it finds all
-        kernels queued and gaps in which Python prepares the next one do not count. A piece that synchronises counts
-        whole.
+        On CUDA the device first gets a few milliseconds of other work. All kernels are queued by then, so the time
+        Python needs to prepare the next kernel does not count, unless a piece synchronizes.
         """
         with _no_collection():
             return self._on_cpu(work, repeat) if self._lead is None else self._on_gpu(self._lead, work, repeat)
@@ -81,7 +105,7 @@ class Stopwatch:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python collects no garbage meanwhile, as it would now and then in one of the pieces."""
+    """Disable garbage collection, which would otherwise run during some of the pieces."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -92,12 +116,12 @@ def _no_collection() -> Iterator[None]:
 
 
 def median_seconds(laps: Sequence[Lap]) -> float | None:
-    """None where there are no laps."""
+    """The median time; None without laps."""
     return statistics.median(lap.seconds for lap in laps) if laps else None
 
 
 def median_processor(laps: Sequence[Lap]) -> float | None:
-    """None where there are no laps, or the work was a GPU's."""
+    """The median processor time; None without laps or on a GPU."""
     known = [lap.processor for lap in laps if lap.processor is not None]
     return statistics.median(known) if known else None
 
@@ -107,7 +131,7 @@ def _mark() -> torch.cuda.Event:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that tensors held while `work` ran, beyond those that were there when it began."""
+    """The peak of bytes in tensors while `work` runs, beyond those that existed before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -128,25 +152,25 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _peak(events: Sequence[dict[str, Any]]) -> int:
-    """The highest sum of allocations less releases, in the order of time; what was there before is released for free.
+    """The highest sum of allocations minus releases, in the order of time.
 
-    Releases of memory that was taken before the record began are known by an address that was never taken in it.
+    A release counts only if its address was allocated in the record: other memory existed before.
     """
-    held: dict[int, int] = {}
+    allocated: dict[int, int] = {}
     total = most = 0
     for event in sorted(events, key=lambda event: float(event["ts"])):
         address, size = int(event["args"]["Addr"]), int(event["args"]["Bytes"])
         if size > 0:
-            held[address] = size
+            allocated[address] = size
             total += size
             most = max(most, total)
         else:
-            total -= held.pop(address, 0)
+            total -= allocated.pop(address, 0)
     return most
 
 
 def release(device: torch.device) -> None:
-    """Give memory that nothing uses any more back to the device."""
+    """Return unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -154,8 +178,12 @@ def release(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a piece of work ended. `reason`: empty where it went well. `unexpected`: all but a lack of memory. `trace`:
-    the traceback of what was unexpected.
+    """How a piece of work ended.
+
+    Attributes:
+        reason: Why it failed; empty if it succeeded.
+        unexpected: Whether it failed for another reason than a lack of memory.
+        trace: The traceback of an unexpected failure.
     """
 
     reason: str = ""
@@ -164,14 +192,14 @@ class Outcome:
 
 
 def attempt(work: Callable[[], object], device: torch.device) -> Outcome:
-    """Do the work; what goes wrong becomes a reason in one line, so that the rest is measured all the same."""
+    """Run `work`. A failure becomes a reason in one line, so that the other measurements still run."""
     try:
         work()
-    except Exception as error:  # kernels and compilers raise anything; the row says what
+    except Exception as error:  # kernels and compilers raise any type; the row gives the reason
         outcome = _outcome(error)
     else:
         return Outcome()
-    release(device)  # after the exception is gone, whose frames hold tensors
+    release(device)  # only now: the frames of the exception hold tensors
     return outcome
 
 

@@ -297,10 +297,10 @@ def test_what_fails_or_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.M
     [
         (["--only", "speed"], "expected one of attention, step, sdpa"),
         (["--rounds", "0"], "expected 1 or more"),
-        (["--seq-len", "2048,1000"], "expected multiples of 128 with commas between"),
-        (["--seq-len", "2048;4096"], "expected multiples of 128 with commas between"),
-        (["--seq-len", "0"], "expected multiples of 128 with commas between"),
-        (["--device", "tpu"], "expected auto, cpu or cuda"),
+        (["--seq-len", "2048,1000"], "expected multiples of 128 separated by commas"),
+        (["--seq-len", "2048;4096"], "expected multiples of 128 separated by commas"),
+        (["--seq-len", "0"], "expected multiples of 128 separated by commas"),
+        (["--device", "tpu"], "expected one of auto, cpu, cuda"),
     ],
 )
 def test_calls_that_cannot_be(words: list[str], said: str, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_one_billion_on_a_gpu(tmp_path):
         (["--rounds", "2", "--prefix-rounds", "3"], "expected 1 to --rounds, which is 2"),
         (["--prefix-rounds", "0"], "expected 1 to --rounds"),
         (["--threads", "-1"], "0 for all cores"),
-        (["--device", "tpu"], "expected auto, cpu or cuda"),
+        (["--device", "tpu"], "expected one of auto, cpu, cuda"),
         (["--device", "cpu", "--model", "1b"], "meant for a GPU"),
     ],
 )
@@ -315,7 +315,7 @@ def test_calls_at_fault(words, said, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_a_gpu_that_is_not_there(tmp_path):
-    with pytest.raises(UsageError, match="torch finds no GPU here"):
+    with pytest.raises(UsageError, match="torch finds no CUDA device"):
         run_latency_bench(tmp_path / "out", LatencyOptions(model="tiny", device="cuda"))
 
 

@@ -1,6 +1,6 @@
-"""What is measured of attention: a backend, or plain causal attention, on one batch of random queries, keys and values.
+"""The cases of `ismdata bench attention`: a backend, or plain causal attention, on a batch of random inputs.
 
-Shape legend: B rows, T = seq_len, H heads, G heads of keys, D width of a head.
+Shape legend: B rows, T = seq_len, H heads, G heads of keys and values, D width of a head.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ismdata.bench.attention import yardstick
 from ismdata.bench.attention.workload import Workload
 from ismdata.masks import block_table, varlen_tables
 
-#: The name of plain causal attention beside those of the backends.
+#: The name of plain causal attention, beside the names of the backends.
 YARDSTICK = "yardstick"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """The heads of one attention layer, and the width of each."""
+    """The number of query heads and key heads of an attention layer, and the width of each."""
 
     heads: int
     kv_heads: int
@@ -33,8 +33,13 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """One batch in a layer's memory order: query [B, T, H, D], key and value [B, T, G, D], all leaves that take a
-    gradient, and the gradient of the output, [B, T, H, D].
+    """One batch in a layer's memory order.
+
+    Attributes:
+        query: [B, T, H, D], a leaf that requires a gradient; so are `key` and `value`.
+        key: [B, T, G, D].
+        value: [B, T, G, D].
+        grad: The gradient of the output, [B, T, H, D].
     """
 
     query: Tensor
@@ -44,23 +49,31 @@ class Inputs:
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query, key and value."""
         return self.query, self.key, self.value
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
-        """A copy elsewhere, or in another precision, with leaves of its own."""
+        """A copy on another device or in another precision, with its own leaves."""
         query, key, value = (each.detach().to(device, dtype).requires_grad_() for each in self.leaves)
         return Inputs(query=query, key=key, value=value, grad=self.grad.to(device, dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`prepare` makes what a micro-batch needs once; `forward` gives the output [B, T, H, D] with it."""
+    """A backend on one batch.
+
+    Attributes:
+        pairs: Visible pairs of query and key.
+        inputs: Queries, keys and values.
+        prepare: Makes what a micro-batch needs once.
+        forward: Computes the output [B, T, H, D] with it.
+        forward_only: Why there is no backward pass; None if there is one.
+    """
 
     pairs: int
     inputs: Inputs
     prepare: Callable[[], Any]
     forward: Callable[[Any], Tensor]
-    #: Why there is no backward pass, where there is none.
     forward_only: str | None = None
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
@@ -68,13 +81,13 @@ class Case:
         return torch.autograd.grad(output, self.inputs.leaves, self.inputs.grad)
 
     def once(self) -> tuple[Tensor, ...]:
-        """Everything from the start, as the first layer does it: the output and, where there are, the gradients."""
+        """Prepare, then run as the first layer does: the output and, if there is a backward pass, the gradients."""
         output = self.forward(self.prepare())
         return (output.detach(), *(self.backward(output) if self.forward_only is None else ()))
 
 
 class Layer(nn.Module):
-    """What backends look at in a model's attention layer."""
+    """The attributes that backends read from a model's attention layer."""
 
     is_causal = True
 
@@ -84,7 +97,7 @@ class Layer(nn.Module):
 
 
 def random_inputs(workload: Workload, heads: Heads, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Standard normal; the same arguments give the same on one kind of device."""
+    """Standard normal inputs. The same arguments give the same values on one kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
     query, key, value, grad = (
         torch.randn(
@@ -96,7 +109,7 @@ def random_inputs(workload: Workload, heads: Heads, device: torch.device, dtype:
 
 
 def batch_intervals(workload: Workload, mask: str, device: torch.device) -> Intervals:
-    """The intervals of the batch on the device, with the tables that shards and the Collator give."""
+    """The intervals of the batch on the device, with the tables from shards and Collator."""
     doc_start, kv_end = workload.intervals(mask)
     arrays = {"doc_start": doc_start, "kv_end": kv_end, "block_table": block_table(doc_start, kv_end)}
     arrays |= varlen_tables.tables(doc_start, kv_end).as_batch()
@@ -111,17 +124,17 @@ def batch_intervals(workload: Workload, mask: str, device: torch.device) -> Inte
 
 
 def missing(name: str, device: torch.device) -> str | None:
-    """Why a backend of the registry, or the yardstick, cannot run on this device, or None."""
+    """Why a backend, or the yardstick, cannot run on this device; None if it can."""
     return yardstick.missing(device) if name == YARDSTICK else BACKENDS[name].missing(device)
 
 
 def case(name: str, mask: str, workload: Workload, inputs: Inputs) -> Case:
-    """A backend of the registry, or the yardstick (which is causal whatever `mask` says), on these inputs."""
+    """A backend, or the yardstick (causal whatever `mask` is), on these inputs."""
     return _yardstick(workload, inputs) if name == YARDSTICK else _backend(name, mask, workload, inputs)
 
 
 def _backend(name: str, mask: str, workload: Workload, inputs: Inputs) -> Case:
-    """Called as transformers calls it from a layer, whose queries are a transposed view."""
+    """Call the backend as transformers does from a layer, where queries are a transposed view."""
     device = inputs.query.device
     backend = BACKENDS[name]
     intervals = batch_intervals(workload, mask, device)
@@ -143,7 +156,7 @@ def _backend(name: str, mask: str, workload: Workload, inputs: Inputs) -> Case:
 
 
 def _yardstick(workload: Workload, inputs: Inputs) -> Case:
-    """The documents of all rows laid end to end."""
+    """The yardstick on the documents of all rows, end to end."""
     seq_lens = workload.pieces()
 
     def forward(attention: yardstick.Attention) -> Tensor:

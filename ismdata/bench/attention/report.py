@@ -1,4 +1,4 @@
-"""What came of `ismdata bench attention`: rows of two kinds, a table of each, and a picture."""
+"""Report `ismdata bench attention`: rows of two kinds, a table of each, and a picture."""
 
 from __future__ import annotations
 
@@ -20,13 +20,27 @@ _OTHER_COLOUR = "#7a5ea8"
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRow:
-    """One backend, or the yardstick, under one mask at one length. None where there is nothing: `note` says why.
+    """One backend, or the yardstick, under one mask at one length. A value is None if `note` says why.
 
-    forward, backward: median seconds of a layer's core. once: what the first layer of a micro-batch takes on top.
-    ratio: forward + backward over the yardstick's; forward_ratio: forward alone. processor: seconds of all threads for
-    forward + backward, on a CPU. pairs: visible pairs of the batch.
-    peak_bytes: what tensors held at most beyond queries, keys and values, the mask included. Rates are TFLOP/s on the
-    mask's own FLOPs.
+    Attributes:
+        backend: A name of the registry, or `yardstick`.
+        mask: `ism`, `causal` or `prefix`.
+        seq_len: Tokens per row.
+        rows: Rows of the batch.
+        pairs: Visible pairs of query and key in the batch.
+        forward: Median seconds of a layer's core, forward.
+        backward: Median seconds of its backward pass.
+        once: Additional seconds of the first layer of a micro-batch.
+        forward_tflops: TFLOP/s forward, counting visible pairs only; likewise the next two.
+        backward_tflops: TFLOP/s backward.
+        tflops: TFLOP/s of both.
+        peak_bytes: Peak of bytes in tensors beyond queries, keys and values; the mask is included.
+        ratio: Seconds forward + backward divided by the yardstick's.
+        forward_ratio: The same for forward alone.
+        processor: Processor seconds forward + backward, on a CPU.
+        note: Why a value is missing.
+        failed: Whether the case failed unexpectedly.
+        details: Every single time.
     """
 
     backend: str
@@ -49,7 +63,7 @@ class AttentionRow:
     details: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table, as text."""
+        """The cells of the table."""
         return (
             f"{self.seq_len:,} × {self.rows}",
             self.backend,
@@ -66,7 +80,7 @@ class AttentionRow:
         )
 
     def line(self) -> str:
-        """The row as plain text."""
+        """The row as one line of text."""
         names = (
             "T",
             "",
@@ -85,12 +99,13 @@ class AttentionRow:
         return " · ".join(f"{name} {cell}".strip() for name, cell in cells if cell)
 
     def as_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """A training step of one model under one backend and mask. `ratio`: over the same backend's causal step."""
+    """A training step of one model under one backend and mask; `ratio` compares it with the causal step."""
 
     model: str
     backend: str
@@ -107,7 +122,7 @@ class StepRow:
     details: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table, as text."""
+        """The cells of the table."""
         return (
             self.model,
             f"{self.seq_len:,} × {self.rows}",
@@ -122,11 +137,12 @@ class StepRow:
         )
 
     def line(self) -> str:
-        """The row as plain text."""
+        """The row as one line of text."""
         names = ("step of", "T", "", "", "", "processor", "tokens/s", "peak", "causal", "")
         return " · ".join(f"{name} {cell}".strip() for name, cell in zip(names, self.cells(), strict=True) if cell)
 
     def as_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
         return asdict(self)
 
 
@@ -135,7 +151,7 @@ def _shown(value: float | None, scale: float = 1.0, unit: str = "") -> str:
 
 
 def rate(tflops: float | None) -> str:
-    """TFLOP/s as text, in GFLOP/s where they are few.
+    """Format TFLOP/s; small values in GFLOP/s.
 
     >>> rate(313.4), rate(0.0337)
     ('313 TFLOP/s', '33.7 GFLOP/s')
@@ -148,7 +164,7 @@ def rate(tflops: float | None) -> str:
 
 
 def device_line(results: dict[str, Any]) -> str:
-    """The device and the shape that was measured, in one line."""
+    """The device and the shape of the layer in one line."""
     device, options = results["device"], results["options"]
     heads = options["heads"]
     where = f"{device['name']}, {device['threads']} threads" if "threads" in device else device["name"]
@@ -159,7 +175,14 @@ def device_line(results: dict[str, Any]) -> str:
 
 
 def attention_table(results: dict[str, Any]) -> View:
-    """The results as a JSON object and as tables for the terminal."""
+    """Show the results of `ismdata bench attention`.
+
+    Args:
+        results: What `bench.json` holds.
+
+    Returns:
+        The results as a JSON object, and tables for the terminal.
+    """
     drawings = []
     title = f"{device_line(results)}\n{machine_line(results['machine'])}"
     if results["attention"]:
@@ -205,17 +228,16 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], 
 
 
 def picture(results: dict[str, Any]) -> str:
-    """An SVG: for each length a bar a row, as long as its rate on the mask's own FLOPs; the yardstick's is a line.
+    """Draw an SVG: a panel per length with a bar per row, and the training steps below.
 
-    A row without a backward pass has a pale bar, its forward rate. Steps stand below, bars as long as their time.
+    A bar's length is the rate, counting visible pairs only; a dashed line marks the yardstick's. A row without a
+    backward pass has a pale bar for its forward rate. The bars of training steps show time.
     """
     parts: list[str] = []
     top = float(_TOP)
     measured = [AttentionRow(**row) for row in results["attention"]]
     for seq_len, group in groupby(measured, key=lambda row: row.seq_len):
-        drawn, top = _panel(
-            list(group), f"T = {seq_len:,}, FLOP/s of forward + backward, the mask's own FLOPs alone", top
-        )
+        drawn, top = _panel(list(group), f"T = {seq_len:,}, FLOP/s of forward + backward, visible pairs only", top)
         parts += drawn
     for model, steps in groupby([StepRow(**row) for row in results["steps"]], key=lambda row: row.model):
         drawn, top = _step_panel(list(steps), f"a training step of {model}, ms", top)
@@ -233,7 +255,7 @@ def picture(results: dict[str, Any]) -> str:
 
 
 def _panel(rows: Sequence[AttentionRow], title: str, top: float) -> tuple[list[str], float]:
-    """The bars of one length, and where the next panel begins."""
+    """The bars of one length, and the top of the next panel."""
     parts = [svg_text(16, top + 16, title, weight="bold")]
     speeds = [row.tflops or row.forward_tflops or 0.0 for row in rows]
     most = max(speeds) or 1.0
@@ -241,14 +263,14 @@ def _panel(rows: Sequence[AttentionRow], title: str, top: float) -> tuple[list[s
     for at, (row, speed) in enumerate(zip(rows, speeds, strict=True)):
         y = begin + at * _ROW
         whole = row.tflops is not None
-        said = row.note
+        remark = row.note
         if speed:
-            said = f"{rate(speed)} · {_shown(row.forward, 1e3)} + {_shown(row.backward, 1e3)} ms"
-            said += (
+            remark = f"{rate(speed)} · {_shown(row.forward, 1e3)} + {_shown(row.backward, 1e3)} ms"
+            remark += (
                 f" · {_shown(row.ratio, unit='× the yardstick’s time')}" if row.backend != "yardstick" and whole else ""
             )
-            said = said if whole else f"forward only: {rate(speed)} · {_shown(row.forward, 1e3, 'ms')}"
-        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, speed / most, said, pale=not whole)
+            remark = remark if whole else f"forward only: {rate(speed)} · {_shown(row.forward, 1e3, 'ms')}"
+        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, speed / most, remark, pale=not whole)
     for row in rows:
         if row.backend == "yardstick" and row.tflops:
             x = _LABEL + _BAR * row.tflops / most
@@ -263,17 +285,19 @@ def _step_panel(rows: Sequence[StepRow], title: str, top: float) -> tuple[list[s
     parts = [svg_text(16, top + 16, title, weight="bold")]
     most = max((row.seconds or 0.0 for row in rows), default=0.0) or 1.0
     for at, row in enumerate(rows):
-        said = row.note
+        remark = row.note
         if row.seconds is not None:
-            said = f"{_shown(row.seconds, 1e3, 'ms')} · {_shown(row.tokens_per_second)} tokens/s"
-            said += f" · {_shown(row.ratio, unit='× causal')}" if row.ratio is not None and row.mask != "causal" else ""
+            remark = f"{_shown(row.seconds, 1e3, 'ms')} · {_shown(row.tokens_per_second)} tokens/s"
+            remark += (
+                f" · {_shown(row.ratio, unit='× causal')}" if row.ratio is not None and row.mask != "causal" else ""
+            )
         y = top + 24 + at * _ROW
-        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, (row.seconds or 0.0) / most, said)
+        parts += bar(y, f"{row.backend}, {row.mask}", row.backend, (row.seconds or 0.0) / most, remark)
     return parts, top + 24 + len(rows) * _ROW + 14
 
 
-def bar(y: float, label: str, backend: str, share: float, said: str, *, pale: bool = False) -> Iterator[str]:
-    """A label, a bar of a share of the width, and what stands behind it."""
+def bar(y: float, label: str, backend: str, share: float, remark: str, *, pale: bool = False) -> Iterator[str]:
+    """A label, a bar that takes a share of the width, and a remark behind it."""
     length = _BAR * share
     yield svg_text(_LABEL - 10, y + 13, label, anchor="end", size=12)
     if length:
@@ -281,4 +305,4 @@ def bar(y: float, label: str, backend: str, share: float, said: str, *, pale: bo
             f'<rect x="{_LABEL}" y="{y}" width="{max(1.0, length):.1f}" height="16" '
             f'fill="{_COLOURS.get(backend, _OTHER_COLOUR)}" opacity="{0.45 if pale else 1}"/>'
         )
-    yield svg_text(_LABEL + _BAR + 14, y + 13, said, size=11, colour="#111" if length else "#889")
+    yield svg_text(_LABEL + _BAR + 14, y + 13, remark, size=11, colour="#111" if length else "#889")

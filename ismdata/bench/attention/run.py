@@ -1,10 +1,10 @@
-"""`ismdata bench attention`: every backend under every mask beside plain causal FlashAttention, on this device.
+"""`ismdata bench attention`: measure each backend under each mask beside plain causal FlashAttention on this device.
 
-For each length one batch of documents as ShareGPT's are long (`workload`), the same for all. What is measured is the
-core of an attention layer: queries, keys and values in, output out, and the gradients of the three. FLOPs are the
-mask's own: 4 x width x heads for each visible pair forward, 2.5 times that backward. Each case is warmed up first; then
-all cases of a length run in turn, round after round, and medians count. Training steps follow (`steps`). What cannot
-run becomes a row that says why.
+Each length has one batch of documents with the lengths of ShareGPT (`workload.py`), the same for all backends. What is
+measured is the core of an attention layer: queries, keys and values to the output, and the gradients of the three.
+FLOPs count visible pairs only: 4 x width x heads per pair forward, 2.5 times that backward. Each case is warmed up,
+then all cases of a length run in alternation, round after round, and the medians count. Training steps follow
+(`training_steps.py`). What cannot run becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from ismdata.bench.attention.report import AttentionRow, StepRow, picture
 from ismdata.bench.attention.training_steps import training_steps
 from ismdata.bench.attention.workload import Workload, sharegpt_like
 from ismdata.bench.report import machine
-from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_processor, median_seconds, peak_bytes, release
+from ismdata.bench.timing import (
+    Lap,
+    Outcome,
+    Stopwatch,
+    attempt,
+    find_device,
+    median_processor,
+    median_seconds,
+    peak_bytes,
+    release,
+)
 from ismdata.choices import MASKS
 from ismdata.data import open_output
 from ismdata.display import LOGGED, Reporter
@@ -35,21 +45,21 @@ from ismdata.masks import BLOCK_SIZE
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 PARTS = ("attention", "step")
 
-#: By the kind of device: the lengths where none are given; the heads of a Llama of 1 B on a GPU, and a quarter of them
-#: where the processor computes; the rounds where none are given; the precision.
+#: Defaults by device: sequence lengths, attention heads (those of a Llama of 1 B on a GPU, a quarter of them on a CPU),
+#: rounds, and precision.
 SEQ_LENS = {"cuda": (2048, 8192, 32768), "cpu": (512, 1024, 2048)}
 HEADS = {"cuda": Heads(heads=32, kv_heads=8, width=64), "cpu": Heads(heads=8, kv_heads=2, width=64)}
 ROUNDS = {"cuda": 5, "cpu": 3}
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 BACKWARD_FLOPS = 2.5
-#: A sample takes so many seconds at least, repeating its case, but not more often than this.
+#: A sample repeats its case until it takes this many seconds, but at most this often.
 _SAMPLE_SECONDS, _MOST_REPEATS = 0.02, 20
 
 
 @dataclass(kw_only=True)
 class _Run:
-    """A case while it is measured: what it needs, and its seconds round after round."""
+    """A case while it is measured: what it needs, and its times per round."""
 
     backend: str
     mask: str
@@ -65,7 +75,7 @@ class _Run:
     trace: str = ""
 
     def warm_up(self, make: Callable[[], Case], watch: Stopwatch) -> None:
-        """Compile and choose kernels, take the peak of memory, and see how often a sample repeats the case."""
+        """Compile kernels, measure the peak of memory, and decide how often a sample repeats the case."""
         made = make()
         made.once()
         self.peak_bytes = peak_bytes(made.once, watch.device)
@@ -76,7 +86,7 @@ class _Run:
         self.case, self.note = made, made.forward_only or ""
 
     def sample(self, watch: Stopwatch) -> None:
-        """One round: forward and backward with what was prepared, then the first forward of a new micro-batch."""
+        """One round: forward and backward with the prepared tables, then the first forward of a new micro-batch."""
         made = self.case
         assert made is not None
         output: list[torch.Tensor] = []
@@ -95,7 +105,7 @@ class _Run:
     def laps(self) -> dict[str, list[Lap]]:
         return {"forward": self.forward, "backward": self.backward, "first": self.first}
 
-    def give_up(self, outcome: Outcome, device: torch.device) -> None:
+    def record_failure(self, outcome: Outcome, device: torch.device) -> None:
         self.note, self.failed, self.trace = outcome.reason, outcome.unexpected, outcome.trace
         self.case = self.prepared = None
         release(device)
@@ -111,7 +121,7 @@ def measure_length(
     backends: Sequence[str],
     rounds: int,
 ) -> list[AttentionRow]:
-    """The yardstick, then each backend under each mask, on one batch of `rows` x `seq_len` tokens."""
+    """Measure the yardstick and each backend under each mask on one batch of `rows` x `seq_len` tokens."""
     workload = sharegpt_like(seq_len, rows=rows)
     inputs = random_inputs(workload, heads, device, dtype)
     watch = Stopwatch(device)
@@ -121,12 +131,12 @@ def measure_length(
     def guarded(run: _Run, work: Callable[[], object]) -> None:
         outcome = attempt(work, device)
         if outcome.reason:
-            run.give_up(outcome, device)
+            run.record_failure(outcome, device)
 
     for run in runs:
         reason = missing(run.backend, device)
         if reason is not None:
-            run.give_up(Outcome(reason=reason), device)
+            run.record_failure(Outcome(reason=reason), device)
             continue
         guarded(run, partial(run.warm_up, partial(case, run.backend, run.mask, workload, inputs), watch))
     for _ in range(rounds):
@@ -179,18 +189,8 @@ def _rate(flops: float, seconds: float | None) -> float | None:
     return None if seconds is None else flops / seconds / 1e12
 
 
-def find_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. Raises UsageError."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device. Use --device cpu, or look at nvidia-smi")
-    on_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """What `machine` does not know: the card, its memory and its software, and threads where the processor computes."""
+    """Describe the device: name, capability, memory and CUDA version of a GPU, or the threads of a CPU."""
     if device.type != "cuda":
         return {"name": "cpu", "threads": torch.get_num_threads()}
     about = torch.cuda.get_device_properties(device)
@@ -204,14 +204,14 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def parse_seq_lens(text: str | None, device: torch.device) -> tuple[int, ...]:
-    """Lengths as in 2048,8192; None for those of the device. Raises UsageError."""
+    """Parse lengths such as 2048,8192; None gives those of the device. Raises UsageError."""
     if text is None:
         return SEQ_LENS[device.type]
     words = [word.strip() for word in text.split(",")]
     for word in words:
         if not word.isdecimal() or int(word) == 0 or int(word) % BLOCK_SIZE:
             raise UsageError(
-                f"--seq-len {text}: expected multiples of {BLOCK_SIZE} with commas between, as in 2048,8192"
+                f"--seq-len {text}: expected multiples of {BLOCK_SIZE} separated by commas, e.g. 2048,8192"
             )
     return tuple(dict.fromkeys(int(word) for word in words))
 
@@ -226,11 +226,23 @@ def run_attention_bench(
     overwrite: bool = False,
     reporter: Reporter = LOGGED,
 ) -> dict[str, Any]:
-    """Measure, and write `bench.json` and `bench.svg` into `output`. Returns what the JSON file holds.
+    """Measure attention and training steps; write `bench.json` and `bench.svg`.
 
-    seq_lens: lengths with commas between. only: names of PARTS and of backends, none for all. device: auto, cpu or
-    cuda. seq_lens and rounds are those of SEQ_LENS and ROUNDS where they are None. reporter: gets each row as a
-    note. Raises UsageError, and DataError where nothing can be written.
+    Args:
+        output: Folder to write.
+        seq_lens: Tokens per sequence, separated by commas. None: SEQ_LENS.
+        rounds: How often each case is measured. None: ROUNDS.
+        only: Names of PARTS and of backends; all of them if empty.
+        device: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+        overwrite: Replace what `output` holds.
+        reporter: Gets each row as a note when it is measured.
+
+    Returns:
+        What `bench.json` holds.
+
+    Raises:
+        UsageError: If an argument is not allowed, or `output` is in use.
+        DataError: If `output` cannot be written.
     """
     unknown = [name for name in only if name not in (*PARTS, *BACKENDS)]
     if unknown:
@@ -268,7 +280,7 @@ def run_attention_bench(
 def _rows(
     parts: Sequence[str], lengths: Sequence[int], *, backends: Sequence[str], device: torch.device, rounds: int
 ) -> Iterator[AttentionRow | StepRow]:
-    """Each batch holds as many tokens as the longest row, so that lengths differ in nothing else."""
+    """Measure all parts. All batches have as many tokens as the longest row, so they differ only in length."""
     if "attention" in parts:
         for seq_len in lengths:
             yield from measure_length(

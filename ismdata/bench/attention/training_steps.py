@@ -1,6 +1,7 @@
-"""Whole training steps as `train` takes them: forward, backward, AdamW; the same documents under each mask.
+"""Measure whole training steps: forward, backward and AdamW, on the same documents under each mask.
 
-Weights are random and in float32, products in bfloat16 on a GPU. The batch comes from the Collator, as in training.
+Weights are random, in float32; on a GPU, matrix products are in bfloat16. The batch comes from the Collator, as in
+training.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ismdata.bench.timing import Lap, Outcome, Stopwatch, attempt, median_proces
 from ismdata.choices import MASKS
 from ismdata.data import Collator, Sample
 
-#: Causal first: the others are compared with it.
+#: Causal comes first: the others are compared with it.
 _MASKS_IN_TURN = sorted(MASKS, key=lambda mask: mask != "causal")
 
-#: Tokens of the only row of a step, by the kind of device.
+#: Tokens of the one row of a step, by device.
 SEQ_LEN = {"cuda": 8192, "cpu": 256}
 
 
@@ -47,12 +48,12 @@ def one_billion_config(seq_len: int) -> LlamaConfig:
     )
 
 
-#: The models of a step by the kind of device.
+#: The models, by device.
 CONFIGS = {"cuda": {"base": base_config, "1b": one_billion_config}, "cpu": {"base": base_config}}
 
 
 def training_steps(device: torch.device, *, backends: Sequence[str], rounds: int) -> Iterator[StepRow]:
-    """A step of each model under each backend and mask. Masks run in turn, round after round; backends one by one."""
+    """Measure a step of each model under each backend and mask. Masks alternate; backends run one after another."""
     workload = sharegpt_like(SEQ_LEN[device.type], rows=1)
     for name, config in CONFIGS[device.type].items():
         yield from model_steps(name, config(workload.seq_len), workload, device, backends=backends, rounds=rounds)
@@ -69,7 +70,7 @@ class _Run:
     laps: list[Lap] = field(default_factory=list)
 
     def warm_up(self, trainer: _Trainer) -> None:
-        if trainer.device.type == "cuda" or not trainer.optimizer.state:  # kernels are chosen, AdamW's state is made
+        if trainer.device.type == "cuda" or not trainer.optimizer.state:  # chooses kernels, makes AdamW's state
             trainer.step(self.batch)
         self.peak_bytes = peak_bytes(partial(trainer.step, self.batch), trainer.device)
 
@@ -80,7 +81,7 @@ class _Run:
 def model_steps(
     name: str, config: LlamaConfig, workload: Workload, device: torch.device, *, backends: Sequence[str], rounds: int
 ) -> list[StepRow]:
-    """The rows of one model on the rows of the workload."""
+    """Measure one model on the rows of the workload."""
     trainers: list[_Trainer] = []
     made = attempt(lambda: trainers.append(_Trainer(config, device)), device)
     rows: list[StepRow] = []
@@ -96,7 +97,7 @@ def model_steps(
 
 
 def _measure(trainer: _Trainer, backend: str, runs: Sequence[_Run], rounds: int) -> None:
-    """Fill in what the runs of one backend took, or why they took nothing."""
+    """Fill in the times of the runs of one backend, or why there are none."""
     device = trainer.device
     missing = BACKENDS[backend].missing(device) or BACKENDS[backend].missing_for_training(device)
     outcome = Outcome(reason=missing) if missing else attempt(partial(attach, trainer.model, backend), device)
@@ -108,7 +109,7 @@ def _measure(trainer: _Trainer, backend: str, runs: Sequence[_Run], rounds: int)
         for run in runs:
             if not run.outcome.reason:
                 run.outcome = attempt(partial(run.sample if turn else run.warm_up, trainer), device)
-                trainer.optimizer.zero_grad()  # what a step that broke off left
+                trainer.optimizer.zero_grad()  # gradients of a step that failed
     detach(trainer.model)
 
 
@@ -134,7 +135,7 @@ class _Trainer:
 
 
 def _batch(workload: Workload, mask: str, vocab_size: int, backend: str, device: torch.device) -> dict[str, Tensor]:
-    """The Collator's batch of the workload's rows with random tokens, with the tables that the backend reads."""
+    """The Collator's batch of the workload with random tokens, with the tables that the backend reads."""
     samples = [Sample(sequence=row, mask=mask) for row in workload.sequences(mask, vocab_size=vocab_size)]
     collator = Collator(mask, tables=bool(BACKENDS[backend].tables))
     return {name: tensor.to(device) for name, tensor in collator(samples).items()}

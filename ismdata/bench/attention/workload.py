@@ -1,11 +1,10 @@
-"""Packed rows with the lengths of ShareGPT's conversations and no text at all: what attention is measured on.
+"""Packed rows with the lengths of ShareGPT's conversations but no text, on which attention is measured.
 
-A document is a conversation: its number of answers, the tokens of each question and of each answer are log-normal,
-drawn with a fixed seed. The parameters were fitted (mean and standard deviation of the logarithms, DeepSeek's
-tokenizer) to the first 5,000 records of ShareGPT. There a record is a piece of a conversation of at most some 2,000
-tokens; the pieces of one conversation share an id and were joined before its answers were counted. So half of the
-documents drawn have fewer than 1,400 tokens, one in twenty more than 8,400, one in a hundred more than 16,000.
-Documents fill each row to its end; the last one is cut there.
+A document is a conversation. Its number of answers and the tokens per question and per answer are log-normal, drawn
+with a fixed seed. The parameters (mean and standard deviation of the logarithms, DeepSeek's tokenizer) were fitted to
+the first 5,000 records of ShareGPT. A record there is a part of a conversation, at most about 2,000 tokens long; parts
+with the same id were joined before answers were counted. Half of the documents have fewer than 1,400 tokens, one in
+twenty more than 8,400, one in a hundred more than 16,000. Documents fill each row; the last one is cut at its end.
 
 Shape legend: B rows, T = seq_len.
 """
@@ -22,8 +21,8 @@ from ismdata import masks
 from ismdata.data import PackedSequence
 from ismdata.masks import ANSWER, PROMPT, QUERY
 
-#: Mean and standard deviation of the logarithm, and the largest seen: answers a conversation, tokens of a question and
-#: of an answer.
+#: Mean and standard deviation of the logarithm, and the maximum: answers per conversation, tokens per question and per
+#: answer.
 _ANSWERS = (1.21, 1.10, 354)
 _QUESTION = (3.11, 1.42, 8690)
 _ANSWER = (5.38, 1.04, 1371)
@@ -31,13 +30,19 @@ _ANSWER = (5.38, 1.04, 1371)
 _PROMPT_TOKENS, _HEADER_TOKENS = 3, 6
 
 
-#: A document as it is laid out: spans of (kind, length).
+#: A document: spans of (kind, length).
 Document = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """B rows of T tokens. `seq_lens`: for each row the lengths of its documents; `spans`: for each row int64[S, 4]."""
+    """B rows of T tokens.
+
+    Attributes:
+        seq_len: T.
+        seq_lens: The lengths of the documents of each row.
+        spans: The spans of each row, int64[S, 4].
+    """
 
     seq_len: int
     seq_lens: tuple[tuple[int, ...], ...]
@@ -52,7 +57,7 @@ class Workload:
         return self.rows * self.seq_len
 
     def pieces(self) -> list[int]:
-        """The lengths of all documents, row after row; a token of padding is a piece of its own, as it sees itself."""
+        """The lengths of all documents, row after row. Each padding token, which sees only itself, is a piece."""
         return [length for seq_lens in self.seq_lens for length in (*seq_lens, *[1] * (self.seq_len - sum(seq_lens)))]
 
     def intervals(self, mask: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -64,12 +69,12 @@ class Workload:
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
     def visible_pairs(self, mask: str) -> int:
-        """Pairs of a row and a key that it sees, over all B rows: exact, from the intervals."""
+        """The number of visible pairs of query and key in all B rows."""
         doc_start, kv_end = self.intervals(mask)
         return int((kv_end.astype(np.int64) - doc_start).sum())
 
     def sequences(self, mask: str, *, vocab_size: int, seed: int = 0) -> list[PackedSequence]:
-        """The rows as a packed folder would hold them for `mask`, with random tokens."""
+        """The rows as in a folder packed for `mask`, with random tokens."""
         rng = np.random.Generator(np.random.PCG64(seed))
         rows = []
         for seq_lens, spans in zip(self.seq_lens, self.spans, strict=True):
@@ -90,13 +95,13 @@ class Workload:
 
 
 def lay_out(rows: Sequence[Sequence[Document]], seq_len: int) -> Workload:
-    """Documents end to end, row by row; what is left of a row is padding, what goes beyond it is cut off."""
+    """Lay documents end to end in rows. A short row is padded; a document beyond the end is cut."""
     laid = [_row(documents, seq_len) for documents in rows]
     return Workload(seq_len=seq_len, seq_lens=tuple(lens for lens, _ in laid), spans=tuple(spans for _, spans in laid))
 
 
 def sharegpt_like(seq_len: int, *, rows: int, seed: int = 0) -> Workload:
-    """Full rows of documents as ShareGPT's are long. The same arguments give the same rows."""
+    """Full rows of documents with the lengths of ShareGPT. The same arguments give the same rows."""
     documents = _documents(np.random.Generator(np.random.PCG64(seed)))
     filled: list[list[Document]] = []
     for _ in range(rows):
@@ -129,7 +134,7 @@ def _parts(rng: np.random.Generator, length: int, *, most: int) -> list[int]:
 
 
 def _documents(rng: np.random.Generator) -> Iterator[Document]:
-    """Documents without end, each a list of (kind, length)."""
+    """Yield documents without end."""
 
     def draw(mean: float, deviation: float, most: int, size: int) -> list[int]:
         drawn: list[int] = np.clip(np.rint(rng.lognormal(mean, deviation, size)), 1, most).astype(int).tolist()
@@ -144,7 +149,7 @@ def _documents(rng: np.random.Generator) -> Iterator[Document]:
 
 
 def _row(documents: Sequence[Document], seq_len: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
-    """seq_lens and spans of one row."""
+    """The lengths of the documents and the spans of one row."""
     seq_lens: list[int] = []
     spans: list[tuple[int, int, int, int]] = []
     at = 0

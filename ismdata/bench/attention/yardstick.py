@@ -1,7 +1,7 @@
-"""What attention is measured against: plain causal FlashAttention over documents of different lengths, no ISM in it.
+"""The yardstick of attention: plain causal FlashAttention over documents of different lengths.
 
-On CUDA this is `torch.nn.attention.varlen.varlen_attn`; on a CPU torch's own attention, causal, document by document.
-Shape legend: N = B x T tokens laid end to end, H heads, G heads of keys, D width of a head.
+On CUDA this is `torch.nn.attention.varlen.varlen_attn`; on a CPU, torch's causal attention, document by document.
+Shape legend: N = B x T tokens end to end, H heads, G heads of keys and values, D width of a head.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def missing(device: torch.device) -> str | None:
-    """Why the yardstick cannot run on this device, or None."""
+    """Why the yardstick cannot run on this device; None if it can."""
     if device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; expected torch 2.10 or newer"
     return None
 
 
 def name(device: torch.device) -> str:
-    """What the yardstick is on this device, in words."""
+    """The yardstick on this device, in words."""
     if device.type == "cuda":
         return "torch varlen_attn, causal over documents"
     return "torch attention, is_causal, document by document"
@@ -36,7 +36,7 @@ def name(device: torch.device) -> str:
 def causal_attention(seq_lens: list[int], device: torch.device) -> Attention:
     """Causal attention over documents of these lengths: (query [N, H, D], key [N, G, D], value [N, G, D]) -> [N, H, D].
 
-    Any tables are made here, once.
+    Tables are made once, in this call.
     """
     return _varlen(seq_lens, device) if device.type == "cuda" else _by_document(seq_lens)
 
@@ -46,14 +46,14 @@ def _varlen(seq_lens: list[int], device: torch.device) -> Attention:
 
     ends = torch.tensor(list(accumulate(seq_lens, initial=0)), dtype=torch.int32, device=device)
     longest = max(seq_lens)
-    known = inspect.signature(varlen_attn).parameters  # they were renamed between torch 2.10 and 2.11
+    known = inspect.signature(varlen_attn).parameters  # renamed between torch 2.10 and 2.11
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = True
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = varlen_attn(query, key, value, ends, ends, longest, longest, **options)
-        assert isinstance(output, Tensor)  # it is a pair only where the log-sum-exp is asked for
+        assert isinstance(output, Tensor)  # a pair only if the log-sum-exp is requested
         return output
 
     return attention

@@ -1,8 +1,8 @@
-"""Conversations made up at random, as JSON Lines of messages, of any size: realistic lengths, nothing anyone has said.
+"""Generate random conversations of realistic lengths as JSON Lines of messages, in a file of any size.
 
-Words are made of syllables and drawn by Zipf's law; how many stand in a message, and how many messages in a
-conversation, is log-normal. Every tenth conversation is written in Chinese characters, every tenth answer holds code.
-The text is streamed to disk; the same size and seed give the same bytes.
+Words are made of syllables and drawn by Zipf's law. Words per message and messages per conversation are log-normal. One
+conversation in ten is written in Chinese characters, and one answer in ten contains code. The text is streamed to disk;
+the same size and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ismdata.errors import UsageError
 
 _WORDS = 30_000
 _SIGNS = 2_500  # Chinese characters in use
-#: The most frequent words, so that a tokenizer finds as many long tokens as in real text.
+#: The most frequent words. They are real, so that a tokenizer finds as many long tokens as in real text.
 _FREQUENT = """
 the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but some
 what there we can out other were all your when up use word how said an each she which do their time if will way about
@@ -42,7 +42,7 @@ pass farm top whole king size
 _ONSETS = ["", "b", "br", "c", "ch", "d", "f", "g", "h", "k", "l", "m", "n", "p", "qu", "r", "s", "st", "t", "tr", "v"]
 _VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
 _CODAS = ["", "", "n", "r", "s", "t", "l", "nd", "ng", "ck"]
-#: What follows a word, and how often in a hundred words.
+#: What follows a word, and how often per hundred words.
 _AFTER = [(" ", 84), (", ", 6), (". ", 6), (".\n\n", 1), (": ", 1), ("? ", 1), (" (2) ", 1)]
 _AFTER_SIGNS = [("", 84), ("，", 8), ("。", 7), ("？", 1)]
 _DRAWN_AT_ONCE = 1 << 18
@@ -50,7 +50,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 2GB, 250MB or 1.5 GB (decimal units). Raises UsageError.
+    """Parse a size such as 2GB, 250MB or 1.5 GB (decimal units) into bytes. Raises UsageError.
 
     >>> parse_size("1.5GB")
     1500000000
@@ -63,7 +63,7 @@ def parse_size(text: str) -> int:
 
 
 def write_corpus(path: Path, size: int, *, seed: int = 0) -> int:
-    """Write whole conversations until the file has at least `size` bytes. Returns how many there are."""
+    """Write whole conversations until the file has at least `size` bytes. Returns their number."""
     written, count = 0, 0
     with path.open("wb") as lines:
         for messages in conversations(seed):
@@ -77,7 +77,7 @@ def write_corpus(path: Path, size: int, *, seed: int = 0) -> int:
 
 
 def conversations(seed: int) -> Iterator[list[dict[str, Any]]]:
-    """Conversations without end, each a list of messages with role and content."""
+    """Yield conversations without end, each a list of messages with role and content."""
     rng = np.random.Generator(np.random.PCG64(seed))
     prose = _Draw(_words(rng), _AFTER, rng)
     signs = _Draw([chr(0x4E00 + at) for at in rng.permutation(0x5000)[:_SIGNS].tolist()], _AFTER_SIGNS, rng)
@@ -97,7 +97,7 @@ def conversations(seed: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _words(rng: np.random.Generator) -> list[str]:
-    """Distinct words, the frequent ones first; the others are made up, a few of them names, a few numbers."""
+    """Distinct words: the frequent ones first, then invented ones, some of them names or numbers."""
     words: dict[str, None] = dict.fromkeys(_FREQUENT)
     sizes = np.array([len(_ONSETS), len(_VOWELS), len(_CODAS)])
     while len(words) < _WORDS:
@@ -112,7 +112,7 @@ def _words(rng: np.random.Generator) -> list[str]:
 
 
 class _Draw:
-    """Words with what stands between them, drawn many at once."""
+    """Draws words with the marks between them, many at a time."""
 
     def __init__(self, words: list[str], after: list[tuple[str, int]], rng: np.random.Generator) -> None:
         self.words = np.array(words, object)

@@ -1,6 +1,6 @@
-"""`ismdata bench data`: the data road and its peers in turn on the same files, top to bottom.
+"""`ismdata bench data`: measure the data pipeline and its peers in alternation on the same files.
 
-Every measurement is a process of its own (`stages`); what cannot be measured here becomes a row that says why.
+Each measurement runs in its own process (`stages.py`). What cannot be measured here becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 PEERS = {"trl": "TRL", "llamafactory": "LLaMA-Factory"}
 
 SEQ_LENS = (2048, 8192, 32768)
-#: How many times smaller the small corpus is whose peak of memory the big one's is compared with.
+#: The peak of memory is compared with that on a corpus this many times smaller.
 _SMALLER = 8
-#: Below so many sequences the last one, half empty, decides.
+#: With fewer sequences, the last one, partly empty, dominates the ratio.
 _ENOUGH_SEQUENCES = 100
 _PLANNED = 100_000_000
 _BATCH_SIZE = 4
 
-#: What TRL and ismdata render alike: ChatML, its answers marked for TRL's mask.
+#: A template that TRL and ismdata render alike: ChatML, with the answers marked for TRL's mask.
 _CHATML = """\
 {% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
 {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\
@@ -85,16 +85,27 @@ class DataBenchOptions:
 
 
 class Failed(Exception):
-    """A measurement did not end well; the message is the last line of what it said."""
+    """A measurement failed; the message is the last line of its standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all measurements share. `corpora` are JSON Lines of messages, `scratch` is removed at the end."""
+    """What all measurements share.
+
+    Attributes:
+        corpora: JSON Lines files of messages.
+        scratch: A folder for intermediate files, removed at the end.
+        synthetic: Size of the generated corpus of `memory`, in bytes.
+        tokenizer: As for `pack`.
+        seq_len: Tokens per sequence.
+        rounds: How often each measurement is repeated.
+        peers: Folder with the peers' scripts.
+        peer_python: The Python of an environment with LLaMA-Factory.
+    """
 
     corpora: tuple[Path, ...]
     scratch: Path
-    synthetic: int  # bytes of the generated corpus of `memory`
+    synthetic: int
     tokenizer: str
     seq_len: int
     rounds: int
@@ -107,21 +118,21 @@ class Bench:
 
     @property
     def fast(self) -> str:
-        """The backend that `auto` would take first, as far as what is installed goes."""
+        """The backend that `auto` tries first, of those installed."""
         return "gigatoken" if _installed("gigatoken", "awkward") else "hf"
 
     def encoding(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "chat_template": str(self.template)}
 
     def converted(self, corpus: Path) -> Path:
-        """The folder that `ismdata convert` makes of a corpus, made once."""
+        """The converted folder of a corpus, made once."""
         folder = self.scratch / "inputs" / corpus.stem
         if not folder.exists():
             ismdata_command("convert", corpus, "-o", folder)
         return folder
 
     def packed(self, corpus: Path, seq_len: int) -> Path:
-        """The folder that `ismdata pack` makes of it, made once for each length."""
+        """The packed folder of a corpus, made once per length."""
         folder = self.scratch / "inputs" / f"{corpus.stem}-{seq_len}"
         if not folder.exists():
             options = ("--tokenizer", self.tokenizer, "--chat-template", self.template, "--seq-len", seq_len)
@@ -130,13 +141,13 @@ class Bench:
 
 
 def measure(name: str, **arguments: object) -> dict[str, Any]:
-    """One measurement of `stages` in a process of its own. Raises Failed."""
-    said = _run([sys.executable, "-m", "ismdata.bench.data.stages", name, json.dumps(arguments, default=str)])
-    return dict(json.loads(said.splitlines()[-1]))
+    """Run one measurement of `stages.py` in its own process. Raises Failed."""
+    output = _run([sys.executable, "-m", "ismdata.bench.data.stages", name, json.dumps(arguments, default=str)])
+    return dict(json.loads(output.splitlines()[-1]))
 
 
 def ismdata_command(*words: object) -> float:
-    """Run an ismdata command as a whole; its seconds, start included. Raises Failed."""
+    """Run an ismdata command and return its seconds, including its start. Raises Failed."""
     started = time.perf_counter()
     _run([sys.executable, "-m", "ismdata", *map(str, words)])
     return time.perf_counter() - started
@@ -184,7 +195,7 @@ def pack(bench: Bench) -> Iterator[Row]:
 
 
 def road(bench: Bench) -> Iterator[Row]:
-    """convert + pack and every peer in turn; stage times first, then whole commands from start to end."""
+    """convert + pack and each peer in alternation: the work alone, then whole commands from start to end."""
     backends = ("gigatoken", "hf") if bench.fast == "gigatoken" else ("hf",)
     for corpus in bench.corpora:
         stages: dict[str, list[dict[str, Any]]] = {}
@@ -229,7 +240,7 @@ def road(bench: Bench) -> Iterator[Row]:
 
 
 def _whole_commands(bench: Bench, corpus: Path, backend: str) -> float:
-    """Seconds of `ismdata convert` and `ismdata pack` as one types them."""
+    """Seconds of the commands `ismdata convert` and `ismdata pack`."""
     converted, packed = bench.scratch / "command-converted", bench.scratch / "command-packed"
     options = ("--chat-template", bench.template, "--seq-len", bench.seq_len, "--tokenizer-backend", backend)
     return ismdata_command("convert", corpus, "-o", converted, "--overwrite") + ismdata_command(
@@ -238,7 +249,7 @@ def _whole_commands(bench: Bench, corpus: Path, backend: str) -> float:
 
 
 def _peer(bench: Bench, peer: str, corpus: Path) -> tuple[dict[str, Any], float] | str:
-    """What a peer's script prints and the seconds of the whole of it, or why there is none."""
+    """What a peer's script prints and its total seconds, or why it cannot run."""
     script = bench.peers / f"{peer}_prepare.py"
     if not script.is_file():
         return f"no {script}: run in a checkout of the repository, or name its benchmarks/peers with --peers"
@@ -249,19 +260,19 @@ def _peer(bench: Bench, peer: str, corpus: Path) -> tuple[dict[str, Any], float]
             return "not installed: pip install trl"
         options += ["--chat-template", str(bench.template)]
     elif bench.peer_python is None:
-        return "needs an environment of its own: pip install llamafactory there, and name it with --peer-python"
+        return "needs its own environment: pip install llamafactory there, and name its Python with --peer-python"
     else:
         python = bench.peer_python
     started = time.perf_counter()
     try:
-        said = _run([python, str(script), str(corpus), *options])
+        output = _run([python, str(script), str(corpus), *options])
     except Failed as failed:
         return f"failed: {failed}"
-    return json.loads(said.splitlines()[-1]), time.perf_counter() - started
+    return json.loads(output.splitlines()[-1]), time.perf_counter() - started
 
 
 def start(bench: Bench) -> Iterator[Row]:
-    """What `ismdata pack` takes for a single conversation: imports, the tokenizer, the probing of the template."""
+    """`ismdata pack` of a single conversation: imports, loading the tokenizer, probing the template."""
     path = bench.scratch / "single.jsonl"
     write_corpus(path, 1)
     converted = bench.converted(path)
@@ -307,7 +318,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         peaks[size] = measure("memory", converted=converted, **options)
         shutil.rmtree(converted)
     small, large = peaks.values()
-    for key, what in (("peak_bytes", "peak memory of pack"), ("anonymous_bytes", "of it, mapped files left out")):
+    for key, what in (("peak_bytes", "peak memory of pack"), ("anonymous_bytes", "of it, without mapped files")):
         yield Row(
             name="memory",
             what=what,
@@ -396,7 +407,7 @@ def run_data_bench(
 
 
 def _rows(name: str, bench: Bench) -> Iterator[Row]:
-    """The rows of a measurement; where it fails, the last one says so, and the others are measured all the same."""
+    """The rows of a measurement. If it fails, the last row says so, and the other measurements still run."""
     try:
         yield from MEASUREMENTS[name](bench)
     except Failed as failed:
@@ -411,7 +422,7 @@ def _default_tokenizer() -> str:
 
 
 def _compared(name: str, what: str, corpus: Path, timed: dict[str, Any], *, yardstick: str = "yardstick") -> Row:
-    """Ours against a yardstick in one process. What is loaded before the work (`setup`) counts on neither side."""
+    """Compare ours with a yardstick of the same process. Loading (`setup`) counts on neither side."""
     medians = {job: statistics.median(seconds) for job, seconds in timed["seconds"].items()}
     setup = medians.get("setup", 0.0)
     ours = medians["ours"] - setup
@@ -424,7 +435,7 @@ def _compared(name: str, what: str, corpus: Path, timed: dict[str, Any], *, yard
         yardstick=medians[yardstick],
         ratio=ours / medians[yardstick],
         ratio_is="times its time",
-        note=f"and {setup:.2f} s to load and probe the tokenizer" if setup else "",
+        note=f"plus {setup:.2f} s to load and probe the tokenizer" if setup else "",
         details=timed,
     )
 

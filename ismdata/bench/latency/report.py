@@ -1,4 +1,4 @@
-"""What came of `ismdata bench latency`: rows by turn, what they sum up to, tables, and the picture of Figure 4."""
+"""Report `ismdata bench latency`: rows by turn, their summary, tables, and a picture like Figure 4 of the paper."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ _HEADROOM = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRow:
-    """Time to first token under one mask at one turn, in seconds, a number for each round.
+    """The time to the first token under one mask at one turn.
 
-    new, keys: tokens that are fed, and what they see. processor: seconds of all threads together, which moves less than
-    the clock where others use the machine.
+    Attributes:
+        mask: `ism`, `causal` or `prefix`.
+        turn: Counted from 1.
+        new: Tokens that are fed.
+        keys: Keys that they see.
+        seconds: By the clock, per round.
+        processor: Processor time of all threads, per round. It varies less than the clock when other processes use
+            the machine.
     """
 
     mask: str
@@ -40,6 +46,7 @@ class TurnRow:
 
     @property
     def median(self) -> float:
+        """The median of `seconds`."""
         return statistics.median(self.seconds)
 
     @property
@@ -51,7 +58,7 @@ class TurnRow:
         return lower, upper
 
     def cell(self) -> str:
-        """The median and, where there are several rounds, the least and the most."""
+        """The median and, if there are several rounds, the minimum and maximum."""
         spread = f" ({_digits(min(self.seconds))}–{_digits(max(self.seconds))})" if len(self.seconds) > 1 else ""
         return _digits(self.median) + spread
 
@@ -60,11 +67,12 @@ class TurnRow:
         return f"{self.mask} {_digits(self.median)} s"
 
     def as_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
         return asdict(self) | {"median": self.median, "processor_median": statistics.median(self.processor)}
 
 
 def _digits(seconds: float) -> str:
-    """Three digits, and whole seconds where they are many.
+    """Format seconds with three digits; 100 and more as whole seconds.
 
     >>> _digits(0.0289), _digits(1.0), _digits(1234.5)
     ('0.0289', '1.00', '1,234')
@@ -74,7 +82,7 @@ def _digits(seconds: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FlopsRow:
-    """Operations of a first token: counted as it ran, by formula for the model, and by the paper's (`bench.flops`)."""
+    """Operations of a first token: counted, by the model's formula, and by the paper's (`flops.py`)."""
 
     mask: str
     turn: int
@@ -86,27 +94,29 @@ class FlopsRow:
 
     @property
     def ratio(self) -> float:
-        """Counted over the formula's."""
+        """Counted operations divided by the formula's."""
         return self.counted / self.formula
 
     @property
     def agrees(self) -> bool:
+        """Whether count and formula differ by at most TOLERANCE."""
         return abs(self.ratio - 1) <= TOLERANCE
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table, as text."""
+        """The cells of the table."""
         counted, formula, textbook = (f"{count / 1e9:,.2f}" for count in (self.counted, self.formula, self.textbook))
         verdict = f"{self.ratio:.4f}" + ("" if self.agrees else ", differs")
         return self.mask, str(self.turn), f"{self.new:,}", f"{self.keys:,}", counted, formula, verdict, textbook
 
     def as_json(self) -> dict[str, Any]:
+        """The row as a JSON object."""
         return asdict(self) | {"ratio": self.ratio, "agrees": self.agrees}
 
 
 def summary(rows: Sequence[TurnRow]) -> dict[str, Any]:
-    """Growth from turn 2 to the last for each mask, and the masks beside each other at the last turn.
+    """Summarize the growth from turn 2 to the last turn per mask, and the ratios of masks at the last turn.
 
-    Each by medians of the clock, and of the processor's time (`_processor`).
+    Each value is computed from medians of the clock and, with the suffix `_processor`, of processor time.
     """
     facts: dict[str, Any] = {"last_turn": max(row.turn for row in rows)}
     for suffix, samples in (("", "seconds"), ("_processor", "processor")):
@@ -119,7 +129,14 @@ def summary(rows: Sequence[TurnRow]) -> dict[str, Any]:
 
 
 def latency_table(results: dict[str, Any]) -> View:
-    """The results as a JSON object and as tables for the terminal."""
+    """Show the results of `ismdata bench latency`.
+
+    Args:
+        results: What `bench.json` holds.
+
+    Returns:
+        The results as a JSON object, and tables for the terminal.
+    """
     rows = _rows(results)
     times = Table(title=f"{_setting(results)}\n{machine_line(results['machine'])}", title_justify="left")
     times.title_style = "dim"
@@ -133,7 +150,7 @@ def latency_table(results: dict[str, Any]) -> View:
         times.add_row(str(turn), f"{ism.keys - ism.new:,}", *cells, *ratios)
     flops = Table(title="operations of a first token, in billions; a multiplication and its addition are two")
     flops.title_justify, flops.title_style = "left", "dim"
-    for name in ("mask", "turn", "new tokens", "keys", "counted", "formula", "counted / formula", "paper's, put right"):
+    for name in ("mask", "turn", "new tokens", "keys", "counted", "formula", "counted / formula", "paper's, corrected"):
         flops.add_column(name, justify="left" if name == "mask" else "right")
     for row in results["flops"]:
         flops.add_row(*_flops_row(row).cells())
@@ -150,7 +167,7 @@ def _flops_row(row: dict[str, Any]) -> FlopsRow:
 
 
 def _conclusions(facts: dict[str, Any]) -> Iterator[str]:
-    """Growth and ratios in words, by the clock and by the processor's time."""
+    """Growth and ratios in words, by the clock and by processor time."""
     last = facts["last_turn"]
     for suffix, by in (("", "the clock"), ("_processor", "processor time")):
         growth = ", ".join(f"{mask} {number(times)} ×" for mask, times in facts[f"growth{suffix}"].items())
@@ -159,7 +176,7 @@ def _conclusions(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _setting(results: dict[str, Any]) -> str:
-    """Model, device and conversation, in one line."""
+    """Model, device and conversation in one line."""
     model, device, options = results["model"], results["device"], results["options"]
     where = f"{device['name']}, threads: {device['threads']}" if device["name"] == "cpu" else device["name"]
     rounds = f"rounds: {options['rounds']}"
@@ -172,9 +189,9 @@ def _setting(results: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any]) -> str:
-    """An SVG as Figure 4: time to first token by turn, all masks on the left, those that keep a cache on the right.
+    """Draw an SVG like Figure 4: time to first token by turn, all masks on the left, ism and causal on the right.
 
-    Lines go through the medians; bands hold the middle half of the rounds, so that one hiccup does not set the scale.
+    Lines connect medians. Bands contain the middle half of the rounds, so that one outlier does not set the scale.
     """
     rows = _rows(results)
     width, height = 2 * _PANEL + _LEFT + _GAP + 30, _TOP + _HEIGHT + 50
@@ -195,7 +212,7 @@ def picture(results: dict[str, Any]) -> str:
 
 
 def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
-    """Axes, and a line and a band for each mask."""
+    """Draw axes, and a line and a band per mask."""
     turns = max(row.turn for row in rows)
     most = max(row.middle[1] for row in rows) * _HEADROOM
     step = _step(most)
@@ -234,12 +251,12 @@ def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
 
 
 def _dashes(mask: str) -> str:
-    """causal is dashed: it lies on ism's line."""
+    """causal is dashed, since it coincides with ism."""
     return ' stroke-dasharray="6 4"' if mask == "causal" else ""
 
 
 def _step(most: float) -> float:
-    """A round distance between marks, so that 4 to 10 of them reach up to `most`.
+    """A round distance between marks, such that 4 to 10 of them reach `most`.
 
     >>> [_step(most) for most in (12.9, 0.25, 1.0)]
     [2.0, 0.05, 0.2]

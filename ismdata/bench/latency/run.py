@@ -1,12 +1,12 @@
-"""`ismdata bench latency`: time to first token, turn by turn, under each mask. The paper's test, its Figure 4.
+"""`ismdata bench latency`: the time to the first token of each turn under each mask (Figure 4 of the ISM paper).
 
-A conversation of 20 turns of 200 tokens, 40 of the query and 160 of the answer; tokens are drawn at random and answers
-are given, not sampled. At each turn the clock runs from the tokens of the query to the first token of the answer, by
-the code that a Session runs: under ism and causal the query is fed after the cache of all earlier
-turns, under prefix all of the conversation anew. Rendering and tokenizing the text are left out.
+The conversation has 20 turns of 200 tokens, 40 for the query and 160 for the answer. Tokens are random, and answers are
+given, not sampled. The time runs from the tokens of the query to the first token of the answer, in the code of a
+Session (`generate/kv_cache.py`, `generate/sampling.py`). Under ism and causal, only the query is fed, after the cache
+of all earlier turns; under prefix, the whole conversation is fed. Rendering and tokenization are not included.
 
-At each turn the masks run in turn, round after round; before a round the cache is cropped, as `undo` does. After the
-last one the answer is fed in one causal prefill. Both are off the clock.
+At each turn the masks alternate, round after round. Before a round the cache is cropped, as `undo` does; after the last
+round the answer is fed in one causal prefill. Neither is timed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from transformers.utils import logging
 
 from ismdata.attention import takes_two_positions
 from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
-from ismdata.bench.latency.models import default_model, device_named, open_model, tokens_known
+from ismdata.bench.latency.models import default_model, open_model, tokens_known
 from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
+from ismdata.bench.timing import find_device
 from ismdata.data import open_output
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
@@ -39,13 +40,13 @@ from ismdata.generate import KVCache, Sampling, make_sampler
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
 
-#: In the order in which they take their turns.
+#: In the order in which they are measured.
 MASKS = ("ism", "causal", "prefix")
 
-#: Growth is told from this turn on: the first one has no past.
+#: Growth is measured from this turn on: the first one has no history.
 SECOND = 2
 
-#: Rounds of prefix on a CPU where no number is given: each of them feeds the whole conversation twenty times.
+#: Default rounds of prefix on a CPU: each of them feeds the whole conversation at every turn.
 PREFIX_ROUNDS_ON_CPU = 2
 
 
@@ -58,7 +59,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long the conversation is, in turns and in tokens of each, and how often a turn is measured."""
+    """The length of the conversation in turns and in tokens per turn, and how often a turn is measured."""
 
     turns: int = 20
     query: int = 40
@@ -68,9 +69,9 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a plan that cannot be."""
+        """Check the values. Raises UsageError."""
         if self.turns < SECOND:
-            raise UsageError(f"--turns {self.turns}: expected {SECOND} or more, so that there is growth to tell")
+            raise UsageError(f"--turns {self.turns}: expected {SECOND} or more, to measure growth")
         if self.rounds < 1:
             raise UsageError(f"--rounds {self.rounds}: expected 1 or more")
         if not 1 <= self.prefix_rounds <= self.rounds:
@@ -81,7 +82,7 @@ class Plan:
         return self.turns * (self.query + self.answer)
 
     def conversation(self, vocabulary: int) -> list[Turn]:
-        """Turns of random tokens below `vocabulary`; the same seed gives the same ones."""
+        """Turns of random tokens below `vocabulary`. The same seed gives the same tokens."""
         draw = random.Random(self.seed)
         sizes = [(self.query, self.answer)] * self.turns
         return [Turn(*([draw.randrange(vocabulary) for _ in range(size)] for size in pair)) for pair in sizes]
@@ -136,8 +137,8 @@ class LatencyOptions:
 class Conversation:
     """One conversation under one mask, fed as a Session feeds it.
 
-    In the GLM layout the last token of a query stands for `[MASK]` and the first of an answer for `[START]`, which is
-    fed before the model says its first token.
+    In the GLM layout the last token of a query plays `[MASK]` and the first of an answer plays `[START]`, which is fed
+    before the model generates its first token.
     """
 
     def __init__(self, model: PreTrainedModel, mask: str, turns: Sequence[Turn]) -> None:
@@ -146,10 +147,10 @@ class Conversation:
         self.cache = KVCache(model, mask=mask, size=None)
         self._choose = make_sampler(Sampling(), model.device)
         self._openings = 1 if takes_two_positions(model) else 0
-        self._settled = 0
+        self._answered = 0
 
     def first_token(self, number: int) -> int:
-        """Feed what comes before the answer of turn `number`, counted from 0; the likeliest first token of it."""
+        """Feed what precedes the answer of turn `number` (from 0); return the most likely first token of the answer."""
         turn = self.turns[number]
         ids = turn.query
         if self.mask == "prefix":
@@ -159,18 +160,18 @@ class Conversation:
         return self._choose(logits, self.cache.ids)
 
     def take_back(self) -> None:
-        """Bring the cache back to the end of the last answer. Prefix keeps none: `first_token` begins with nothing."""
+        """Crop the cache to the end of the last answer. Prefix keeps no cache, so there is nothing to crop."""
         if self.mask != "prefix":
-            self.cache.crop(self._settled)
+            self.cache.crop(self._answered)
 
     def give_answer(self, number: int) -> None:
-        """After `first_token`: the rest of the answer, in one causal prefill."""
+        """After `first_token`: feed the rest of the answer in one causal prefill."""
         if self.mask != "prefix":
             self.cache.append(self.turns[number].answer[self._openings :], is_answer=True)
-            self._settled = len(self.cache.ids)
+            self._answered = len(self.cache.ids)
 
     def prefills(self, number: int) -> list[tuple[int, int]]:
-        """What `first_token` feeds: for each call of the model, new tokens and the keys that they see."""
+        """New tokens and visible keys of each call of the model in `first_token`."""
         turn = self.turns[number]
         past = sum(len(each.query) + len(each.answer) for each in self.turns[:number])
         if self.mask == "prefix":
@@ -182,13 +183,13 @@ class Conversation:
 
 @dataclass(kw_only=True)
 class Samples:
-    """Seconds of one mask at one turn, a number for each round. processor: of all threads together."""
+    """Seconds of one mask at one turn, per round. `processor` is the processor time of all threads."""
 
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
     def take(self, work: Callable[[], int]) -> None:
-        """Do the work once. It ends with a number of Python's, so a GPU is done by then."""
+        """Time the work once. It returns a Python number, so a GPU has finished by then."""
         started, busy = time.perf_counter(), time.process_time()
         work()
         self.seconds.append(time.perf_counter() - started)
@@ -198,13 +199,13 @@ class Samples:
 def measured_turn(
     conversations: Sequence[Conversation], number: int, plan: Plan, *, warm_up: bool
 ) -> Iterator[TurnRow]:
-    """All rounds of one turn; afterwards its answer is in the caches."""
+    """Measure all rounds of one turn, then feed its answer into the caches."""
     samples = {each.mask: Samples() for each in conversations}
     for each in conversations if warm_up else ():
         each.first_token(number)
     for round_ in range(plan.rounds):
         taking_part = [each for each in conversations if each.mask != "prefix" or round_ < plan.prefix_rounds]
-        for each in taking_part[:: -1 if round_ % 2 else 1]:  # so that none always comes behind the same other one
+        for each in taking_part[:: -1 if round_ % 2 else 1]:  # alternate, so that no mask always follows the same one
             each.take_back()
             samples[each.mask].take(partial(each.first_token, number))
     for each in conversations:
@@ -214,7 +215,7 @@ def measured_turn(
 
 
 def counted_turn(conversations: Sequence[Conversation], number: int, shape: Shape) -> Iterator[FlopsRow]:
-    """Operations of the first token of one turn, counted and by formula."""
+    """Count the operations of the first token of one turn, and compute them by formula."""
     for each in conversations:
         counted = counted_flops(partial(each.first_token, number))
         prefills = each.prefills(number)
@@ -251,7 +252,7 @@ def run_latency_bench(
     options = options or LatencyOptions()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    where = device_named(options.device)
+    where = find_device(options.device)
     name = default_model() if options.model is None else options.model
     plan = options.plan(where)
     with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(options.threads):
@@ -285,7 +286,7 @@ def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, reporter: Reporte
         counted = number + 1 in (SECOND, plan.turns)
         if counted:
             operations += counted_turn(conversations, number, shape)
-        # Counting warms up too. Kernels of a GPU are chosen anew for each length; a CPU needs it once.
+        # Counting warms up too. A GPU chooses kernels per length; a CPU needs one warm-up.
         warm_up = not counted and (number == 0 or model.device.type == "cuda")
         rows = list(measured_turn(conversations, number, plan, warm_up=warm_up))
         times += rows
@@ -299,7 +300,7 @@ def _measure(model: PreTrainedModel, shape: Shape, plan: Plan, reporter: Reporte
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch compute on `count` threads, 0 for one on each core that this process may use."""
+    """Let torch use `count` threads; 0: one per core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     before = torch.get_num_threads()
     torch.set_num_threads(count or cores)
