@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ismdata.choices import BleuTokenizer, Mask, Precision
-from ismdata.cli.common import show
+from ismdata.cli.common import AsJson, Overwrite, show
 from ismdata.display import TerminalReporter
 
 
@@ -54,8 +54,8 @@ def eval_command(
     seed: Annotated[
         int, typer.Option(help="Seed of the resamples, and of the conversations that --generate selects.")
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how well a model answers.
 
