@@ -15,7 +15,7 @@ from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import GuessedFormat, guess_mapping, regroup_records
 from ismdata.convert.mapping_file import mapping_text
 from ismdata.convert.parts import FormatChoice, SourcePart, open_parts
-from ismdata.convert.sources.arguments import SavedDataset, Source
+from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.

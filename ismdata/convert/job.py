@@ -24,7 +24,7 @@ from ismdata.convert.filters import Cleaner, Cleaning
 from ismdata.convert.parts import EMPTY, FormatChoice, SourceBlocks
 from ismdata.convert.read_block import BlockResult, block_checksum, read_block
 from ismdata.convert.sampling import SPLIT_NAMES, parse_split, sampled, split_of
-from ismdata.convert.sources.arguments import SavedDataset, Source
+from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import (
     QUARANTINE_NAME,
@@ -184,7 +184,7 @@ class ConversionJob:
             layout=", ".join(dict.fromkeys(blocks.layouts)) or EMPTY,
             format=", ".join(dict.fromkeys(name for name in blocks.formats if name != EMPTY)) or EMPTY,
             records=self.mark.records,
-            left_aside=(*source.passed_over, *blocks.skipped),
+            left_aside=(*source.skipped, *blocks.skipped),
         )
         reports = [*self.mark.reports, report]
         self.mark = _Mark(reports=reports, ignored=self.mark.ignored, unknown=self.mark.unknown)

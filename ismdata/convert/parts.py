@@ -13,10 +13,10 @@ import pyarrow as pa
 from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, SourceBlock, with_choices
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
-from ismdata.convert.sources.arguments import FileSource, SavedDataset, Source
 from ismdata.convert.sources.blocks import TableBlock
-from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, framing_of, skip_mark
+from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, detect_layout, skip_byte_order_mark
 from ismdata.convert.sources.framing import ByteQueue, Framed
+from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source
 from ismdata.errors import DataError, Refused, shown
 
 Item = TypeVar("Item")
@@ -132,7 +132,7 @@ class SourceBlocks:
                     self._progress(min(part.position(), self._source.bytes))
             self.skipped = parts.result
         except UnknownFormat as error:
-            if self.formats or not (isinstance(self._source, FileSource) and self._source.found):
+            if self.formats or not (isinstance(self._source, FileSource) and self._source.from_folder):
                 raise
             self.layouts, self.formats, self.skipped = [UNKNOWN], [UNKNOWN], [self._source.name]
             self.unknown = str(error)
@@ -164,8 +164,8 @@ def open_parts(source: Source | SavedDataset, format: FormatChoice) -> Generator
             yield _source_part(_table_blocks(part), part.name, "Parquet", format, part.position)
             continue
         queue = ByteQueue(part.stream, part.name)
-        skip_mark(queue)
-        layout, framing = framing_of(queue, format.is_record)
+        skip_byte_order_mark(queue)
+        layout, framing = detect_layout(queue, format.is_record)
         _check_layout(part.name, layout, format, queue)
         yield _source_part(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
     return parts.result

@@ -31,7 +31,8 @@ from ismdata.convert.mapping_file import load_mapping
 from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sampling import parse_split
-from ismdata.convert.sources.arguments import SavedDataset, Source, expand, told_apart
+from ismdata.convert.sources.arguments import expand, with_unique_stems
+from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import INDEX_NAME, Journal, describe_file, open_output
 from ismdata.errors import UsageError
@@ -97,7 +98,7 @@ def convert(
         WorkerPool(workers or os.cpu_count() or 1, processes=processes) as pool,
         kept_memory(),
     ):
-        expanded = told_apart([source for argument in sources for source in expand(argument)])
+        expanded = with_unique_stems([source for argument in sources for source in expand(argument)])
         others = [_other(argument) for argument in selection.against]
         options = {
             "format": format,

@@ -1,4 +1,4 @@
-"""Blocks of complete records, as bytes, Arrow tables or Python values, under the one interface of `base.Block`."""
+"""Blocks of complete records, as bytes, Arrow tables or Python values, with the interface `corpus_format.Block`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ from ismdata.errors import DataError, Refused, shown
 
 @dataclass(frozen=True, kw_only=True)
 class LineBlock:
-    """N records, each on a line of its own: record i is `data[starts[i]:ends[i]]`, blanks around it left out.
+    """N records, each on a line of its own: record i is `data[starts[i]:ends[i]]`, without surrounding whitespace.
 
-    `plain_text` says that a record is the line itself, not a JSON value. `document` names the JSON text that the lines
-    were cut from: a syntax error in one is then an error of the whole, for what a broken array holds is a guess.
-    `keyed` says that a line is an entry of an object, `"key": record`.
+    Attributes:
+        data: The bytes of all lines.
+        starts: int64[N], the first byte of each record.
+        ends: int64[N], the byte after each record.
+        numbers: int64[N], the line or record number of each, counted from 1.
+        plain_text: A record is the line itself, not a JSON value.
+        document: The JSON document that the lines were cut from. A syntax error in a record then raises DataError,
+            because the borders between records are no longer certain.
+        keyed: A line is an entry of an object, `"key": record`.
     """
 
     data: bytes
@@ -55,11 +61,11 @@ class LineBlock:
             )
             if self.document is not None:
                 found = f"{self.document}:record {self.numbers[row]}: {found}"
-                wanted = "an entry, a key and its value" if self.keyed else "a JSON array"
-                raise DataError(f"{found}; expected {wanted}. Repair the file or get it again") from error
+                expected = "an entry, a key and its value" if self.keyed else "a JSON array"
+                raise DataError(f"{found}; expected {expected}. Repair the file or get it again") from error
             raise Refused("invalid_json", f"{found}; expected one JSON value on the line") from error
         except ValueError as error:
-            raise Refused("invalid_json", f"{error}; expected JSON that can be held in memory as it stands") from error
+            raise Refused("invalid_json", f"{error}; expected JSON with less nesting and shorter numbers") from error
 
     def raw(self, row: int) -> Any:
         text = self._bytes(row).decode("utf-8", errors="backslashreplace")
@@ -77,8 +83,8 @@ class LineBlock:
         return with_key(key, value)
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
-        # Every line must be one value, for rows and lines to be the same: a value that spans two lines would have to
-        # break inside of it after a closing bracket and go on with an opening one, which no JSON does.
+        # Rows and lines correspond only if each line is one value. Checking the first and last byte of each line is
+        # enough: no JSON value has a line break between a closing and an opening bracket of this kind.
         opening, closing = b"[]" if wrapped else b"{}"
         if self.plain_text or self.keyed or not len(self.starts) or not self._is_utf8:
             return None
@@ -92,7 +98,7 @@ class LineBlock:
             table = pa.json.read_json(
                 pa.BufferReader(data),
                 pa.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
-                # Never inferred: a text that looks like a date stays text, and hostile nesting meets a fixed schema.
+                # With an explicit schema, text that looks like a date stays text, and deep nesting is rejected.
                 pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
             )
         except pa.ArrowInvalid:
@@ -153,8 +159,8 @@ class TableBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unread:
-    """A record that could not be read: why, and what stands in its place."""
+class Unreadable:
+    """A record that could not be read: the reason, and its content for the quarantine."""
 
     refusal: Refused
     raw: Any
@@ -162,20 +168,20 @@ class Unread:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueBlock:
-    """N records that are Python values already, from a table of text or a YAML file."""
+    """N records as Python values, from a CSV or YAML file. An `Unreadable` replaces a record that cannot be read."""
 
     values: Sequence[Any]
     numbers: NDArray[np.int64]
 
     def record(self, row: int) -> Any:
         value = self.values[row]
-        if isinstance(value, Unread):
+        if isinstance(value, Unreadable):
             raise value.refusal
         return value
 
     def raw(self, row: int) -> Any:
         value = self.values[row]
-        return value.raw if isinstance(value, Unread) else value
+        return value.raw if isinstance(value, Unreadable) else value
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
         return None
@@ -185,9 +191,9 @@ class ValueBlock:
 
 
 def with_key(key: str, value: Any) -> Any:
-    """A record of an object by id, with its key: as its `id` where it has none, as `key` where it has another.
+    """A record from an object of records, with its key: as `id` if it has no id, as `key` if it has another.
 
-    A list of messages becomes an object that holds it.
+    A list of messages becomes an object with the list.
 
     >>> with_key("d1", {"log": []})
     {'id': 'd1', 'log': []}
@@ -198,12 +204,12 @@ def with_key(key: str, value: Any) -> Any:
         return value
     own = [value[name] for name in ID_FIELDS if value.get(name) not in (None, "")]
     if not own:
-        return {"id": key, **{name: held for name, held in value.items() if name != "id"}}
+        return {"id": key, **{name: inner for name, inner in value.items() if name != "id"}}
     return value if key in map(str, own) or "key" in value else {**value, "key": key}
 
 
 def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
-    """`values` as `wanted` where nothing is lost on the way: missing fields become null, unknown ones decline."""
+    """`values` as the type `wanted`, with null for missing fields; None if anything, such as a field, would be lost."""
     found = values.type
     if found == wanted:
         return values
@@ -235,7 +241,7 @@ def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
 
 
 def plain_value(value: Any) -> Any:
-    """An Arrow value as JSON can hold it: dates as ISO text, bytes as base64, numbers that are none as null."""
+    """An Arrow value as JSON can represent it: dates as ISO text, bytes as base64, NaN and infinities as null."""
     if isinstance(value, dict):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Tables of text, CSV and TSV: a header, then one record a row, a dict of strings."""
+"""CSV and TSV: a header, then one record per row, a dict of strings."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from typing import Any
 
 import numpy as np
 
-from ismdata.convert.sources.blocks import Unread, ValueBlock
+from ismdata.convert.sources.blocks import Unreadable, ValueBlock
 from ismdata.convert.sources.framing import BLOCK_BYTES, MAX_RECORD_BYTES, ByteQueue, Framed
 from ismdata.errors import DataError, Refused
 
-#: What cells are parted by, and what files of such rows are called.
+#: Cell separators, and the name of the layout.
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
 
-#: A block ends with this many rows, or with as many characters as a block of JSON has bytes.
+#: Rows in a block; it also ends when it has as many characters as a block of JSON has bytes.
 _ROWS = 4096
 
 
 def frame_rows(queue: ByteQueue, *, delimiter: str) -> Iterator[Framed]:
-    """The rows below the header as records, numbered by the line that each begins on; blank lines are passed over.
+    """The rows below the header as records, numbered by the line on which each begins. Blank lines are skipped.
 
-    A row with more or fewer cells than the header, or with bytes that are no UTF-8, is held back as `Unread`. A quote
-    that is broken or missing raises DataError: which cells it leads to is a guess.
+    A row with more or fewer cells than the header, or with bytes that are not UTF-8, is an `Unreadable`. A broken or
+    missing quote raises DataError, because the borders of the cells after it are unknown.
     """
     rows = _cells(_lines(queue), delimiter, queue.name)
     _, header = next(rows, (0, []))
     names = column_names([_shown(cell) for cell in header])
     values: list[Any] = []
     numbers: list[int] = []
-    held = 0  # characters in `values`
+    size = 0  # characters in `values`
     for number, cells in rows:
         values.append(_record(names, cells))
         numbers.append(number)
-        held += sum(map(len, cells))
-        if len(values) == _ROWS or held > BLOCK_BYTES:
+        size += sum(map(len, cells))
+        if len(values) == _ROWS or size > BLOCK_BYTES:
             yield Framed(block=ValueBlock(values=values, numbers=np.array(numbers)))
-            values, numbers, held = [], [], 0
+            values, numbers, size = [], [], 0
     if values:
         yield Framed(block=ValueBlock(values=values, numbers=np.array(numbers)))
 
 
 def column_names(header: list[str]) -> list[str]:
-    """The names of the columns, each once: a nameless one gets its number, a repeated one a number more.
+    """Distinct names of the columns: a column without a name gets its number, a repeated name a number in brackets.
 
     >>> column_names(["", "text", "text"])
     ['column 1', 'text', 'text (2)']
     """
     names: dict[str, None] = {}
-    last: dict[str, int] = {}  # the number that the name had last: a table may have any number of columns
+    last: dict[str, int] = {}  # the last number added to each name: searching from 2 would be quadratic in the columns
     for number, cell in enumerate(header, 1):
         name = wanted = cell.strip() or f"column {number}"
         while name in names:
@@ -60,15 +60,15 @@ def column_names(header: list[str]) -> list[str]:
     return [*names]
 
 
-def delimiter_of(head: bytes, is_record: Callable[[Any], bool], *, named: bool) -> str | None:
-    """What parts the cells, when a header and the first row below it make a record; `head` opens the file.
+def detect_delimiter(head: bytes, is_record: Callable[[Any], bool], *, named: bool) -> str | None:
+    """The separator with which the header and the first row form a record. `head` is the beginning of the file.
 
-    Where none does and the file is `named` a table, what gives the most columns, as long as they are two at least.
+    If none does and the file is `named` like a table, the separator with the most columns, at least two; else None.
     """
     whole = head[: head.rfind(b"\n") + 1] or head
     most, best = 1, None
     for delimiter in DELIMITERS:
-        # Not strict: the head may end inside a row, and only the first two count here.
+        # The head may end inside a row, and only the first two rows matter here, so parsing is not strict.
         text = io.TextIOWrapper(io.BytesIO(whole), encoding="utf-8", errors="replace", newline="")
         reader = csv.reader(text, delimiter=delimiter)
         try:
@@ -85,15 +85,17 @@ def delimiter_of(head: bytes, is_record: Callable[[Any], bool], *, named: bool) 
 
 def _record(names: list[str], cells: list[str]) -> Any:
     if len(cells) != len(names):
-        detail = f"the row has {len(cells)} cells; expected {len(names)}, as the header has: {', '.join(names[:8])}"
-        return Unread(refusal=Refused("invalid_row", detail), raw=[_shown(cell) for cell in cells])
+        detail = f"the row has {len(cells)} cells; expected {len(names)} as in the header: {', '.join(names[:8])}"
+        return Unreadable(refusal=Refused("invalid_row", detail), raw=[_shown(cell) for cell in cells])
     record = dict(zip(names, cells, strict=True))
     try:
         "".join(cells).encode("utf-8")
     except UnicodeEncodeError as error:
         byte = ord(error.object[error.start]) - 0xDC00
         detail = f"the row holds the byte 0x{byte:02x}; expected UTF-8. Convert the file to UTF-8"
-        return Unread(refusal=Refused("not_utf8", detail), raw={name: _shown(cell) for name, cell in record.items()})
+        return Unreadable(
+            refusal=Refused("not_utf8", detail), raw={name: _shown(cell) for name, cell in record.items()}
+        )
     return record
 
 
@@ -102,7 +104,7 @@ def _shown(cell: str) -> str:
 
 
 def _lines(queue: ByteQueue) -> Iterator[str]:
-    """The lines of a stream as text, their ends kept; bytes that are no UTF-8 pass as surrogates."""
+    """The lines of a stream as text with their ends; bytes that are not UTF-8 become surrogates."""
     pending: list[bytes] = []
     while queue.data or queue.more():
         first, *others = queue.data.split(b"\n")
@@ -114,14 +116,14 @@ def _lines(queue: ByteQueue) -> Iterator[str]:
                 yield (line + b"\n").decode("utf-8", errors="surrogateescape")
             pending = [others[-1]]
         elif sum(map(len, pending)) > MAX_RECORD_BYTES:
-            raise DataError(f"{queue.name}: a line is longer than {MAX_RECORD_BYTES:,} bytes; split it")
+            raise DataError(f"{queue.name}: a line is longer than {MAX_RECORD_BYTES:,} bytes; expected less. Split it")
     if any(pending):
         yield b"".join(pending).decode("utf-8", errors="surrogateescape")
 
 
 def _cells(lines: Iterator[str], delimiter: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, with the number of its first line. Raises DataError for a broken quote."""
-    # A cell may be as long as a record of any other format; the library's limit is 128 KiB, one for the whole process.
+    """Each non-blank row with the number of its first line. Raises DataError for a broken quote."""
+    # The library's limit is 128 KiB per cell. It is global to the process; set it to the limit of all formats.
     csv.field_size_limit(MAX_RECORD_BYTES)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -132,9 +134,9 @@ def _cells(lines: Iterator[str], delimiter: str, name: str) -> Iterator[tuple[in
             return
         except csv.Error as error:
             raise DataError(
-                f"{name}:{number}: found a broken row ({error}) that begins here and goes on to line "
-                f"{reader.line_num}; expected quotes around cells in pairs, doubled inside. The download may be "
-                "incomplete, or a quote is missing: repair the file or get it again"
+                f"{name}:{number}: found a broken row ({error}), from here to line {reader.line_num}; expected quotes "
+                "around cells in pairs, doubled inside. The download may be incomplete, or a quote is missing: repair "
+                "the file or get it again"
             ) from error
         if any(cell.strip() for cell in row):
             yield number, row

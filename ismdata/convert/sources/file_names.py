@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are read, by name alone; a file that is named itself may be called anything."""
+"""Which files of a folder or an archive are read, by name alone. A file given by the user can have any name."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-#: Endings of corpus files, each also with one of `PACKED` after it.
+#: Endings of corpus files, each also followed by one of `COMPRESSED`.
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".yml", ".yaml")
-PACKED = (".gz", ".zst", ".bz2", ".xz")
-_CORPUS = re.compile(r"(?i)\.(jsonl?|ndjson|parquet|csv|tsv|ya?ml)(\.(gz|zst|bz2|xz))?$")
-#: Archives: opened where they lie in a folder, not where they lie in another archive.
-_ARCHIVE = re.compile(r"(?i)\.(zip|tar(\.(gz|zst|bz2|xz))?|tgz|tzst|tbz2?|txz)$")
-_TEXT = re.compile(r"(?i)\.txt(\.(gz|zst|bz2|xz))?$")
-#: Texts that stand beside a corpus and are none.
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+_DATA = "jsonl?|ndjson|parquet|csv|tsv|ya?ml"
+_COMPRESSION = "gz|zst|bz2|xz"
+_PACKED_TAR = "tgz|tzst|tbz2?|txz"
+
+
+def _ending(kinds: str) -> re.Pattern[str]:
+    """Matches the end of a name of one of these kinds, compressed or not."""
+    return re.compile(rf"(?i)\.({kinds})(\.({_COMPRESSION}))?$")
+
+
+_CORPUS, _TEXT, _YAML, _TABLE = map(_ending, (_DATA, "txt", "ya?ml", "[ct]sv"))
+#: Archives are opened in a folder, but not inside another archive.
+_ARCHIVE = re.compile(rf"(?i)\.(zip|tar(\.({_COMPRESSION}))?|{_PACKED_TAR})$")
+#: Texts that accompany a corpus.
 _NOTES = re.compile(r"(?i)^(readme|licen[cs]e|notice|copying|changelog|changes|authors|requirements)\b")
-#: DailyDialog's texts, and beside them its labels, which are no dialogues.
+#: DailyDialog's texts, and its labels, which are no dialogues.
 _DIALOGUES = re.compile(r"dialogues_(?!act|emotion|topic)\w+\.txt$")
 _LABELS = re.compile(r"dialogues_(act|emotion|topic)\w*\.txt$")
-#: All endings that say how a file is written, for names made from file names.
-_ENDINGS = re.compile(r"(?i)(\.(jsonl?|ndjson|txt|parquet|csv|tsv|ya?ml|gz|zst|bz2|xz|zip|tar|tgz|tzst|tbz2?|txz))+$")
+#: All endings that say how a file is written.
+_ENDINGS = re.compile(rf"(?i)(\.({_DATA}|txt|{_COMPRESSION}|zip|tar|{_PACKED_TAR}))+$")
 
 
 def is_corpus(name: str) -> bool:
@@ -29,6 +39,14 @@ def is_corpus(name: str) -> bool:
 
 def is_archive(name: str) -> bool:
     return _ARCHIVE.search(name) is not None and not is_hidden(name)
+
+
+def is_yaml(name: str) -> bool:
+    return _YAML.search(name) is not None
+
+
+def is_table(name: str) -> bool:
+    return _TABLE.search(name) is not None
 
 
 def is_dialogues(name: str) -> bool:
@@ -43,17 +61,28 @@ def is_text(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name or a folder on its way begins with a dot, or is what macOS adds to archives."""
+    """Whether a name or one of its folders begins with a dot, or macOS added it to an archive."""
     return any((part.startswith(".") and part.strip(".")) or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def chosen(names: Sequence[str], *, texts: bool = True, only: bool = True) -> list[str]:
-    """Which of a folder's or an archive's files are read, in their order: all corpora and DailyDialog's texts.
+def has_file_ending(name: str) -> bool:
+    """Whether a name ends like a file: no name on the Hugging Face hub does."""
+    return _ENDINGS.search(name) is not None
 
-    Where there are none: `texts` of other names, and without those the `only` file, whatever it is called.
+
+def select_files(names: Sequence[str], *, texts: bool = True, only: bool = True) -> list[str]:
+    """The files of a folder or an archive that are read, in their order: all corpora and DailyDialog's texts.
+
+    Args:
+        names: All files.
+        texts: Read other texts if there is no corpus.
+        only: Read a file of any name if it is the only one.
+
+    Returns:
+        The names of the files to read.
     """
     dialogues = [name for name in names if is_dialogues(name)]
-    if len(dialogues) > 1:  # `dialogues_text.txt` holds the splits together, once more
+    if len(dialogues) > 1:  # `dialogues_text.txt` repeats all splits
         dialogues = [name for name in dialogues if PurePosixPath(name).name != "dialogues_text.txt"]
     read = [name for name in names if is_corpus(name) or name in dialogues]
     if not read and texts:
@@ -63,8 +92,8 @@ def chosen(names: Sequence[str], *, texts: bool = True, only: bool = True) -> li
     return read
 
 
-def passed_over(names: Sequence[str], read: Sequence[str]) -> list[str]:
-    """The names that are not read and that somebody may miss: hidden files only where they are called like corpora."""
+def skipped_files(names: Sequence[str], read: Sequence[str]) -> list[str]:
+    """The names that are not read and that a user may miss: hidden files only if they are named like corpora."""
     taken = set(read)
     return [
         name
@@ -74,22 +103,23 @@ def passed_over(names: Sequence[str], read: Sequence[str]) -> list[str]:
 
 
 def _is_fork(name: str) -> bool:
+    """Whether a file is a resource fork that macOS added."""
     path = PurePosixPath(name)
     return path.name.startswith("._") or "__MACOSX" in path.parts
 
 
 def stem_of(name: str) -> str:
-    """A name without folders and endings: what records without an id are named after."""
+    """A name without folders and endings. Records without an id are named after it."""
     base = PurePosixPath(name).name
     return printable(_ENDINGS.sub("", base) or base)
 
 
 def printable(name: str) -> str:
-    """A name as reports show it: control characters, line breaks and bytes that are no UTF-8 are escaped."""
+    """A name as reports show it: control characters, line breaks and bytes that are not UTF-8 are escaped."""
     return "".join(
         ascii(char)[1:-1] if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") else char for char in name
     )
 
 
-def expected() -> str:
-    return f"files ending in {', '.join(SUFFIXES)} (or one of these and {', '.join(PACKED)}), or .txt alone"
+def expected_endings() -> str:
+    return f"files ending in {', '.join(SUFFIXES)} (optionally followed by {', '.join(COMPRESSED)}), or only .txt files"

@@ -1,8 +1,8 @@
-"""Bytes to blocks of complete records: lines, JSON arrays, objects of arrays or records, values one after the other.
+"""Bytes to blocks of complete records: lines, JSON arrays, objects of arrays or of records, concatenated JSON values.
 
-A JSON array is scanned for the commas between its records, block by block and without building a value, and becomes
-lines: what reads JSON Lines then reads everything. Memory stays flat, and a file that breaks off is found out, with its
-place.
+A JSON array is scanned for the commas between its records, one block at a time and without parsing values, and turned
+into lines, so that JSON Lines are the only form that is parsed. Memory use is constant. A truncated file is detected
+and the place reported.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from numpy.typing import NDArray
 from ismdata.convert.sources.blocks import LineBlock, ValueBlock
 from ismdata.errors import DataError
 
-#: How much is read at a time. Blocks are cut by content and this size alone, so shards do not depend on the workers.
+#: Bytes read at a time. Blocks depend only on this size and the content, so shards do not depend on the workers.
 BLOCK_BYTES = 4 << 20
-#: How much of it is searched for structure at a time.
+#: Bytes scanned for structure at a time.
 _WINDOW = 4 << 20
-#: A single record beyond this is taken for a broken file: Arrow's offsets end at 2 GiB.
+#: Limit of a record in bytes; a longer one means a broken file. Arrow's offsets end at 2 GiB.
 MAX_RECORD_BYTES = 1 << 30
 
-BLANK = b" \t\r\n"
+WHITESPACE = b" \t\r\n"
 _SPACE, _LINE_BREAK, _QUOTE, _BACKSLASH, _COMMA = b' \n"\\,'
-_IS_BLANK = np.isin(np.arange(256), list(BLANK))
+_IS_WHITESPACE = np.isin(np.arange(256), list(WHITESPACE))
 #: +1 for an opening bracket, -1 for a closing one.
 _DEPTH = np.zeros(256, np.int8)
 _DEPTH[list(b"[{")] = 1
 _DEPTH[list(b"]}")] = -1
-_CUT_OFF = (
+_TRUNCATED_HINT = (
     "The download may be incomplete: get the file again. Or a closing quote or bracket is missing in that record: "
     "repair the file"
 )
@@ -43,14 +43,14 @@ _STRUCTURAL = np.isin(np.arange(256), list(b'[]{}",\n'))
 
 @dataclass(frozen=True, kw_only=True)
 class Framed:
-    """A block and, for an object of arrays, the name of the array that it was cut from."""
+    """A block and, in an object of splits, the name of its split."""
 
     block: LineBlock | ValueBlock
     split: str | None = None
 
 
 class ByteQueue:
-    """Bytes read ahead from a stream, with their place in it. `name` is what errors call the stream."""
+    """Bytes read ahead from a stream, with their offset in it. `name` is the stream's name in errors."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self.stream = stream
@@ -60,13 +60,13 @@ class ByteQueue:
         self.ended = False
 
     def more(self, size: int = BLOCK_BYTES) -> bool:
-        """Read at least one more byte; False at the end of the stream."""
+        """Read at most `size` more bytes. Returns False at the end of the stream. Raises DataError beyond the limit."""
         if self.ended:
             return False
         if len(self.data) > MAX_RECORD_BYTES:
             raise DataError(
                 f"{self.name}: the record at byte {self.offset + 1} is longer than {MAX_RECORD_BYTES:,} bytes; "
-                "expected smaller records. Split it, or see whether a quote or a bracket is missing there"
+                "expected smaller records. Split it, or check whether a quote or a bracket is missing there"
             )
         chunk = self.stream.read(min(size, MAX_RECORD_BYTES + 1 - len(self.data)))
         self.ended = not chunk
@@ -77,17 +77,17 @@ class ByteQueue:
         self.data = self.data[count:]
         self.offset += count
 
-    def skip_blanks(self) -> None:
+    def skip_whitespace(self) -> None:
         while True:
-            self.drop(len(self.data) - len(self.data.lstrip(BLANK)))
+            self.drop(len(self.data) - len(self.data.lstrip(WHITESPACE)))
             if self.data or not self.more():
                 return
 
 
 def frame_lines(queue: ByteQueue, *, plain_text: bool) -> Iterator[Framed]:
-    """One record a line; blank lines are passed over, the numbers are those of the lines."""
+    """One record per line, numbered by its line. Blank lines are skipped."""
     line = 1
-    pending: list[bytes] = []  # joined once a line break comes, so that a long line costs no more than its length
+    pending: list[bytes] = []  # joined at the next line break, so that a long line takes linear time
     while queue.data or queue.more():
         cut = queue.data.rfind(b"\n") + 1
         pending.append(queue.data[:cut] if cut else queue.data)
@@ -100,14 +100,16 @@ def frame_lines(queue: ByteQueue, *, plain_text: bool) -> Iterator[Framed]:
             if len(block.starts):
                 yield Framed(block=block)
         elif sum(map(len, pending)) > MAX_RECORD_BYTES:
-            raise DataError(f"{queue.name}:{line}: the line is longer than {MAX_RECORD_BYTES:,} bytes; split it")
+            raise DataError(
+                f"{queue.name}:{line}: the line is longer than {MAX_RECORD_BYTES:,} bytes; expected less. Split it"
+            )
     block, _ = line_block(b"".join(pending), line, plain_text=plain_text)
     if len(block.starts):
         yield Framed(block=block)
 
 
 def line_block(data: bytes, first: int, *, plain_text: bool = False) -> tuple[LineBlock, int]:
-    """The lines of `data` that are not blank, numbered from `first`; and how many lines there were."""
+    """The non-blank lines of `data`, numbered from `first`, and the number of all lines."""
     if not data:
         none = np.empty(0, np.int64)
         return LineBlock(data=data, starts=none, ends=none, numbers=none, plain_text=plain_text), 0
@@ -115,48 +117,48 @@ def line_block(data: bytes, first: int, *, plain_text: bool = False) -> tuple[Li
     breaks = np.flatnonzero(array == _LINE_BREAK)
     ends = breaks if len(breaks) and breaks[-1] == len(data) - 1 else np.append(breaks, len(data))
     starts = np.append(0, ends[:-1] + 1)
-    starts, ends = _stripped(data, array, starts, ends.copy())
+    starts, ends = _strip(data, array, starts, ends.copy())
     kept = starts < ends
     numbers = first + np.flatnonzero(kept)
     block = LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers, plain_text=plain_text)
     return block, len(kept)
 
 
-def _stripped(
+def _strip(
     data: bytes, array: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Borders moved inwards past blanks; few blanks are the rule, and long runs of them are left to `bytes.strip`."""
+    """Borders moved inwards past whitespace: four bytes at most by numpy for all records, more by `bytes.strip`."""
     for _ in range(4):
         full = np.flatnonzero(starts < ends)
-        ends[full] -= _IS_BLANK[array[ends[full] - 1]]
+        ends[full] -= _IS_WHITESPACE[array[ends[full] - 1]]
         full = np.flatnonzero(starts < ends)
-        starts[full] += _IS_BLANK[array[starts[full]]]
+        starts[full] += _IS_WHITESPACE[array[starts[full]]]
     full = np.flatnonzero(starts < ends)
-    for row in full[_IS_BLANK[array[starts[full]]] | _IS_BLANK[array[ends[full] - 1]]].tolist():
+    for row in full[_IS_WHITESPACE[array[starts[full]]] | _IS_WHITESPACE[array[ends[full] - 1]]].tolist():
         text = data[starts[row] : ends[row]]
-        ends[row] -= len(text) - len(text.rstrip(BLANK))
-        starts[row] = min(starts[row] + len(text) - len(text.lstrip(BLANK)), ends[row])
+        ends[row] -= len(text) - len(text.rstrip(WHITESPACE))
+        starts[row] = min(starts[row] + len(text) - len(text.lstrip(WHITESPACE)), ends[row])
     return starts, ends
 
 
 def frame_array(queue: ByteQueue, *, split: str | None = None) -> Iterator[Framed]:
-    """The records of the array whose `[` comes next; the queue is left behind its `]`. Raises DataError."""
-    queue.skip_blanks()
+    """The records of the array that comes next. Leaves the queue after its `]`. Raises DataError."""
+    queue.skip_whitespace()
     _expect(queue, b"[", "a JSON array")
     name = queue.name if split is None else f"{queue.name}:{split}"
     yield from _frame_elements(queue, name=name, split=split, closing=b"]")
 
 
 def frame_entries(queue: ByteQueue) -> Iterator[Framed]:
-    """An object of records by id that is the whole file; each record has its key, see `blocks.with_key`."""
-    queue.skip_blanks()
+    """A file that is an object of records by id. Each record gets its key, see `blocks.with_key`."""
+    queue.skip_whitespace()
     _expect(queue, b"{", "an object of records")
     yield from _frame_elements(queue, name=queue.name, split=None, closing=b"}")
     _expect_end(queue)
 
 
 def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: bytes) -> Iterator[Framed]:
-    """The elements of an array or the entries of an object, from behind its opening bracket to behind `closing`."""
+    """The elements of an array or the entries of an object, from after the opening bracket to after `closing`."""
     number = 1
     while True:
         if not queue.data:
@@ -173,7 +175,7 @@ def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: 
             if len(borders):
                 cut = int(borders[-1]) + 1
             elif not queue.more(max(BLOCK_BYTES, len(queue.data))):
-                raise _cut_off(queue, name, number, closing)
+                raise _truncated(queue, name, number, closing)
         found = queue.data[cut - 1 : cut]
         if ended and found != closing:
             place = queue.offset + cut
@@ -195,22 +197,26 @@ def _frame_elements(queue: ByteQueue, *, name: str, split: str | None, closing: 
 
 @dataclass(frozen=True, kw_only=True)
 class _Structure:
-    """What lies outside strings and at the outermost level, and all line breaks outside strings.
+    """The structural bytes of JSON at the outermost level, and all line breaks, both only outside strings.
 
-    The places of these bytes, the bytes, and the depth after each.
+    Attributes:
+        places: int64[K], the offset of each.
+        bytes: uint8[K], the byte itself.
+        depth: int64[K], the nesting depth after it.
+        broken: The offset of the first line break inside a string, or -1.
     """
 
     places: NDArray[np.int64]
     bytes: NDArray[np.uint8]
     depth: NDArray[np.int64]
-    broken: int  # place of the first line break inside a string, or -1
+    broken: int
 
 
 def _scan(buffer: NDArray[np.uint8]) -> _Structure:
     """The structure of JSON that begins outside a string, at depth 0.
 
-    Found window by window: what lies deeper is forgotten at once, so that a record of any size costs little more than
-    its bytes.
+    Scans one window at a time and keeps nothing of deeper levels, so that a large record takes little memory beyond its
+    bytes.
     """
     found: list[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]] = []
     broken, depth, inside, escaped = -1, 0, False, False
@@ -242,9 +248,14 @@ def _scan(buffer: NDArray[np.uint8]) -> _Structure:
 
 
 def _escaped(window: NDArray[np.uint8], first: bool) -> tuple[NDArray[np.bool_] | None, bool]:
-    """Which bytes stand behind an odd run of backslashes, None where none does; and whether the next window's first.
+    """Which bytes are escaped, that is, follow an odd number of backslashes.
 
-    `first`: the window's first byte does.
+    Args:
+        window: uint8[N].
+        first: Whether the first byte of the window is escaped.
+
+    Returns:
+        bool[N], or None if no byte is escaped; and whether the first byte of the next window is.
     """
     escapes = np.flatnonzero(window == _BACKSLASH)
     if not len(escapes) and not first:
@@ -268,19 +279,19 @@ def _array_block(
     *,
     keyed: bool,
 ) -> LineBlock:
-    """The records between `borders` as lines: line breaks inside them become blanks, the borders line breaks."""
+    """The records between `borders` as lines: line breaks inside them become spaces, the borders line breaks."""
     if 0 <= structure.broken < len(buffer):
         record = number + int(np.searchsorted(borders, structure.broken))
         place = queue.offset + structure.broken + 1
         raise DataError(
             f"{name}:record {record}: found a line break inside a string at byte {place}; expected it written as \\n, "
-            "or the quote that is missing before it. Repair the file"
+            "or a missing quote before it. Repair the file"
         )
     lines = buffer.copy()
     lines[structure.places[(structure.bytes == _LINE_BREAK) & (structure.places < len(lines))]] = _SPACE
     lines[borders] = _LINE_BREAK
     data = lines.tobytes()
-    starts, ends = _stripped(data, lines, np.append(0, borders[:-1] + 1), borders.copy())
+    starts, ends = _strip(data, lines, np.append(0, borders[:-1] + 1), borders.copy())
     kept = starts < ends
     numbers = number + np.arange(len(borders))
     return LineBlock(data=data, starts=starts[kept], ends=ends[kept], numbers=numbers[kept], document=name, keyed=keyed)
@@ -291,18 +302,18 @@ def _check_records(queue: ByteQueue, block: LineBlock, borders: NDArray[np.int64
     if len(missing):
         place = queue.offset + int(borders[missing[0] - number]) + 1
         raise DataError(
-            f"{name}: found no record before byte {place}, only a comma too many; expected record {missing[0]}. "
+            f"{name}: found an extra comma and no record before byte {place}; expected record {missing[0]}. "
             "Repair the file"
         )
 
 
-def _cut_off(queue: ByteQueue, name: str, number: int, closing: bytes) -> DataError:
+def _truncated(queue: ByteQueue, name: str, number: int, closing: bytes) -> DataError:
     end = queue.offset + len(queue.data)
     whole = "array" if closing == b"]" else "object"
-    inside = f"record {number}" if queue.data.strip(BLANK) else f"the {whole}"
+    inside = f"record {number}" if queue.data.strip(WHITESPACE) else f"the {whole}"
     return DataError(
         f"{name}: found the end of the file at byte {end}, inside {inside}; expected {closing.decode()!r} at the "
-        f"end of the {whole} ({number - 1} records are complete). {_CUT_OFF}"
+        f"end of the {whole} ({number - 1} records are complete). {_TRUNCATED_HINT}"
     )
 
 
@@ -318,17 +329,17 @@ def _expect(queue: ByteQueue, wanted: bytes, what: str) -> None:
 
 
 def frame_document(queue: ByteQueue) -> Iterator[Framed]:
-    """One JSON array that is the whole file."""
+    """A file that is one JSON array."""
     yield from frame_array(queue)
     _expect_end(queue)
 
 
 def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
-    """An object whose values are arrays of records, such as `{"train": […], "valid": […]}`."""
-    queue.skip_blanks()
+    """A file that is an object of arrays of records, such as `{"train": […], "valid": […]}`."""
+    queue.skip_whitespace()
     _expect(queue, b"{", "an object of splits")
     while True:
-        queue.skip_blanks()
+        queue.skip_whitespace()
         key = re.match(rb'"(?:[^"\\\n]|\\.)*"', queue.data)
         while key is None and queue.more():
             key = re.match(rb'"(?:[^"\\\n]|\\.)*"', queue.data)
@@ -337,10 +348,10 @@ def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
             raise DataError(f"{queue.name}: found a broken name at byte {queue.offset}; expected the name of a split")
         split = _text(queue, key.group())
         queue.drop(key.end())
-        queue.skip_blanks()
+        queue.skip_whitespace()
         _expect(queue, b":", f"the value of {split!r}")
         yield from frame_array(queue, split=split)
-        queue.skip_blanks()
+        queue.skip_whitespace()
         if queue.data[:1] == b"}":
             queue.drop(1)
             _expect_end(queue)
@@ -349,7 +360,7 @@ def frame_splits(queue: ByteQueue) -> Iterator[Framed]:
 
 
 def _text(queue: ByteQueue, key: bytes) -> str:
-    """A JSON string that comes next, as text that UTF-8 can hold. Raises DataError."""
+    """The JSON string `key` as text that UTF-8 can encode. Raises DataError."""
     try:
         return str(json.loads(key)).encode("utf-8", errors="backslashreplace").decode("utf-8")
     except ValueError as error:
@@ -360,9 +371,9 @@ def _text(queue: ByteQueue, key: bytes) -> str:
 
 
 def frame_values(queue: ByteQueue) -> Iterator[Framed]:
-    """Objects or lists one after the other, each over as many lines as it likes."""
+    """Concatenated objects or lists, each on any number of lines."""
     number = 1
-    queue.skip_blanks()
+    queue.skip_whitespace()
     while queue.data:
         structure = _scan(np.frombuffer(queue.data, np.uint8))
         ends = structure.places[(structure.depth == 0) & (_DEPTH[structure.bytes] < 0)] + 1
@@ -370,16 +381,16 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
             if not queue.more(max(BLOCK_BYTES, len(queue.data))):
                 raise DataError(
                     f"{queue.name}: found the end of the file at byte {queue.offset + len(queue.data)}, inside record "
-                    f"{number}; expected its end. {_CUT_OFF}"
+                    f"{number}; expected its end. {_TRUNCATED_HINT}"
                 )
             continue
         if 0 <= structure.broken < ends[-1]:
             raise DataError(
                 f"{queue.name}: found a line break inside a string at byte {queue.offset + structure.broken + 1}; "
-                "expected it written as \\n, or the quote that is missing before it. Repair the file"
+                "expected it written as \\n, or a missing quote before it. Repair the file"
             )
         borders = [0, *ends.tolist()]
-        texts = [queue.data[start:end].strip(BLANK).replace(b"\n", b" ") for start, end in pairwise(borders)]
+        texts = [queue.data[start:end].strip(WHITESPACE).replace(b"\n", b" ") for start, end in pairwise(borders)]
         lengths = np.array([len(text) for text in texts])
         starts = np.append(0, np.cumsum(lengths + 1)[:-1])
         numbers = number + np.arange(len(texts))
@@ -389,11 +400,11 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
         yield Framed(block=block)
         number += len(texts)
         queue.drop(borders[-1])
-        queue.skip_blanks()
+        queue.skip_whitespace()
 
 
 def _expect_end(queue: ByteQueue) -> None:
-    queue.skip_blanks()
+    queue.skip_whitespace()
     if queue.data:
         shown = repr(queue.data[:20].decode("utf-8", errors="replace"))
         raise DataError(

@@ -1,7 +1,7 @@
-"""YAML files of conversations: a list, or a mapping whose `conversations` are one, as chatterbot's corpus has them.
+"""YAML files of conversations: a list, or a mapping with a list as its `conversations`, as in chatterbot's corpus.
 
-Scalars stay the text that they are: no yes becomes true, no 007 a number. Anchors are refused, since a few lines of
-them can stand for more data than any memory holds.
+Scalars stay text: `yes` does not become true, nor 007 a number. Anchors are refused, because a few lines of them can
+expand to more data than fits in memory.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.framing import ByteQueue, Framed
 from ismdata.errors import DataError
 
-#: A YAML file is read as a whole, and its values take some thirty times its size.
+#: Limit of a YAML file, which is read at once; its values take about thirty times its size in memory.
 MAX_YAML_BYTES = 64 << 20
 _MAX_DEPTH = 100
 _FIELD = "conversations"
-_LOOKED_AT = 20
+_MOST_EXAMINED = 20
 
 
 def frame_yaml(queue: ByteQueue, *, is_record: Callable[[Any], bool]) -> Iterator[Framed]:
-    """The items of the list, numbered from 1; a mapping that is a record itself is one. Raises DataError."""
+    """The items of the list, or the mapping if it is itself a record, numbered from 1. Raises DataError."""
     while queue.more():
         if len(queue.data) > MAX_YAML_BYTES:
             raise DataError(
-                f"{queue.name}: more than {MAX_YAML_BYTES:,} bytes of YAML; expected less. Split the file, or save it "
-                "as JSON Lines"
+                f"{queue.name}: found more than {MAX_YAML_BYTES:,} bytes of YAML; expected less. Split the file, or "
+                "save it as JSON Lines"
             )
-    records = [record for document in documents(queue.data, queue.name) for record in _records(document, is_record)]
+    records = [
+        record for document in parse_documents(queue.data, queue.name) for record in _records(document, is_record)
+    ]
     queue.drop(len(queue.data))
     if records:
         yield Framed(block=ValueBlock(values=records, numbers=np.arange(1, len(records) + 1)))
@@ -41,20 +43,20 @@ def _records(document: Any, is_record: Callable[[Any], bool]) -> list[Any]:
         return [document] if document else []
     if isinstance(document, list):
         return document
-    held = document.get(_FIELD)
-    if not isinstance(held, list):
+    listed = document.get(_FIELD)
+    if not isinstance(listed, list):
         return [document]
-    whole = is_record(document) and not any(map(is_record, held[:_LOOKED_AT]))
-    return [document] if whole else held
+    whole = is_record(document) and not any(map(is_record, listed[:_MOST_EXAMINED]))
+    return [document] if whole else listed
 
 
-def documents(data: bytes, name: str) -> list[Any]:
-    """The documents of a YAML file as dicts, lists and strings. Raises DataError for anything but those."""
-    import yaml  # type: ignore[import-untyped]  # late: only who brings YAML needs it
+def parse_documents(data: bytes, name: str) -> list[Any]:
+    """The documents of a YAML file as dicts, lists and strings; `name` is its name in errors. Raises DataError."""
+    import yaml  # type: ignore[import-untyped]  # imported late: only YAML files need it
 
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     found: list[Any] = []
-    open_: list[_Node] = []  # the collections around the place that is read
+    open_: list[_Node] = []  # the collections that have begun and not ended, outermost first
     try:
         for event in yaml.parse(data, Loader=loader):
             place = f"{name}:{event.start_mark.line + 1}"
@@ -64,7 +66,7 @@ def documents(data: bytes, name: str) -> list[Any]:
                 value = open_.pop().value
             elif isinstance(event, yaml.CollectionStartEvent):
                 if len(open_) == _MAX_DEPTH:
-                    raise DataError(f"{place}: nested more than {_MAX_DEPTH} levels deep; expected conversations")
+                    raise DataError(f"{place}: found nesting deeper than {_MAX_DEPTH} levels; expected conversations")
                 open_.append(_Node({} if isinstance(event, yaml.MappingStartEvent) else []))
                 continue
             elif isinstance(event, yaml.ScalarEvent):
@@ -84,7 +86,7 @@ def documents(data: bytes, name: str) -> list[Any]:
 
 
 class _Node:
-    """A list or mapping that is being filled."""
+    """A list or mapping under construction."""
 
     def __init__(self, value: dict[str, Any] | list[Any]) -> None:
         self.value = value

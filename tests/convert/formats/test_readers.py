@@ -19,7 +19,7 @@ from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources import framing
 from ismdata.convert.sources.blocks import TableBlock
-from ismdata.convert.sources.detect_framing import framing_of
+from ismdata.convert.sources.detect_framing import detect_layout
 from ismdata.convert.sources.framing import (
     ByteQueue,
     frame_document,
@@ -409,4 +409,4 @@ def test_a_record_beyond_the_limit_is_refused(monkeypatch):
 def test_layouts(head, layout):
     queue = ByteQueue(io.BytesIO(head), "x")
     queue.more()
-    assert framing_of(queue, lambda record: detect(record) is not None)[0] == layout
+    assert detect_layout(queue, lambda record: detect(record) is not None)[0] == layout

@@ -15,13 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ismdata.convert.sources import delimited as rows
-from ismdata.convert.sources import framing
-from ismdata.convert.sources import yaml_files as yaml_lists
+from ismdata.convert.sources import framing, yaml_files
 from ismdata.convert.sources.blocks import with_key
 from ismdata.convert.sources.delimited import column_names, frame_rows
-from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, framing_of, skip_mark
+from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, detect_layout, skip_byte_order_mark
 from ismdata.convert.sources.framing import ByteQueue, frame_entries, frame_splits
-from ismdata.convert.sources.yaml_files import documents, frame_yaml
+from ismdata.convert.sources.yaml_files import frame_yaml, parse_documents
 from ismdata.errors import DataError, Refused
 
 yaml = pytest.importorskip("yaml")
@@ -54,8 +53,8 @@ def is_record(value):
 def read(data, size=1 << 20, name="x"):
     """Layout, and (number, record or reason) for each record, as `convert` goes about it."""
     queue = queue_of(data, size, name)
-    skip_mark(queue)
-    layout, frame = framing_of(queue, is_record)
+    skip_byte_order_mark(queue)
+    layout, frame = detect_layout(queue, is_record)
     return layout, records_of(frame(queue))
 
 
@@ -279,7 +278,7 @@ def test_yaml_framing_finds_what_the_library_finds(talks, field, size, flow):
 @given(value=nested)
 def test_yaml_values_are_those_of_the_library(value):
     data = yaml.safe_dump(value, allow_unicode=True).encode("utf-8")
-    assert documents(data, "x") == [yaml.load(data, Loader=yaml.BaseLoader)] == [value]
+    assert parse_documents(data, "x") == [yaml.load(data, Loader=yaml.BaseLoader)] == [value]
 
 
 @pytest.mark.parametrize(
@@ -293,9 +292,9 @@ def test_yaml_values_are_those_of_the_library(value):
         (b"- x\n- \x00\n", "expected valid YAML in UTF-8"),
         (b"a: 1\nb: 2\na: 3\n", r"^x:3: found the key 'a' a second time"),
         (b"[a, b]: 1\n", r"^x:1: found a key that is no text"),
-        (b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
-        (b"- " * 50_000 + b"x", "nested more than 100 levels deep"),
-        (b"[" * 50_000, "nested more than 100 levels deep|expected valid YAML"),
+        (b"[" * 101 + b"]" * 101, "nesting deeper than 100 levels"),
+        (b"- " * 50_000 + b"x", "nesting deeper than 100 levels"),
+        (b"[" * 50_000, "nesting deeper than 100 levels|expected valid YAML"),
     ],
 )  # fmt: skip
 def test_broken_yaml_is_refused_with_its_line(data, message):
@@ -304,7 +303,7 @@ def test_broken_yaml_is_refused_with_its_line(data, message):
 
 
 def test_yaml_beyond_the_limit_is_refused(monkeypatch):
-    monkeypatch.setattr(yaml_lists, "MAX_YAML_BYTES", 100)
+    monkeypatch.setattr(yaml_files, "MAX_YAML_BYTES", 100)
     with pytest.raises(DataError, match="more than 100 bytes of YAML"):
         records_of(frame_yaml(queue_of(b"- x\n" * 100, 50), is_record=is_record))
 

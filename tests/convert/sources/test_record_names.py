@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from ismdata.convert.pipeline import convert
-from ismdata.convert.sources.arguments import FileSource, told_apart
+from ismdata.convert.sources.arguments import with_unique_stems
+from ismdata.convert.sources.source_types import FileSource
 
 
 @pytest.mark.parametrize(
@@ -25,9 +26,9 @@ from ismdata.convert.sources.arguments import FileSource, told_apart
         pytest.param(["p.zip!film/dev.json", "p.zip!music/dev.json"], ["film/dev", "music/dev"], id="archive"),
     ],
 )
-def test_files_of_one_name_are_told_apart(names, expected):
+def test_files_of_one_name_get_different_stems(names, expected):
     sources = [FileSource(name=name, path=Path(name)) for name in names]
-    assert [source.told_apart_as for source in told_apart(sources)] == expected
+    assert [source.unique_stem for source in with_unique_stems(sources)] == expected
 
 
 def test_ids_of_files_of_one_name_differ(tmp_path):
