@@ -227,11 +227,11 @@ def test_an_all_ones_padding_mask_says_nothing():
 
 def test_other_ways_in_are_refused():
     model = attach(tiny_model())
-    with pytest.raises(UnsupportedModelError, match="entered below the one that was attached"):
+    with pytest.raises(UnsupportedModelError, match="a part of the attached model was called"):
         model.model(input_ids=torch.ones(1, 3, dtype=torch.long))
     static = StaticCache(config=model.config, max_cache_len=16)
     kv_end = torch.full((1, 4), 4)
-    with pytest.raises(UnsupportedModelError, match="Static caches"):
+    with pytest.raises(UnsupportedModelError, match="Turn off static caches"):
         model(
             input_ids=torch.ones(1, 4, dtype=torch.long),
             doc_start=torch.zeros_like(kv_end),
@@ -255,7 +255,7 @@ def broken(mask=None, attend=None):
     """The sdpa backend with one part replaced by something wrong."""
     real = BACKENDS["sdpa"]
     prepare = real.prepare if mask is None else lambda intervals: PerWindow(intervals, mask)
-    return dataclasses.replace(real, prepare=prepare, attention=attend or real.attention)
+    return dataclasses.replace(real, prepare=prepare, compute=attend or real.compute)
 
 
 def causal_only(intervals):
@@ -270,17 +270,17 @@ def everything(intervals):
     return torch.ones_like(dense_mask(intervals))
 
 
-def wrong_scale(*args, scaling=None, **kwargs):
-    return dense_attention(*args, scaling=2.0, **kwargs)
+def wrong_scale(call):
+    return dense_attention(call._replace(scaling=2.0))
 
 
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
         (broken(causal_only), "does not look at the context block ahead"),
-        (broken(no_documents), "other logits once attached"),
-        (broken(everything), "other logits once attached"),
-        (broken(attend=wrong_scale), "other logits once attached"),
+        (broken(no_documents), "other logits when attached"),
+        (broken(everything), "other logits when attached"),
+        (broken(attend=wrong_scale), "other logits when attached"),
     ],
     ids=["causal-only", "no-documents", "everything", "wrong-scale"],
 )

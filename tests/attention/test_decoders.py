@@ -173,7 +173,7 @@ def test_soft_caps_under_flex_alone():
         if backend == "flex":
             torch.testing.assert_close(attach(model, backend=backend)(**batch).logits, expected, rtol=0, atol=1e-5)
         else:
-            with pytest.raises(UnsupportedModelError, match=r"softcap: soft-capped.*the backend flex can"):
+            with pytest.raises(UnsupportedModelError, match=r"softcap \(soft-capped.*Use the backend flex"):
                 attach(model, backend=backend)
     tokens = batch["input_ids"][0, :15].tolist()
     attach(model, backend="flex")
@@ -222,7 +222,7 @@ UNSUPPORTED = {
     ),
     "sinks": (
         lambda: GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2),
-        "asks for s_aux: attention sinks",
+        r"requires s_aux \(attention sinks\)",
     ),
     "an attention of its own": (
         lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),

@@ -279,7 +279,7 @@ def test_what_fails_or_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.M
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("kernel launch failed\nat 0x0")
 
-    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], attention=broken))
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], compute=broken))
     monkeypatch.setitem(BACKENDS, "varlen", replace(BACKENDS["varlen"], missing=lambda device: "no kernels here"))
     result = bench("-o", str(tmp_path / "out"), "--seq-len", "128", "--only", "attention")
     assert result.exit_code == 1  # type: ignore[attr-defined]

@@ -1,46 +1,48 @@
-"""What the model's hook hands to a backend, what a backend is, and what every backend has to look after.
+"""What a backend is, what it is given, and the checks that every backend needs.
 
-Shape legend: B samples, Q rows of the current call, K = keys in the cache + Q, H heads, D width of a head.
+Shape legend: B samples, Q rows of the current call, K = keys in the cache + Q, H heads, G heads of keys and values,
+D width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ismdata.errors import UnsupportedModelError
 
-Made = TypeVar("Made")
+Mask = TypeVar("Mask")
 
-#: Keyword that carries what `Backend.prepare` returned from the hook to every layer's attention function.
+#: The keyword that carries what `Backend.prepare` returned from the model's hook to each layer's attention function.
 KEYWORD = "interval_mask"
 
-#: What a layer may ask of its attention function that changes the result and that intervals cannot express.
-_REFUSED_FEATURES = {
-    "softcap": "soft-capped attention scores, which this backend cannot compute; the backend flex can",
-    "s_aux": "attention sinks, which no backend computes",
-    "position_bias": "an attention bias by position, which no backend computes",
-}
+#: Keywords of transformers' attention functions that change the result and that no backend supports.
+_UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "an attention bias by position"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervals:
-    """The keys that each row of one micro-batch sees, on the device: row q sees `[doc_start[q], kv_end[q])`."""
+    """The keys that each row of a micro-batch sees, on the device: row q sees `[doc_start[q], kv_end[q])`.
 
-    #: int32[B, Q] each. Keys count over cache and current call; row q of the call is row `keys - Q + q` of them.
+    Args:
+        doc_start: int32[B, Q]. Keys are counted over the cache and the current call; row q of the call is key
+            `keys - Q + q`.
+        kv_end: int32[B, Q].
+        block_table: int16[B, Q / 128, 4] as `masks.block_table` returns it, if the batch has it.
+        keys: K.
+        fills_cache: Whether the call fills or continues a cache (a prefill, a decoded token), and so trains nothing.
+        tables: The tensors of the batch that the backend names in `Backend.tables`.
+    """
+
     doc_start: Tensor
     kv_end: Tensor
-    #: int16[B, Q / 128, 4] as `masks.block_table`, or None where the batch has none.
     block_table: Tensor | None = None
-    #: K.
     keys: int
-    #: Whether the call fills or continues a cache (a chat's prefill, a decoded token), and so trains nothing.
     fills_cache: bool = False
-    #: Further tensors of the batch, those that the backend names in `Backend.tables` and the batch has.
     tables: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -50,14 +52,14 @@ class Intervals:
 
     @property
     def one_pass(self) -> bool:
-        """Whether the rows are all the keys there are and nothing is cached: training, or evaluation without cache."""
+        """Whether the rows are all the keys and nothing is cached: training, or evaluation without a cache."""
         return not self.fills_cache and self.rows == self.keys
 
     def windowed(self, window: int | None) -> Intervals:
         """The intervals of a layer with a sliding window: row t sees the last `window` keys up to t, and on to kv_end.
 
-        A row still sees one interval, so nothing else changes: `max(doc_start, t - window + 1)`. What was tabulated for
-        the whole documents is dropped, except where the window cuts nothing because it is as long as the keys.
+        A row still sees one interval: only doc_start becomes `max(doc_start, t - window + 1)`. Tables of the whole
+        documents no longer hold and are dropped, unless the window is as long as the keys.
         """
         if window is None or window >= self.keys:
             return self
@@ -66,97 +68,194 @@ class Intervals:
         return replace(self, doc_start=doc_start, block_table=None, tables={})
 
 
-class PerWindow(Generic[Made]):
-    """What `make` makes of a micro-batch's intervals, once for each sliding window that layers ask for (None: none)."""
+class Prepared(Protocol):
+    """What `Backend.prepare` returns."""
 
-    def __init__(self, intervals: Intervals, make: Callable[[Intervals], Made]) -> None:
+    @property
+    def intervals(self) -> Intervals:
+        """The micro-batch's intervals."""
+
+
+class PerWindow(Generic[Mask]):
+    """The masks of a micro-batch, one for each sliding window that layers have (None: no window), built once each.
+
+    Args:
+        intervals: The micro-batch's intervals.
+        make: Builds a mask from the intervals of one window.
+    """
+
+    def __init__(self, intervals: Intervals, make: Callable[[Intervals], Mask]) -> None:
         self.intervals = intervals
         self._make = make
-        self._made: dict[int | None, Made] = {}
+        self._masks: dict[int | None, Mask] = {}
 
-    def of(self, window: int | None) -> Made:
+    def for_window(self, window: int | None) -> Mask:
+        """The mask of the layers with this window."""
         if window is not None and window >= self.intervals.keys:
             window = None
-        if window not in self._made:
-            self._made[window] = self._make(self.intervals.windowed(window))
-        return self._made[window]
+        if window not in self._masks:
+            self._masks[window] = self._make(self.intervals.windowed(window))
+        return self._masks[window]
 
 
-def _never(device: torch.device) -> str | None:
+class LayerCall(NamedTuple):
+    """One layer's call of its attention function."""
+
+    module: nn.Module
+    query: Tensor  # [B, H, Q, D]
+    key: Tensor  # [B, G, K, D]
+    value: Tensor  # [B, G, K, D of values]
+    mask: Any  # what `Backend.prepare` returned
+    scaling: float | None  # of the scores; None: 1 / sqrt(D)
+    dropout: float  # of the attention weights
+    window: int | None  # the layer's sliding window
+    softcap: float | None  # of the scores (Gemma 2)
+
+    @property
+    def intervals(self) -> Intervals:
+        """The micro-batch's intervals."""
+        intervals: Intervals = self.mask.intervals
+        return intervals
+
+    @property
+    def scale(self) -> float:
+        """What the scores are multiplied by."""
+        return self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+
+
+def _always(device: torch.device) -> str | None:
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One way to compute attention over intervals."""
+    """One way to compute attention over intervals.
 
-    #: The name in transformers' AttentionInterface. It must not contain "flash", "sdpa" or "flex_attention": dispatch
-    #: inside transformers looks for these as substrings and would treat the function as its own.
+    Args:
+        name: The name in transformers' AttentionInterface. It must not contain "flash", "sdpa" or "flex_attention":
+            transformers looks for these substrings and would treat the function as its own.
+        prepare: Called once per micro-batch. Each layer gets the result as the keyword `interval_mask`.
+        compute: Computes a layer's attention, [B, Q, H, D of values].
+        missing: Returns what the backend lacks to run on a device, None if nothing.
+        missing_for_training: Returns what it lacks to train on a device on which it runs, None if nothing.
+        tables: Tensors of a batch that it reads from `Intervals.tables`. A batch may lack them.
+        rows_multiple: T must be a multiple of this in a pass without a cache.
+        half_only: Whether it computes in bfloat16 and float16 only; a float32 model runs it under autocast.
+        soft_caps: Whether it supports soft-capped scores (Gemma 2).
+    """
+
     name: str
-    #: Once a micro-batch: what every layer gets as the keyword `interval_mask`.
-    prepare: Callable[[Intervals], Any]
-    #: An attention function as transformers calls it: (module, query [B, H, Q, D], key, value [B, H of keys, K, D],
-    #: attention_mask (always None), *, interval_mask, scaling, dropout, sliding_window, …) -> output [B, Q, H, D], None
-    attention: Callable[..., tuple[Tensor, Tensor | None]]
-    #: Why it cannot run on this device (naming what is missing), None where it can.
-    missing: Callable[[torch.device], str | None] = _never
-    #: Why it cannot train on this device although it runs there, None where it can.
-    missing_for_training: Callable[[torch.device], str | None] = _never
-    #: Names of further tensors of a batch that it looks for in `Intervals.tables` (a batch may do without).
+    prepare: Callable[[Intervals], Prepared]
+    compute: Callable[[LayerCall], Tensor]
+    missing: Callable[[torch.device], str | None] = _always
+    missing_for_training: Callable[[torch.device], str | None] = _always
     tables: tuple[str, ...] = ()
-    #: T must be a multiple of this in a pass without a cache.
     rows_multiple: int = 1
-    #: Whether it computes in bfloat16 and float16 alone: a float32 model runs it under autocast.
     half_only: bool = False
-    #: Whether it can compute soft-capped scores (Gemma 2).
     soft_caps: bool = False
 
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """Compute a layer's attention: the function that transformers' AttentionInterface calls.
 
-def check_call(module: nn.Module, prepared: object, features: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModelError, with the reason, where a layer asks for what the backend would leave out.
+        Args:
+            module: The layer's attention module.
+            query: [B, H, Q, D].
+            key: [B, G, K, D].
+            value: [B, G, K, D of values].
+            attention_mask: Always None, since no mask function is registered for a backend.
+            options: `interval_mask`, `scaling`, `dropout`, `sliding_window`, `softcap`, and others.
 
-    `prepared` is what the layer got as `interval_mask`; `features` are the keywords that the backend did not take.
-    """
-    for feature, reason in _REFUSED_FEATURES.items():
-        if features.get(feature) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} asks for {feature}: {reason}. Use another model")
-    if prepared is None:
+        Returns:
+            The output [B, Q, H, D of values], and None in place of the attention weights.
+
+        Raises:
+            UnsupportedModelError: if the layer requires what the backend cannot compute.
+        """
+        call = LayerCall(
+            module,
+            query,
+            key,
+            value,
+            mask=options.get(KEYWORD),
+            scaling=options.get("scaling"),
+            dropout=options.get("dropout", 0.0),
+            window=options.get("sliding_window"),
+            softcap=options.get("softcap"),
+        )
+        _check_options(module, options, soft_caps=self.soft_caps)
+        _check_shape(call)
+        return self.compute(call), None
+
+
+def _check_options(module: nn.Module, options: Mapping[str, Any], *, soft_caps: bool) -> None:
+    """Raise UnsupportedModelError for an option that the backend would ignore, or without the prepared mask."""
+    name = type(module).__name__
+    if options.get("softcap") is not None and not soft_caps:
         raise UnsupportedModelError(
-            f"{type(module).__name__} got no {KEYWORD}: the model was entered below the one that was attached, or it "
-            "does not hand its keywords down. Call the attached model itself"
+            f"{name} requires softcap (soft-capped attention scores), which this backend cannot compute. Use the "
+            "backend flex"
+        )
+    for option, what in _UNSUPPORTED.items():
+        if options.get(option) is not None:
+            raise UnsupportedModelError(
+                f"{name} requires {option} ({what}), which no backend computes. Use another model"
+            )
+    if options.get(KEYWORD) is None:
+        raise UnsupportedModelError(
+            f"{name} got no {KEYWORD}: a part of the attached model was called instead of the model, or the model does "
+            "not pass its keywords on to its layers. Call the attached model itself"
         )
 
 
-def check_dropout(module: nn.Module, dropout: float, backend: str) -> None:
-    """Raise UnsupportedModelError where a layer in training drops attention weights, which a fused kernel cannot."""
-    if dropout:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks for attention dropout {dropout}, which the backend {backend} cannot "
-            "compute. Set attention_dropout to 0 in the model's config, or use the backend sdpa"
-        )
-
-
-def check_shape(module: nn.Module, query: Tensor, key: Tensor, intervals: Intervals, window: int | None) -> None:
+def _check_shape(call: LayerCall) -> None:
     """Raise UnsupportedModelError unless a layer's rows and keys are those of the intervals.
 
-    A cache with a sliding window keeps the last `window - 1` keys only: fewer keys are right there, the last ones.
+    A cache with a sliding window keeps the last `window - 1` keys only, so such a layer may have fewer keys.
     """
-    rows, keys = query.shape[-2], key.shape[-2]
-    kept = intervals.keys if window is None else min(intervals.keys, window - 1 + intervals.rows)
+    intervals, rows, keys = call.intervals, call.query.shape[-2], call.key.shape[-2]
+    kept = intervals.keys if call.window is None else min(intervals.keys, call.window - 1 + intervals.rows)
     if rows == intervals.rows and kept <= keys <= intervals.keys:
         return
     raise UnsupportedModelError(
-        f"{type(module).__name__} has {rows} rows and {keys} keys; the mask is for {intervals.rows} and "
-        f"{intervals.keys}. Static caches, and context or sequence parallelism, which cut the sequence, do not work "
-        "with intervals: turn them off"
+        f"{type(call.module).__name__} has {rows} rows and {keys} keys; the mask is for {intervals.rows} rows and "
+        f"{intervals.keys} keys. Turn off static caches, and context or sequence parallelism, which split the sequence"
     )
 
 
-def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in one dtype: autocast's where that is on (norms of queries and keys give float32 there), else value's.
+def check_dropout(call: LayerCall, backend: str) -> None:
+    """Raise UnsupportedModelError for dropout of attention weights, which a fused kernel cannot compute.
 
-    torch's own attention does this for itself; kernels called directly do not.
+    Args:
+        call: The layer's call.
+        backend: The backend's name, for the message.
     """
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    if call.dropout:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} requires attention dropout {call.dropout}, which the backend {backend} "
+            "cannot compute. Set attention_dropout to 0 in the model's config, or use the backend sdpa"
+        )
+
+
+def same_dtype(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast query, key and value to one dtype: autocast's if it is on, else the values'.
+
+    Under autocast, norms of queries and keys return float32. torch's own attention casts; kernels called directly do
+    not.
+
+    Args:
+        call: The layer's call.
+
+    Returns:
+        Query, key and value.
+    """
+    kind = call.query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else call.value.dtype
+    return call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)

@@ -1,18 +1,18 @@
-"""The `varlen` backend: any of the three masks as two passes of causal attention over sequences of many lengths.
+"""The backend `varlen`: any of the three masks as two passes of causal attention over sequences of different lengths.
 
-1. Causal attention inside each document: what every row sees up to itself.
-2. For the rows of a context block, what they see on to the block's end: reversed, it is a causal problem again
-   (`masks/varlen_tables.py`). `causal` has no such rows.
-3. The two are one softmax over both sets of keys: with the log-sum-exps l1 and l2 of the passes it is
-   out = out1 + sigmoid(l2 - l1) (out2 - out1), lse = log(exp l1 + exp l2).
+1. Causal attention inside each document: what each row sees up to itself.
+2. For the rows of a context block, what they see beyond themselves, up to the block's end. In reversed order this is
+   causal attention again (`masks/varlen_tables.py`). `causal` has no such rows.
+3. The two are one softmax over both sets of keys. With the log-sum-exps l1 and l2 of the passes,
+   out = out1 + sigmoid(l2 - l1) (out2 - out1) and lse = log(exp l1 + exp l2).
 
-The backward gives the merged out and lse to both kernels' backwards and adds the gradients: with them each kernel
-computes the weights of the merged softmax, so nothing has to be differentiated through the merge. Both passes together
-compute the mask's own pairs of rows and keys and no others. Rows that see only themselves (padding) lie in small pieces
-of pass 1 and get their own value afterwards; no other row is in a piece with them, so nothing spreads from there.
+The backward pass gives the merged out and lse to both kernels' backward passes and adds the gradients: with them each
+kernel computes the weights of the merged softmax, so the merge itself need not be differentiated. Both passes together
+compute exactly the mask's pairs of rows and keys. Rows that see only themselves (padding) are in small sequences of
+their own in pass 1 and get their own value afterwards; no other row shares a sequence with them.
 
-Shape legend: B samples, T rows of each, R = B * T rows laid end to end, P rows of pass 2, S rows alone, N documents,
-M context blocks, H heads, G heads of keys and values, D width of a head.
+Shape legend: B samples, T rows of each, R = B * T rows laid end to end, P rows of pass 2, S rows that see only
+themselves, N documents, M context blocks, H heads, G heads of keys and values, D width of a head.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ismdata.attention.backends.base import Backend, Intervals, PerWindow, check_call, check_shape, same_dtype
-from ismdata.attention.backends.sdpa import SDPA, dense_attention
-from ismdata.attention.backends.varlen_kernels import FlashKernel, Kernel, PlainKernel
+from ismdata.attention.backends.base import Backend, Intervals, LayerCall, PerWindow, check_dropout, same_dtype
+from ismdata.attention.backends.sdpa import dense_attention, prepare_dense
+from ismdata.attention.backends.varlen_kernels import FlashKernel, Inputs, Kernel, Output, PlainKernel, Sequences
 from ismdata.errors import UnsupportedModelError
 from ismdata.masks import varlen_tables
 
-#: What FlashAttention computes: the widest head, the multiple of which its width has to be, and the oldest GPU.
+#: FlashAttention's limits: the widest head, what its width must be a multiple of, and the lowest compute capability.
 _MAX_WIDTH, _WIDTH_MULTIPLE, _CAPABILITY = 256, 8, (8, 0)
 
 
 class Index(NamedTuple):
-    """`varlen_tables.Tables` on the device of the tokens, as indices of torch."""
+    """`varlen_tables.Tables` as tensors on the tokens' device."""
 
     documents: Tensor  # int32[N + 1]
     alone: Tensor  # int64[S]
@@ -44,10 +44,17 @@ class Index(NamedTuple):
     longest_document: int
     longest_block: int
 
+    def passes(self, window: int | None, scale: float) -> tuple[Sequences, Sequences]:
+        """The documents of pass 1 and the context blocks of pass 2. A window narrows what is before a row only."""
+        return (
+            Sequences(self.documents, self.longest_document, window, scale),
+            Sequences(self.blocks, self.longest_block, None, scale),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TwoPasses:
-    """What every layer of a micro-batch gets."""
+    """What each layer of a micro-batch is given."""
 
     intervals: Intervals
     index: Index
@@ -55,16 +62,23 @@ class TwoPasses:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def prepare(intervals: Intervals) -> TwoPasses | PerWindow[Tensor]:
-    """The two passes of a micro-batch; for a call with a cache, which trains nothing, the dense mask instead.
+    """Prepare the two passes of a micro-batch; for a call with a cache, which trains nothing, the dense mask.
 
-    The Collator's tables are used as they are, without waiting for the device. Where the batch has none, or it was cut
-    or joined since, they are made of the intervals: the one wait of the micro-batch. Raises UsageError for intervals
-    of no mask of ours.
+    The Collator's tables are used as they are, without waiting for the device. If the batch has none, or was split or
+    joined since, they are computed from the intervals, which waits for the device once.
+
+    Args:
+        intervals: The micro-batch's.
+
+    Returns:
+        What `varlen_attention` takes as the call's mask.
+
+    Raises:
+        UsageError: for intervals of none of the three masks.
     """
     if not intervals.one_pass:
-        prepared: PerWindow[Tensor] = SDPA.prepare(intervals)
-        return prepared
-    batch = intervals.tables if _fits(intervals) else _tabulated(intervals)
+        return prepare_dense(intervals)
+    batch = intervals.tables if _fits(intervals) else _compute_tables(intervals)
     documents, alone, rows, blocks, longest = (batch[name] for name in varlen_tables.NAMES)
     rows = rows.long()
     index = Index(documents, alone.long(), rows, rows + 1, blocks, longest.shape[2], longest.shape[3])
@@ -72,110 +86,109 @@ def prepare(intervals: Intervals) -> TwoPasses | PerWindow[Tensor]:
 
 
 def _fits(intervals: Intervals) -> bool:
-    """Whether the batch has tables, of as many rows as the intervals, and whole: each sample has a document or more."""
+    """Whether the batch has tables, and they are of the batch as it is now.
+
+    They are complete if each sample has a document or more, and have a dimension of as many rows as the intervals.
+    """
     tables = intervals.tables
     if not all(name in tables for name in varlen_tables.NAMES):
         return False
     longest = tables["varlen_longest"]
-    whole = len(tables["varlen_documents"]) > len(intervals.kv_end)
-    return whole and longest.dim() == 4 and longest.shape[1] == intervals.kv_end.numel()
+    complete = len(tables["varlen_documents"]) > len(intervals.kv_end)
+    return complete and longest.dim() == 4 and longest.shape[1] == intervals.kv_end.numel()
 
 
-def _tabulated(intervals: Intervals) -> dict[str, Tensor]:
+def _compute_tables(intervals: Intervals) -> dict[str, Tensor]:
     tables = varlen_tables.tables(intervals.doc_start.cpu().numpy(), intervals.kv_end.cpu().numpy())
     device = intervals.kv_end.device
     return {name: torch.from_numpy(array).to(device) for name, array in tables.as_batch().items()}
 
 
 def two_pass_attention(
-    query: Tensor,  # [R, H, D]
-    key: Tensor,  # [R, G, D]
-    value: Tensor,  # [R, G, D]
-    index: Index,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
+    inputs: Inputs, index: Index, *, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """The attention's output [R, H, D]; its gradients are those of `two_pass_backward`.
+    """Attention in two passes; its gradients are those of `two_pass_backward`.
 
-    window: a row sees no more than this many keys up to itself, and on to its kv_end as before. scale: of the scores,
-    1 / sqrt(D) by default.
+    Args:
+        inputs: Query [R, H, D], key and value [R, G, D].
+        index: The micro-batch's index.
+        window: A row sees at most this many keys up to itself, and on to its kv_end as before.
+        scale: Of the scores; None is 1 / sqrt(D).
+
+    Returns:
+        [R, H, D].
     """
     if window is not None and window >= index.longest_document:
         window = None
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    merged: tuple[Tensor, Tensor] = _forward(query, key, value, *index, window, scale)
+    scale = inputs.query.shape[-1] ** -0.5 if scale is None else scale
+    merged: tuple[Tensor, Tensor] = _forward(*inputs, *index, window, scale)
     return merged[0]
 
 
-def two_pass_forward(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, index: Index, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The merged output [R, H, D] and log-sum-exp [H, R] (that of a row alone is its piece's, not its own)."""
+def two_pass_forward(kernel: Kernel, inputs: Inputs, index: Index, window: int | None, scale: float) -> Output:
+    """Compute the merged output. The log-sum-exp of a row that sees only itself is that of its sequence in pass 1.
+
+    Args:
+        kernel: Computes a pass.
+        inputs: Query [R, H, D], key and value [R, G, D].
+        index: The micro-batch's index.
+        window: Of pass 1.
+        scale: Of the scores.
+
+    Returns:
+        Output [R, H, D] and log-sum-exp [H, R].
+    """
     rows, keys, alone = index.rows, index.keys, index.alone
-    out, lse = kernel.forward(query, key, value, index.documents, index.longest_document, window, scale)
+    documents, blocks = index.passes(window, scale)
+    out, lse = kernel.forward(inputs, documents)
     if len(rows):
-        ahead, ahead_lse = kernel.forward(
-            query.index_select(0, rows),
-            key.index_select(0, keys),
-            value.index_select(0, keys),
-            index.blocks,
-            index.longest_block,
-            None,
-            scale,
-        )
-        behind, behind_lse = out.index_select(0, rows), lse.index_select(1, rows)
-        share = torch.sigmoid(ahead_lse - behind_lse).T[..., None]
-        merged = torch.lerp(behind.to(share.dtype), ahead.to(share.dtype), share)
+        ahead = kernel.forward(inputs.select(rows, keys), blocks)
+        behind = Output(out, lse).select(rows)
+        share = torch.sigmoid(ahead.lse - behind.lse).T[..., None]
+        merged = torch.lerp(behind.out.to(share.dtype), ahead.out.to(share.dtype), share)
         out.index_copy_(0, rows, merged.to(out.dtype))
-        lse.index_copy_(1, rows, torch.logaddexp(behind_lse, ahead_lse))
+        lse.index_copy_(1, rows, torch.logaddexp(behind.lse, ahead.lse))
     if len(alone):
-        own = value.index_select(0, alone).repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        value = inputs.value
+        own = value.index_select(0, alone).repeat_interleave(out.shape[1] // value.shape[1], dim=1)
         out.index_copy_(0, alone, own)
-    return out, lse
+    return Output(out, lse)
 
 
 def two_pass_backward(
-    kernel: Kernel,
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    index: Index,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, from that of the output and from what `two_pass_forward` returned."""
+    kernel: Kernel, gradient: Tensor, inputs: Inputs, output: Output, index: Index, window: int | None, scale: float
+) -> Inputs:
+    """Compute the gradients of query, key and value.
+
+    Args:
+        kernel: Computes a pass.
+        gradient: Of the output, [R, H, D].
+        inputs: As for `two_pass_forward`.
+        output: What `two_pass_forward` returned.
+        index: As for `two_pass_forward`.
+        window: As for `two_pass_forward`.
+        scale: As for `two_pass_forward`.
+
+    Returns:
+        The gradients, in the shapes of the inputs.
+    """
     rows, keys, alone = index.rows, index.keys, index.alone
-    of_query, of_key, of_value = kernel.backward(
-        gradient, query, key, value, out, lse, index.documents, index.longest_document, window, scale
-    )
+    documents, blocks = index.passes(window, scale)
+    gradients = kernel.backward(gradient, inputs, output, documents)
     if len(rows):
-        parts = kernel.backward(
-            gradient.index_select(0, rows),
-            query.index_select(0, rows),
-            key.index_select(0, keys),
-            value.index_select(0, keys),
-            out.index_select(0, rows),
-            lse.index_select(1, rows),
-            index.blocks,
-            index.longest_block,
-            None,
-            scale,
-        )
-        for whole, part, at in zip((of_query, of_key, of_value), parts, (rows, keys, keys), strict=True):
+        parts = kernel.backward(gradient.index_select(0, rows), inputs.select(rows, keys), output.select(rows), blocks)
+        for whole, part, at in zip(gradients, parts, (rows, keys, keys), strict=True):
             whole.index_copy_(0, at, part.add_(whole.index_select(0, at)))  # no place twice, so no atomic additions
     if len(alone):
-        of_query.index_fill_(0, alone, 0)
-        of_key.index_fill_(0, alone, 0)
-        own = gradient.index_select(0, alone).reshape(len(alone), value.shape[1], -1, value.shape[2]).sum(2)
-        of_value.index_copy_(0, alone, own)
-    return of_query, of_key, of_value
+        gradients.query.index_fill_(0, alone, 0)
+        gradients.key.index_fill_(0, alone, 0)
+        groups, width = inputs.value.shape[1:]
+        own = gradient.index_select(0, alone).reshape(len(alone), groups, -1, width).sum(2)
+        gradients.value.index_copy_(0, alone, own)
+    return gradients
 
 
-# The two functions as operators of torch, so that autograd, gradient checkpointing and torch.compile know them.
+# The two functions as operators of torch, so that autograd, gradient checkpointing and torch.compile support them.
 
 _PASSES = (
     "Tensor documents, Tensor alone, Tensor rows, Tensor keys, Tensor blocks, "
@@ -192,10 +205,11 @@ def _kernel(query: Tensor) -> Kernel:
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_PASSES}) -> (Tensor, Tensor)",
 )
-def _forward(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
-    *index, window, scale = numbers
+def _forward(query: Tensor, key: Tensor, value: Tensor, *passes: Any) -> tuple[Tensor, Tensor]:
+    *index, window, scale = passes
     with torch.autocast(query.device.type, enabled=False):
-        return two_pass_forward(_kernel(query), query, key, value, Index(*index), window, scale)
+        out, lse = two_pass_forward(_kernel(query), Inputs(query, key, value), Index(*index), window, scale)
+    return out, lse
 
 
 @torch.library.custom_op(
@@ -205,11 +219,15 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *numbers: Any) -> tuple[
     "-> (Tensor, Tensor, Tensor)",
 )
 def _backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *numbers: Any
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *passes: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *index, window, scale = numbers
+    inputs = Inputs(query, key, value)
+    *index, window, scale = passes
     with torch.autocast(query.device.type, enabled=False):
-        return two_pass_backward(_kernel(query), gradient, query, key, value, out, lse, Index(*index), window, scale)
+        of_query, of_key, of_value = two_pass_backward(
+            _kernel(query), gradient, inputs, Output(out, lse), Index(*index), window, scale
+        )
+    return of_query, of_key, of_value
 
 
 @_forward.register_fake
@@ -225,88 +243,55 @@ def _backward_shapes(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:8])
     ctx.numbers = inputs[8:]
 
 
 def _differentiate(ctx: Any, gradient: Tensor, of_lse: None) -> tuple[Tensor | None, ...]:
-    """The log-sum-exp leaves this file to no one, so only the output has a gradient."""
+    """Only the output has a gradient: the log-sum-exp is used nowhere else."""
     return *_backward(gradient, *ctx.saved_tensors, *ctx.numbers), *(None,) * 9
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def varlen_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, G, T, D]
-    value: Tensor,  # [B, G, T, D of values]
-    attention_mask: Tensor | None,  # always None: no mask function is registered for a backend
-    *,
-    interval_mask: TwoPasses | PerWindow[Tensor] | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **features: Any,
-) -> tuple[Tensor, None]:
-    """Attention in two passes, [B, T, H, D of values]. Raises UnsupportedModelError, with the reason."""
-    if isinstance(interval_mask, PerWindow):
-        return dense_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            interval_mask=interval_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            **features,
-        )
-    check_call(module, interval_mask, features)
-    assert interval_mask is not None
-    check_shape(module, query, key, interval_mask.intervals, sliding_window)
-    if dropout:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} asks for dropout {dropout} on attention weights, which the two passes of varlen "
-            "cannot share. Set attention_dropout to 0 in the model's config, or use the backend sdpa"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = same_dtype(query, key, value)
+def varlen_attention(call: LayerCall) -> Tensor:
+    """A layer's attention in two passes, [B, T, H, D of values]. A call with a cache is computed densely."""
+    if isinstance(call.mask, PerWindow):
+        return dense_attention(call)
+    check_dropout(call, "varlen")
+    query, key, value = same_dtype(call)
     value_width = value.shape[-1]
     width = -(-max(query.shape[-1], value_width) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     if query.is_cuda:
-        _check_flash(module, query, width)
-    flat_query, flat_key, flat_value = (
-        _widened_to(width, each).transpose(1, 2).flatten(0, 1) for each in (query, key, value)
-    )
-    out = two_pass_attention(flat_query, flat_key, flat_value, interval_mask.index, window=sliding_window, scale=scale)
-    return out[..., :value_width].reshape(len(query), -1, query.shape[1], value_width), None
+        _check_flash(call.module, query, width)
+    flat = Inputs(*(_padded_to(width, each).transpose(1, 2).flatten(0, 1) for each in (query, key, value)))
+    out = two_pass_attention(flat, call.mask.index, window=call.window, scale=call.scale)
+    return out[..., :value_width].reshape(len(query), -1, query.shape[1], value_width)
 
 
-def _widened_to(width: int, each: Tensor) -> Tensor:
-    """Heads of one width, as FlashAttention wants them: zeros add nothing to a score, and are cut off the output."""
+def _padded_to(width: int, each: Tensor) -> Tensor:
+    """Pad heads to one width, which FlashAttention requires: zeros add nothing to a score or to an output."""
     return each if each.shape[-1] == width else nn.functional.pad(each, (0, width - each.shape[-1]))
 
 
 def _check_flash(module: nn.Module, query: Tensor, width: int) -> None:
     if query.dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedModelError(
-            f"{type(module).__name__} computes its attention in {query.dtype}; FlashAttention takes float16 and "
-            "bfloat16 alone. Load the model in bfloat16, call it under torch.autocast, or use the backend flex or sdpa"
+            f"{type(module).__name__} computes its attention in {query.dtype}; FlashAttention supports float16 and "
+            "bfloat16 only. Load the model in bfloat16, call it under torch.autocast, or use the backend flex or sdpa"
         )
     if width > _MAX_WIDTH:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has heads of width {width}; FlashAttention takes {_MAX_WIDTH} at most. "
+            f"{type(module).__name__} has heads of width {width}; FlashAttention supports {_MAX_WIDTH} at most. "
             "Use the backend flex or sdpa"
         )
 
 
 def missing(device: torch.device) -> str | None:
-    """What varlen lacks on a device. A CPU lacks nothing: there plain torch does the same, slowly, for trials."""
+    """What the backend lacks to run on a device, None if nothing. CPUs compute the same in plain torch, slowly."""
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.cuda is None:
@@ -316,14 +301,14 @@ def missing(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         found, wanted = (".".join(map(str, each)) for each in (capability, _CAPABILITY))
-        return f"FlashAttention needs a GPU of compute capability {wanted} or more; {device} has {found}"
+        return f"FlashAttention requires a GPU of compute capability {wanted} or higher; {device} has {found}"
     return None
 
 
 VARLEN = Backend(
     name="ismdata_varlen",
     prepare=prepare,
-    attention=varlen_attention,
+    compute=varlen_attention,
     missing=missing,
     tables=varlen_tables.NAMES,
     half_only=True,

@@ -163,7 +163,7 @@ def test_a_cpu_computes_no_gradients_and_says_so():
     model = attach(tiny_model(), backend="flex")
     loss = model(**random_batch(0, seq_len=128)).logits.sum()
     with pytest.raises(
-        UnsupportedModelError, match=r"gradients were asked of the backend flex: .*no backward pass on a CPU.*sdpa"
+        UnsupportedModelError, match=r"the backend flex cannot compute gradients: .*no backward pass on a CPU.*sdpa"
     ):
         loss.backward()
 
@@ -185,12 +185,12 @@ def test_dropped_attention_weights_are_refused():
 def test_what_is_missing_is_named(monkeypatch):
     cuda = torch.device("cuda")
     assert FLEX.missing(torch.device("cpu")) is None
-    assert "CUDA devices and CPUs alone; found mps" in FLEX.missing(torch.device("mps"))
+    assert "CUDA devices and CPUs only; found mps" in FLEX.missing(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in FLEX.missing(cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: None)
-    assert "triton is missing" in FLEX.missing(cuda)
+    assert "triton is not installed" in FLEX.missing(cuda)
     monkeypatch.setattr(flex.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert "compute capability 7.0" in FLEX.missing(cuda)

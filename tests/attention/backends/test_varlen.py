@@ -13,7 +13,7 @@ from ismdata import masks
 from ismdata.attention.backends import varlen
 from ismdata.attention.backends.base import Intervals
 from ismdata.attention.backends.varlen import Index, prepare, two_pass_attention, two_pass_backward, two_pass_forward
-from ismdata.attention.backends.varlen_kernels import FlashKernel, PlainKernel
+from ismdata.attention.backends.varlen_kernels import FlashKernel, Inputs, PlainKernel
 from ismdata.errors import UsageError
 from ismdata.masks import varlen_tables
 from tests.support.tiny import ANSWER, PROMPT, QUERY, spans_of
@@ -82,9 +82,9 @@ def dense(query, key, value, gradient, sees, scale):
 
 
 def two_passes(query, key, value, gradient, index, **options):
-    query, key, value = (each.detach().requires_grad_() for each in (query, key, value))
-    out = two_pass_attention(query, key, value, index, **options)
-    return [out.detach(), *torch.autograd.grad(out, (query, key, value), gradient)]
+    inputs = Inputs(*(each.detach().requires_grad_() for each in (query, key, value)))
+    out = two_pass_attention(inputs, index, **options)
+    return [out.detach(), *torch.autograd.grad(out, inputs, gradient)]
 
 
 def assert_equal(found, expected, **tolerance):
@@ -156,7 +156,7 @@ def test_the_log_sum_exp_is_that_of_all_keys():
     doc_start, kv_end = long_intervals("ism")
     query, key, value, _ = tensors(doc_start.size)
     index = prepare(intervals_of(doc_start, kv_end)).index
-    _, lse = two_pass_forward(PlainKernel(), query, key, value, index, None, 0.5)
+    _, lse = two_pass_forward(PlainKernel(), Inputs(query, key, value), index, None, 0.5)
     scores = torch.einsum("qhd,khd->hqk", query, key) * 0.5
     expected = scores.masked_fill(~seen(doc_start, kv_end), -torch.inf).logsumexp(-1)
     several = torch.ones(doc_start.size, dtype=torch.bool)
@@ -311,7 +311,7 @@ def test_a_compiled_function_is_one_graph():
     found = []
     for attention in (two_pass_attention, compiled):
         leaf = query.clone().requires_grad_()
-        out = attention(leaf * 2, key, value, index)
+        out = attention(Inputs(leaf * 2, key, value), index)
         found.append([out.detach(), *torch.autograd.grad(out, leaf, gradient)])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -320,10 +320,11 @@ def test_flash_kernels_are_called_as_torch_has_them():
     """On the device meta: the installed torch's signature and shapes, without a GPU."""
     query, key, value, gradient, index, scale = operands(heads=4, dtype=torch.bfloat16, device="meta")
     for window in (None, 100):
-        out, lse = two_pass_forward(FlashKernel(), query, key, value, index, window, scale)
+        inputs = Inputs(query, key, value)
+        out, lse = output = two_pass_forward(FlashKernel(), inputs, index, window, scale)
         assert (out.shape, out.dtype) == (query.shape, torch.bfloat16)
         assert (lse.shape, lse.dtype) == ((4, len(query)), torch.float32)
-        found = two_pass_backward(FlashKernel(), gradient, query, key, value, out, lse, index, window, scale)
+        found = two_pass_backward(FlashKernel(), gradient, inputs, output, index, window, scale)
         assert [each.shape for each in found] == [query.shape, key.shape, value.shape]
 
 
