@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ismdata.errors import DataError, UsageError
-from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
+from ismdata.generate.feeding import Block, Encoder, answer_lead, arrange_blocks, as_encoder
 from ismdata.generate.greedy import Prompt, greedy_answers
 from ismdata.generate.model_facts import end_of_turn, glm_tokens, positions_of, resolve_mask
 from ismdata.generate.sampling import message_text
@@ -84,10 +84,7 @@ def answer_many(
 
 def _prompt(blocks: Sequence[Block], glm: GlmTokens | None, mask: str, limit: int) -> Prompt:
     """The prompt that ends with the context before an answer."""
-    if glm is not None:
-        blocks = with_markers(blocks, glm)
-    if mask == "prefix":
-        blocks = [Block([id for block in blocks for id in block.ids])]
+    blocks = arrange_blocks(blocks, glm, mask)
     ids: list[int] = []
     kv_end: list[int] = []
     for block in blocks:

@@ -125,14 +125,19 @@ def next_blocks(encoder: Encoder, messages: Sequence[Message], tools: list[Any] 
         return [Block(end, answered - 1), context] if end else [context]
 
 
-def with_markers(blocks: Sequence[Block], glm: GlmTokens) -> list[Block]:
-    """Insert `[MASK]` at the end of each context and `[START]` before each answer, for the GLM layout.
+def arrange_blocks(blocks: Sequence[Block], glm: GlmTokens | None, mask: str) -> list[Block]:
+    """Arrange the blocks before an answer for the model's layout and mask.
 
-    The `[START]` of the next answer is left out: it is fed when the answer begins.
+    In the GLM layout `[MASK]` ends each context and `[START]` begins each answer. The `[START]` of the next answer is
+    left out: it is fed when the answer begins. Under `prefix` all blocks become one context.
     """
-    marked = glm_layout.marked([(block.is_answer, block.ids) for block in blocks], glm)[:-1]
-    answers = (block.message for block in blocks if block.is_answer)
-    return [Block(ids, next(answers) if is_answer else -1) for is_answer, ids in marked]
+    if glm is not None:
+        marked = glm_layout.marked([(block.is_answer, block.ids) for block in blocks], glm)[:-1]
+        answers = (block.message for block in blocks if block.is_answer)
+        blocks = [Block(ids, next(answers) if is_answer else -1) for is_answer, ids in marked]
+    if mask == "prefix":
+        return [Block([id for block in blocks for id in block.ids])]
+    return list(blocks)
 
 
 def _answered_blocks(

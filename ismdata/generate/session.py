@@ -3,10 +3,6 @@
 Under `ism` each context block goes through the model once, in a prefill with full attention over the past and itself;
 each answer follows token by token. Under `causal` the prefill is causal. No token is fed twice. Under `prefix`
 everything before an answer is bidirectional, so the cache cannot be kept and each turn feeds the whole conversation.
-
->>> session = Session(model, tokenizer, system="Be brief.")  # doctest: +SKIP
->>> for piece in session.ask("Hello!"):                      # doctest: +SKIP
-...     print(piece, end="")
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ismdata.errors import DataError, Refused, UsageError
 from ismdata.generate.chat_file import canonical_conversation, read_conversation, write_conversation
 from ismdata.generate.eviction import SINKS
-from ismdata.generate.feeding import Block, Encoder, answer_lead, as_encoder, with_markers
+from ismdata.generate.feeding import Block, Encoder, answer_lead, arrange_blocks, as_encoder
 from ismdata.generate.kv_cache import KVCache
 from ismdata.generate.model_facts import end_of_turn, glm_tokens, resolve_mask
 from ismdata.generate.sampling import Sampling, can_show, make_sampler, message_text
@@ -49,7 +45,13 @@ class _Room(NamedTuple):
 
 
 class Session:
-    """One conversation with a model."""
+    """One conversation with a model.
+
+    Example:
+        >>> session = Session(model, tokenizer, system="Be brief.")  # doctest: +SKIP
+        >>> for piece in session.ask("Hello!"):                      # doctest: +SKIP
+        ...     print(piece, end="")
+    """
 
     def __init__(
         self,
@@ -315,7 +317,7 @@ class Session:
         return self.mask != "prefix" and self.encoder.history == "append"
 
     def _plan(self, transcript: Transcript) -> tuple[Transcript, list[Block], int]:
-        """The conversation to answer, the blocks to feed, and the maximum number of tokens in the answer's tokens.
+        """The conversation to answer, the blocks to feed, and the maximum number of tokens in the answer.
 
         Drops the oldest turns under `drop-oldest`. Raises DataError if the conversation does not fit.
         """
@@ -338,12 +340,7 @@ class Session:
 
     def _blocks(self, transcript: Transcript, *, fed: int = 0) -> list[Block]:
         """The blocks to feed before the next answer, after the first `fed` messages."""
-        blocks = transcript.blocks(self.encoder, fed=fed)
-        if self._glm is not None:
-            blocks = with_markers(blocks, self._glm)
-        if self.mask == "prefix":  # everything before the answer is one bidirectional block
-            return [Block([id for block in blocks for id in block.ids])]
-        return blocks
+        return arrange_blocks(transcript.blocks(self.encoder, fed=fed), self._glm, self.mask)
 
     def _room(self, blocks: Sequence[Block], *, before: int = 0) -> _Room:
         """The room for an answer after `before` entries and `blocks`."""

@@ -1,4 +1,4 @@
-"""Which turn an answer is, whatever the packing: answers that say themselves which they are, through `pack`."""
+"""Turn numbers of answers in any packing, checked with answers whose text names their conversation and turn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TALKS = [
     talk("few", 4),
     talk("some", 9),
     talk("many", 25),
-    talk("odd#3", 6),  # an id that ends like a piece's
+    talk("odd#3", 6),  # an id of the form of a piece's
     talk("odd", 7),
 ]
 GAPS = [talk("gaps", 8, untrained=(1, 4, 5)), talk("late", 5, untrained=(1, 2, 3))]
@@ -60,7 +60,7 @@ def packed(corpus, folder, *, source="whole", **options):
 
 
 def check(shards):
-    """(conversation, turn) of each answer, read off its own text."""
+    """(conversation, turn) of each answer, read off its text."""
     encoder = ConversationEncoder.load(shards.folder / "tokenizer")
     answers = find_answers(shards)
     found = []
@@ -94,7 +94,7 @@ def test_turns_of_every_third_answer(corpus, tmp_path, seq_len):
 
 @pytest.mark.parametrize(("source", "seq_len"), [("whole", 128), ("whole", 1024), ("gaps", 1024)])
 def test_turns_in_the_glm_layout(corpus, tmp_path, source, seq_len):
-    """What stands before each answer there is no answer, though it is given to the model as one is."""
+    """There `[START]` has a span of kind answer, but is not counted as an answer."""
     tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "[MASK]", "[START]"]})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -119,15 +119,15 @@ def test_the_same_answers_have_the_same_hash(corpus, tmp_path):
     assert len(set(hashes)) == 3
 
 
-def test_where_an_answer_begins_tells_it_from_another(tmp_path):
+def test_the_hash_depends_on_where_an_answer_begins(tmp_path):
     tokens = list(range(10, 17))
     rows = [sample([[(QUERY, k), (ANSWER, 7 - k)]], tokens=tokens) for k in (3, 4)]
     first, second = find_answers(PackedShards(write_packed(tmp_path / "p", rows))).digest
     assert first != second
 
 
-def test_two_conversations_of_one_name(tmp_path):
-    """They may come of two folders packed into one: told apart by what they say, and by nothing else."""
+def test_two_conversations_with_one_id(tmp_path):
+    """They may come from two folders packed together. Only their content distinguishes them."""
     rows = [sample([[(QUERY, 3), (ANSWER, 4)]], seed=seed) for seed in (1, 2)]
     answers = find_answers(PackedShards(write_packed(tmp_path / "p", rows)))
     assert answers.conversation == ["0", "0"] and answers.turn.tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""Losses of answers against one conversation at a time in plain float64; greedy answers against no cache at all."""
+"""Compare losses with one conversation at a time in float64, and greedy answers with decoding without a cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MASKS = ("ism", "causal", "prefix")
 
 
 def talks(count, *, seed=0, untrained=0.2):
-    """Random conversations: an opening, then queries and answers; some answers are not to be trained."""
+    """Random conversations: an opening, then queries and answers; some answers are not trained."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
         document = [(PROMPT, int(generator.integers(1, 4)))] if generator.random() < 0.5 else []
@@ -51,7 +51,7 @@ def tokens_of(document, number):
 
 
 def packed_folder(folder, documents, *, mask, rows, seq_len=256, weighted=False):
-    """The documents in rows, as lists of their numbers; ids are the numbers."""
+    """Write the documents packed in `rows`, lists of document numbers; conversation ids are the numbers."""
     samples = []
     for row in rows:
         tokens = [token for number in row for token in tokens_of(documents[number], number)]
@@ -68,7 +68,7 @@ def in_rows(count, size, *, seed=None):
 
 
 def plain_log_probabilities(model, tokens, visible):
-    """One document alone, a mask written out, the stock model: float64[tokens, V]."""
+    """Log-probabilities of one document under the stock model with a dense mask, float64[tokens, V]."""
     mask = torch.full((1, 1, len(tokens), len(tokens)), -torch.inf, dtype=torch.float64)
     for row, keys in enumerate(visible):
         mask[0, 0, row, keys] = 0
@@ -129,7 +129,7 @@ def test_packing_changes_nothing(tmp_path):
     assert first_losses == pytest.approx(second_losses, abs=1e-9)
 
 
-def test_causal_is_the_same_from_either_shards_and_another_thing_than_ism(tmp_path):
+def test_causal_losses_are_equal_on_both_shards_and_differ_from_ism(tmp_path):
     documents = list(talks(6, seed=4))
     model = attach(tiny_model())
     of_ism, of_causal = (packed_folder(tmp_path / m, documents, mask=m, rows=in_rows(6, 3)) for m in ("ism", "causal"))
@@ -139,7 +139,7 @@ def test_causal_is_the_same_from_either_shards_and_another_thing_than_ism(tmp_pa
 
 
 def test_one_pass_gives_prefix_shards_their_last_answers_only(tmp_path):
-    """The same documents packed for prefix: an answer is known again by what it says after what."""
+    """The same documents packed for prefix: hashes identify the answers."""
     documents = list(talks(6, seed=4, untrained=0))
     of_ism, of_prefix = (packed_folder(tmp_path / m, documents, mask=m, rows=in_rows(6, 3)) for m in ("ism", "prefix"))
     every, last = (find_answers(dataset.shards) for dataset in (of_ism, of_prefix))
@@ -151,7 +151,7 @@ def test_one_pass_gives_prefix_shards_their_last_answers_only(tmp_path):
         answer_losses(attach(tiny_model()), of_prefix, last, mask="ism")
 
 
-def test_weights_are_left_out(tmp_path):
+def test_weights_are_not_applied(tmp_path):
     documents = list(talks(4, seed=6))
     plain, weighted = (
         packed_folder(tmp_path / str(w), documents, mask="ism", rows=in_rows(4, 2), weighted=w) for w in (False, True)
@@ -160,8 +160,8 @@ def test_weights_are_left_out(tmp_path):
     assert by_answer(weighted, model, mask="ism")[1] == by_answer(plain, model, mask="ism")[1]
 
 
-def test_chunks_of_logits_and_heads_of_another_kind(monkeypatch):
-    """A head that scales its logits is not called by itself: the model makes them."""
+def test_chunks_of_logits_and_heads_that_scale(monkeypatch):
+    """The head is called directly on chunks, but not where the model scales the logits after it."""
     rows = [sample(list(talks(4, seed=k)), seq_len=128, seed=k) for k in (7, 8)]
     nothing = sample([[(QUERY, 5), (ANSWER, 3, False)]])
     batch = Collator()([rows[0], nothing, rows[1]])
@@ -181,12 +181,13 @@ def test_chunks_of_logits_and_heads_of_another_kind(monkeypatch):
             lambda module, args, logits, made=made: made.append(logits.numel() // VOCABULARY)
         )
         torch.testing.assert_close(target_losses(attached, batch), expected, **CLOSE)
-        by_itself = len(made) == 2 + -(-len(expected) // 3) and max(made[2:]) <= 3  # two to find out if it can be
-        assert by_itself == (model is not scaled)
+        # Two calls find out whether the head gives the model's logits; one call per chunk follows.
+        in_chunks = len(made) == 2 + -(-len(expected) // 3) and max(made[2:]) <= 3
+        assert in_chunks == (model is not scaled)
     assert len(target_losses(attached, Collator()([nothing]))) == 0
 
 
-def test_a_loss_that_is_no_number_is_told_of(tmp_path):
+def test_a_loss_that_is_not_finite_is_reported(tmp_path):
     dataset = packed_folder(tmp_path / "p", list(talks(4)), mask="ism", rows=in_rows(4, 2))
     model = attach(tiny_model())
     with torch.no_grad():
@@ -224,7 +225,7 @@ class Ending:
 
 
 def plain_greedy(model, context, visible, *, ending, stops, limit):
-    """Token by token, the whole document anew each time, the stock model."""
+    """Greedy decoding with the stock model, without a cache."""
     tokens, visible = list(context), [list(keys) for keys in visible]
     answer = []
     while len(answer) < limit:
@@ -243,14 +244,14 @@ def plain_greedy(model, context, visible, *, ending, stops, limit):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_greedy_answers_equal_the_plainest_way(tmp_path, monkeypatch, mask):
+def test_greedy_answers_equal_plain_decoding(tmp_path, monkeypatch, mask):
     documents = list(talks(8, seed=11))
     dataset = packed_folder(tmp_path / "p", documents, mask=mask, rows=in_rows(8, 3, seed=2))
     answers = find_answers(dataset.shards)
     stock, model = tiny_model(seed=3), attach(tiny_model(seed=3))
     options = {"mask": mask, "max_new_tokens": 8}
     first = generate_answers(model, Ending(), dataset, answers, range(len(answers)), **options)
-    # Two tokens in a row that it says anyway end an answer; so does one that it says elsewhere.
+    # Choose the end of turn and the stop token from tokens that the model generates.
     said = next(answer for answer in first if len(set(answer)) > 2)
     ending, stop = said[1:3], next(answer for answer in first if answer != said)[1]
     monkeypatch.setattr(greedy, "_BATCH_TOKENS", 120)
@@ -272,7 +273,7 @@ def test_greedy_answers_equal_the_plainest_way(tmp_path, monkeypatch, mask):
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
 def test_greedy_answers_in_the_glm_layout(tmp_path, mask):
-    """Each token on the logits of one forward of all before it, whose positions are counted out here."""
+    """Each token comes from the logits of one forward over its predecessors, with positions computed here."""
     save_tokenizer(tmp_path / "tokenizer", "[MASK]", "<sop>")
     lines = []
     for number in range(5):
@@ -338,7 +339,7 @@ def test_answers_end_at_their_limits():
 
 
 def test_an_end_of_turn_is_cut_off_once(monkeypatch):
-    """What an answer says before its end may look like the beginning of another; what there is of one goes too."""
+    """Tokens before the end may equal its beginning, and stay. A partial end of turn is removed."""
     end = EndOfTurn(ids=(7, 8), stop_ids=frozenset({9}))
     for said, expected in ([5, 7, 7, 8], [5, 7]), ([7, 9], []), ([7, 7, 9], [7]), ([8, 7, 7, 6, 7], [8, 7, 7, 6]):
         steps = iter(said)

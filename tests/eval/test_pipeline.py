@@ -121,7 +121,7 @@ def test_files_agree_with_each_other_and_with_the_corpus(base, written):
     assert "tok:13a" in found["generation"]["bleu"]["signature"]
 
 
-def test_json_and_the_table_say_the_same(base, written):
+def test_json_and_the_table_agree(base, written):
     shown = json.loads(done("eval", base / "first", base / "ism", "--resamples", 50, "--json"))
     Draft202012Validator(SCHEMA).validate(shown)
     assert shown["overall"] == facts(written)["overall"]
@@ -130,7 +130,7 @@ def test_json_and_the_table_say_the_same(base, written):
     assert f"{shown['by_turn'][1]['perplexity']['value']:,.2f}" in table
 
 
-def test_the_same_model_on_other_packings_is_no_other(base, written, tmp_path):
+def test_the_same_model_on_another_packing_does_not_differ(base, written, tmp_path):
     options = ("--compare", written, "--resamples", 50, "--generate", 5, "--max-new-tokens", 6)
     done("eval", base / "first", base / "long", "-o", tmp_path / "e", "--batch-size", 1, *options)
     comparison = facts(tmp_path / "e")["comparison"]
@@ -154,7 +154,7 @@ def test_two_models_are_compared(base, written, tmp_path):
 
 
 def test_prefix_shards_compare_with_ism_shards(base, written, tmp_path):
-    """Other shards, the same answers: what the paper's comparison needs."""
+    """Other shards of the same answers, as in the paper's comparison."""
     done("eval", base / "first", base / "prefix", "--mask", "prefix", "-o", tmp_path / "e", "--compare", written)
     found = facts(tmp_path / "e")
     assert found["data"]["index_sha256"] != facts(written)["data"]["index_sha256"]
@@ -164,8 +164,8 @@ def test_prefix_shards_compare_with_ism_shards(base, written, tmp_path):
     assert "no generated answers" in found["comparison"]["bleu_left_out"]
 
 
-def test_answers_are_paired_by_what_they_are(base, written):
-    """Whatever the order of the lines."""
+def test_answers_are_paired_by_their_hashes(base, written):
+    """In any order of the lines."""
     mine = read_results(written)
     shuffled = [mine.outputs[at] for at in np.random.default_rng(0).permutation(len(mine.outputs))]
     other = dataclasses.replace(mine, outputs=shuffled)
@@ -177,7 +177,7 @@ def test_answers_are_paired_by_what_they_are(base, written):
 
 @pytest.mark.slow
 def test_train_measures_the_same(base, tmp_path):
-    """The loss that `train --eval` writes at its end is the one of the model that it leaves."""
+    """The last loss of `train --eval` equals the evaluation of the trained model."""
     options = ("--model", "tiny", "--steps", 2, "--batch-size", 2, "--learning-rate", "1e-3", "--warmup", 0)
     done("train", base / "ism", "-o", tmp_path / "m", "--eval", base / "ism", *options)
     shown = json.loads(done("eval", tmp_path / "m", base / "ism", "--resamples", 5, "--json"))
@@ -194,12 +194,12 @@ def test_bleu_of_other_generations_is_left_out(base, written, tmp_path):
     assert "No difference in BLEU" in result.stdout
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 @pytest.fixture
 def no_batch(monkeypatch):
-    """Nothing may reach the model."""
+    """Fail if a batch reaches the model."""
     monkeypatch.setattr(eval_run, "answer_losses", lambda *args, **options: pytest.fail("a batch was evaluated"))
 
 
@@ -212,7 +212,7 @@ def test_shards_for_another_mask(base, tmp_path):
 
 
 @pytest.mark.usefixtures("no_batch")
-def test_a_model_of_no_known_mask(base, tmp_path):
+def test_a_model_without_a_mask(base, tmp_path):
     size = load_index(base / "ism")["tokenizer"]["vocab_size"]
     save_model(tmp_path / "m", vocab_size=size, mask=None)
     refused(run("eval", tmp_path / "m", base / "ism"), 2, "records no ismdata_mask", "--mask causal")
@@ -287,7 +287,7 @@ def test_evaluations_of_other_data(base, written, tmp_path):
 
 
 @pytest.mark.usefixtures("no_batch")
-def test_calls_that_cannot_be(base, written, monkeypatch):
+def test_wrong_calls(base, written, monkeypatch):
     def call(*words):
         return run("eval", base / "first", base / "ism", *words)
 

@@ -1,4 +1,4 @@
-"""The bootstrap against loops and scipy, BLEU against sacrebleu on the corpus, ROUGE-L against a table."""
+"""Compare the bootstrap with loops and scipy, BLEU with sacrebleu on the corpus, ROUGE-L with a table."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def test_the_interval_is_scipys():
     assert found.interval == pytest.approx((theirs.low, theirs.high), abs=0.1 * width)
 
 
-def test_intervals_hold_what_they_promise():
-    """Of 200 samples from a known distribution about 95 in 100 intervals hold its mean."""
+def test_intervals_have_their_coverage():
+    """About 95 % of the intervals of 200 samples from a known distribution contain its mean."""
     generator = np.random.default_rng(0)
-    held = 0
+    covering = 0
     for _ in range(200):
         table = np.stack([generator.normal(3, 1, 50), np.ones(50)], axis=1)
         low, high = estimate(table, ratio, Bootstrap(resamples=200)).interval
-        held += low <= 3 <= high
-    assert 178 <= held <= 198
+        covering += low <= 3 <= high
+    assert 178 <= covering <= 198
 
 
 def test_equal_systems_do_not_differ_and_others_do():
@@ -79,8 +79,8 @@ def test_equal_systems_do_not_differ_and_others_do():
     assert back.value == -worse.value and back.p_value == worse.p_value
 
 
-def test_pairing_cancels_what_is_hard_for_both():
-    """Conversations differ much more than systems: apart the intervals overlap, the paired one leaves 0 out."""
+def test_pairing_cancels_the_difficulty_of_conversations():
+    """Conversations differ more than systems: single intervals overlap, but the paired one excludes 0."""
     generator = np.random.default_rng(2)
     hard = generator.normal(3, 1, 50)
     left = np.stack([hard, np.ones(50)], axis=1)
@@ -106,7 +106,7 @@ def test_a_statistic_that_most_resamples_lack_has_no_interval():
     assert math.isnan(ratio(np.zeros((1, 2)))[0])
     settings = Bootstrap(resamples=100)
     assert settings.interval(np.where(np.arange(100) < 60, np.nan, 1.0)) is None
-    assert estimate(rare, ratio, settings).interval == (1, 1)  # two in three hold the one group
+    assert estimate(rare, ratio, settings).interval == (1, 1)  # two in three resamples contain the one group
 
 
 # ---- texts ----

@@ -1,4 +1,4 @@
-"""Many conversations at once give what each gives alone."""
+"""`answer_many` gives the answers that single sessions give."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tiny import tiny_model
 
 
 class TalkEncoder(TextEncoder):
-    """Answers in history are random tokens that follow from their text."""
+    """Encodes an answer in the history as random tokens, seeded by its text."""
 
     def document(self, messages, tools=None):
         return [
@@ -59,7 +59,7 @@ def one_by_one(model, encoder, conversations, mask, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "glm"])
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
-def test_many_at_once_are_each_alone(architecture, mask, monkeypatch):
+def test_batched_answers_equal_those_of_sessions(architecture, mask, monkeypatch):
     """The same tokens, on logits equal to 1e-5 in float32, whatever the batch size."""
     glm = GlmTokens(mask_id=MASK_ID, start_id=START_ID, every_answer=True) if architecture == "glm" else None
     model = attach(glm_model(torch.float32) if glm else tiny_model(architecture, dtype=torch.float32))
@@ -98,7 +98,7 @@ def test_answers_that_fill_the_positions():
     assert answer_many(model, encoder, fitting, mask="ism", max_new_tokens=50) == expected
 
 
-def test_nothing_to_do_and_what_cannot_be():
+def test_no_conversations_and_wrong_calls():
     model, encoder = attach(tiny_model()), TalkEncoder()
     question = [{"role": "user", "content": "a"}]
     assert answer_many(model, encoder, [], mask="ism") == []

@@ -1,4 +1,4 @@
-"""What stays in a full cache, against brute force; and keys turned to other positions, against the model itself."""
+"""Compare the choice of entries with brute force, and rotated keys with the keys that the model computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = list(range(2, 42))
 
 
 def brute_force(entropies, count, *, recent, sinks):
-    """What SirLLM keeps, token by token: sinks, then recent tokens from the end, then the best of the rest."""
+    """The entries that SirLLM keeps, one by one: sinks, then recent tokens from the end, then the best of the rest."""
     size = len(entropies)
     stay = set(range(min(sinks, count, size)))
     for at in reversed(range(size)):
@@ -39,7 +39,7 @@ def brute_force(entropies, count, *, recent, sinks):
     st.integers(0, 5),
     st.sampled_from(sorted(POLICIES)),
 )
-def test_what_stays(entropies, count, recent, sinks, policy):
+def test_selected_entries(entropies, count, recent, sinks, policy):
     values = np.array(entropies)
     stay = select_entries(
         policy, values, count, recent=recent, sinks=sinks, generator=np.random.default_rng(0)
@@ -100,15 +100,15 @@ STATIC = {
 
 @pytest.mark.parametrize("scaling", STATIC)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_a_cut_cache_is_the_cache_of_what_is_left(kind, scaling):
-    """In one layer a token's key and value depend on its position alone, so nothing of what was cut is left in them."""
+def test_a_cache_after_eviction_equals_a_cache_of_the_remaining_tokens(kind, scaling):
+    """In a model of one layer keys and values depend only on token and position, not on evicted tokens."""
     model = one_layer(kind, **STATIC[scaling])
     rotation = KeyRotation.of(model)
     cache = DynamicCache(config=model.config)
     feed(model, IDS, cache, bidirectional=False)
     stay = np.array([0, 1, 2, 3, 9, 17, 18, 30, 38, 39])
     keep_entries(cache, stay, rotation)
-    stay_again = np.array([0, 1, 4, 5, 6, 8, 9])  # cut again, and again the same
+    stay_again = np.array([0, 1, 4, 5, 6, 8, 9])  # a second eviction
     keep_entries(cache, stay_again, rotation)
     left = [IDS[at] for at in stay[stay_again]]
     assert cache.get_seq_length() == len(left)
@@ -124,10 +124,10 @@ def test_a_cut_cache_is_the_cache_of_what_is_left(kind, scaling):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
-def test_moved_keys_are_those_of_the_new_positions_in_every_layer(architecture):
-    """Cutting the beginning of documents that see nothing of it moves what is left, and changes nothing else."""
+def test_rotated_keys_equal_computed_keys_in_every_layer(architecture):
+    """A shift of all positions by the same distance changes only the rotation of the keys."""
     model = attach(tiny_model(architecture, dtype=torch.float32))
-    if architecture == "gemma3":  # its angles are made for each kind of layer
+    if architecture == "gemma3":  # it has one rotary embedding per kind of layer
         with pytest.raises(UnsupportedModelError, match=r"no single rotary embedding|expected a tensor"):
             KeyRotation.of(model)
         return
@@ -170,32 +170,32 @@ def test_moved_keys_are_those_of_the_new_positions_in_every_layer(architecture):
     ],
     ids=["dynamic", "partial", "gpt-neox"],
 )
-def test_what_cannot_be_turned_is_refused(config, reason):
+def test_models_whose_keys_cannot_be_rotated_are_refused(config, reason):
     torch.manual_seed(0)
     model = attach(AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(UnsupportedModelError, match=reason):
         KeyRotation.of(model)
 
 
-def test_a_model_that_turns_other_pairs_is_noticed(monkeypatch):
-    """Its angles look like Llama's, but it turns neighbouring dimensions together."""
+def test_a_model_that_rotates_other_pairs_is_refused(monkeypatch):
+    """Its angles look like Llama's, but it rotates pairs of neighbouring dimensions."""
 
-    def turn_neighbours(query, key, cos, sin):
+    def rotate_neighbours(query, key, cos, sin):
         cos, sin = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1)[:, None] for each in (cos, sin))
 
-        def turned(x):
+        def rotated(x):
             return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin
 
-        return turned(query), turned(key)
+        return rotated(query), rotated(key)
 
     model = one_layer("llama")
     KeyRotation.of(model)
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", turn_neighbours)
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", rotate_neighbours)
     with pytest.raises(UnsupportedModelError, match="differ from the keys that it computes at the new positions"):
         KeyRotation.of(model)
 
 
-def test_cropping_takes_back_what_was_fed_since():
+def test_cropping_restores_the_earlier_cache():
     model = attach(tiny_model())
     cache = DynamicCache(config=model.config)
     feed(model, IDS[:9], cache, bidirectional=True)
@@ -208,8 +208,8 @@ def test_cropping_takes_back_what_was_fed_since():
 
 
 @pytest.mark.parametrize("count", [1, 2, 256, 300])
-def test_entropies_are_the_surprise_of_each_token(count):
-    """Of one forward, its softmax by hand; in pieces or not."""
+def test_entropies_equal_those_of_one_forward(count):
+    """Whether the tokens are fed at once or in two parts."""
     model = attach(tiny_model())
     ids = [(7 * k) % (VOCABULARY - 2) + 2 for k in range(count)]
     with torch.no_grad():

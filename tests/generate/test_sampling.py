@@ -1,4 +1,4 @@
-"""Sampling against transformers' own generate, and the text of answers against the plain definition."""
+"""Compare sampling with transformers' `generate`, and the end of an answer with its definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_model
 CPU = torch.device("cpu")
 
 
-def test_greedy_with_a_repetition_penalty_is_what_generate_gives():
+def test_greedy_decoding_with_a_repetition_penalty_equals_generate():
     model = tiny_model()
     prompt = torch.tensor([[5, 9, 17, 5, 30]])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False, repetition_penalty=1.7, pad_token_id=0)
@@ -41,12 +41,12 @@ LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log()
     ],
     ids=["all", "top_k", "top_p", "min_p", "top_k and min_p"],
 )
-def test_only_what_sampling_leaves_is_drawn(options, possible):
+def test_only_allowed_tokens_are_sampled(options, possible):
     choose = make_sampler(Sampling(temperature=1.0, **options), CPU)
     assert {choose(LOGITS, [0]) for _ in range(400)} == possible
 
 
-def test_temperature_and_penalty_change_how_often():
+def test_temperature_and_penalty_change_frequencies():
     def share(ids, **options):
         choose = make_sampler(Sampling(**options), CPU)
         return sum(choose(LOGITS, ids) == 0 for _ in range(400)) / 400
@@ -57,7 +57,7 @@ def test_temperature_and_penalty_change_how_often():
 
 
 def test_the_end_of_turn_by_its_definition():
-    """All answers of up to four tokens over a small alphabet, with the longest overlap found the dumb way."""
+    """All answers of up to four tokens over a small alphabet, with the longest overlap found by trying all."""
     end = EndOfTurn(ids=(1, 2, 1), stop_ids=frozenset({1, 9}))
     for length in range(5):
         for answer in itertools.product((1, 2, 3), repeat=length):
@@ -65,7 +65,11 @@ def test_the_end_of_turn_by_its_definition():
             assert end.is_complete(answer) == (overlap == 3)
             assert end.missing(answer) == [1, 2, 1][overlap:]
             assert end.content(answer) == list(answer[: length - overlap])
-    assert [end.is_stop(token) for token in (1, 9, 3)] == [False, True, False]  # 1 belongs to the template's own ending
+    assert [end.is_stop(token) for token in (1, 9, 3)] == [
+        False,
+        True,
+        False,
+    ]  # 1 belongs to the end of turn
 
 
 def test_the_lead_that_the_template_writes_is_not_shown():

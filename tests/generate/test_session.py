@@ -1,4 +1,4 @@
-"""A session against a scripted model: what is fed when, where answers end, what is said when something goes wrong.
+"""A session with a scripted model: what it feeds, where answers end, and its error messages.
 
 That its logits are right is law 3: test_laws_cache.py.
 """
@@ -22,13 +22,14 @@ def session_of(script, *, mask="ism", ending=(END,), **options):
     return Session(model, encoder, mask=mask, **options), model, encoder
 
 
-# A context asks for the first token of its answer, each token for the next; what END asks for is not looked at.
+# Each call takes one token of the script: a context the first token of its answer, each token the next. The token
+# after END is not used.
 TWO_TURNS = [7, 8, END, 0, 9, END, 0]
 
 
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
-def test_history_rendered_anew_is_fed_anew(mask):
-    """Under `expand` each turn feeds contexts and earlier answers as they are rendered now, each under its own mask."""
+def test_history_rendered_anew_is_fed_again(mask):
+    """Under `expand` each turn feeds contexts and earlier answers as they are rendered now, under its mask."""
     model, encoder = ScriptedModel([7, 8, END, 0, 0, 0, 9, END, 0], 1000), AnewEncoder()
     session = Session(model, encoder, mask=mask)
     assert session.reply("ab") == "hi"
@@ -67,7 +68,7 @@ def test_ism_feeds_each_token_once_and_contexts_whole():
     assert session.fed == [80, 0, 1, 81, 7, 8, END, 80, 2, 81, 9, END]
 
 
-def test_causal_differs_in_the_prefill_alone():
+def test_causal_differs_only_in_the_prefill():
     session, model, _ = session_of(TWO_TURNS, mask="causal")
     session.reply("ab")
     session.reply("c")
@@ -75,7 +76,7 @@ def test_causal_differs_in_the_prefill_alone():
     assert model.calls[4] == ([80, 2, 81], 7, [8, 9, 10])
 
 
-def test_prefix_feeds_the_whole_conversation_anew():
+def test_prefix_feeds_the_whole_conversation_each_turn():
     session, model, _ = session_of(TWO_TURNS, mask="prefix")
     session.reply("ab")
     session.reply("c")
@@ -93,7 +94,7 @@ def test_an_answer_cut_short_gets_its_end_of_turn():
 
 
 def test_an_ending_of_several_tokens():
-    """A false start of it is content; cut in its middle, the rest is fed."""
+    """An incomplete end of turn inside an answer is content; one at the length limit is completed."""
     session, _, _ = session_of([7, 70, 8, 70, 71, 0], ending=(70, 71))
     assert session.reply("a") == "h?i"
     assert session.fed == [80, 0, 81, 7, 70, 8, 70, 71]
@@ -121,7 +122,7 @@ def test_a_character_of_two_tokens_is_shown_once_it_is_whole():
     assert [piece for piece in session.ask("a") if piece] == ["h", "\N{REPLACEMENT CHARACTER}"]  # never became whole
 
 
-def test_a_stream_closed_early_leaves_a_conversation_to_go_on_with():
+def test_a_conversation_continues_after_a_stream_closed_early():
     session, _, encoder = session_of([7, 8, 9, 0, 10, END])
     pieces = session.ask("a")
     assert [next(pieces), next(pieces)] == ["h", "i"]
@@ -134,7 +135,7 @@ def test_a_stream_closed_early_leaves_a_conversation_to_go_on_with():
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_error_inside_the_model_keeps_the_conversation(error):
-    """What was fed is in doubt then, so the next turn feeds all of it anew, answers as they were written."""
+    """The cache is cleared, and the next turn feeds the whole conversation with the tokens as generated."""
     session, model, _ = session_of([*TWO_TURNS[:4], 1, 2, END, 0], system="be kind")
     session.reply("ab")
     broken, forward = session.ask("c"), model.forward
@@ -260,13 +261,13 @@ def test_results_of_tools():
     session.reply("ab")
     assert session.reply("c", role="tool") == "j"
     assert encoder.asked[-1][-1] == {"role": "tool", "content": "c"}
-    assert len(session.undo()) == 2  # the result and what the model made of it; its call stays
+    assert len(session.undo()) == 2  # the result and the answer to it; the model's call stays
     session.give([{"role": "tool", "content": "c"}, {"role": "tool", "content": "d"}])
     assert "".join(session.answer()) == "d"
     assert model.calls[-3] == ([80, 2, 81, 80, 3, 81], 7, [13] * 6)
 
 
-def test_turns_that_did_not_happen_here_are_fed_as_pack_encodes_them():
+def test_given_turns_are_fed_as_pack_encodes_them():
     session, model, _ = session_of([7, END, 0, 0, 0, 3, END, 0])
     session.reply("ab")
     given = [("user", "c"), ("assistant", "xy"), ("user", "d"), ("assistant", "z")]
@@ -280,14 +281,14 @@ def test_turns_that_did_not_happen_here_are_fed_as_pack_encodes_them():
         ([25, END], 15),
         ([80, 4, 81], 17),
     ]
-    assert model.calls[4][2] == [10, 11, 12]  # an answer sees what is before each of its tokens
+    assert model.calls[4][2] == [10, 11, 12]  # answers are causal
     session.undo()
     assert len(session.fed) == 17
     session.undo()
     assert len(session.fed) == 12
 
 
-def test_what_cannot_be_asked():
+def test_wrong_questions():
     session, _, _ = session_of([])
     with pytest.raises(UsageError, match="nothing to answer"):
         session.answer()
@@ -303,7 +304,7 @@ def test_what_cannot_be_asked():
 @pytest.mark.parametrize(
     "refusal", [TemplateRefused("no system role"), HistoryRewritten("no"), CannotEscape("U+10FFFF")]
 )
-def test_what_the_template_does_not_take(refusal):
+def test_conversations_that_the_template_does_not_accept(refusal):
     session, _, encoder = session_of(TWO_TURNS)
     session.reply("ab")
 

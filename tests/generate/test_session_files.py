@@ -1,4 +1,4 @@
-"""A saved session is a line that `convert` reads; what is no such line is refused, and the session stays as it was."""
+"""A saved session is a line that `convert` reads. Any other file is refused, and the session does not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments
 
 
 def converted(path, folder):
-    """The conversations that `ismdata convert` makes of a file, as templates take them."""
+    """The conversations that `ismdata convert` reads from a file, in the form that templates take."""
     report = convert([str(path)], folder)
     with pa.memory_map(str(folder / "conversations-00000.arrow")) as source, pa.ipc.open_stream(source) as stream:
         rows = stream.read_all().to_pylist()
@@ -28,7 +28,7 @@ def converted(path, folder):
 
 
 def test_a_saved_session_converts_to_itself(tmp_path):
-    script = [7, 8, END, 0, 0, 9, END, 0]  # the 0 before 9 is what the given answer asks for
+    script = [7, 8, END, 0, 0, 9, END, 0]  # the 0 before 9 follows the given answer
     session = Session(ScriptedModel(script), CharacterEncoder(), mask="ism", system="be kind\n— 你好", tools=TOOLS)
     session.reply("ab")
     session.give([{"role": "assistant", "content": "one moment", "tool_calls": [CALL]}])
@@ -48,7 +48,7 @@ def test_a_saved_session_converts_to_itself(tmp_path):
     assert other.reply("f") == "f"
     assert encoder.asked[-1][:-1] == session.messages
     assert [ids for ids, _, _ in model.calls[:2]] == [[80, 0, 1, 81], [7, 8, END]]  # answers as pack encodes them
-    other.save(tmp_path / "talk.jsonl")  # of this session by now
+    other.save(tmp_path / "talk.jsonl")  # loaded by this session, so it may be replaced
     assert len(json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"]) == 8
 
 
@@ -131,7 +131,7 @@ def test_a_broken_file_is_refused_and_the_session_kept(content, message, tmp_pat
     assert session.reply("c") == "j"
 
 
-def test_a_long_file_is_taken_where_turns_may_leave(tmp_path):
+def test_a_long_file_is_loaded_if_turns_may_be_dropped(tmp_path):
     path = tmp_path / "talk.jsonl"
     turns = [{"role": role, "content": "abcde"} for _ in range(8) for role in ("user", "assistant")]
     path.write_text(json.dumps({"messages": turns}))

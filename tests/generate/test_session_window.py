@@ -1,4 +1,4 @@
-"""When the context is full: turns or single tokens leave, and what is left is what the model answers from."""
+"""A full context: turns are dropped or single tokens evicted, and the model answers from the rest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def said(session):
     return [message["content"] for message in session.messages]
 
 
-def test_whole_oldest_turns_leave_and_the_rest_is_fed_anew():
+def test_the_oldest_turns_are_dropped_and_the_rest_is_fed_again():
     session, model = dropping([7, END, 0, 8, END, 0, 9, END, 0, 0, 0, 0, 0, 10, END], context=24, system="s")
     for text in ("abc", "de", "fg"):
         session.reply(text)
@@ -51,7 +51,7 @@ def test_whole_oldest_turns_leave_and_the_rest_is_fed_anew():
     assert [len(message["content"]) for message in session.encoder.asked[-1]] == [1, 2, 1, 2, 1, 1]
 
 
-def test_turns_leave_again_and_undo_brings_them_back():
+def test_turns_are_dropped_repeatedly_and_undo_restores_them():
     made = random.Random(0)
     session, model = dropping([], context=40)
     for _ in range(12):
@@ -84,7 +84,7 @@ def test_a_turn_that_does_not_fit_alone_is_refused():
 
 
 @pytest.mark.parametrize(("mask", "encoder"), [("prefix", CharacterEncoder), ("causal", AnewEncoder)])
-def test_turns_leave_where_no_cache_survives(mask, encoder):
+def test_turns_are_dropped_when_the_cache_is_not_kept(mask, encoder):
     session, model = dropping([7, END] * 60, context=22, mask=mask, encoder=encoder())
     for text in ("abc", "de", "fg", "h"):
         model.script = [7] * 50
@@ -95,8 +95,8 @@ def test_turns_leave_where_no_cache_survives(mask, encoder):
 
 @pytest.mark.parametrize("when_full", ["stop", "drop-oldest"])
 @pytest.mark.parametrize("mask", ["ism", "prefix"])
-def test_what_is_left_has_the_logits_of_one_forward(when_full, mask):
-    """With a real model, in a context that some turns do not fit in: the rest is a conversation of its own."""
+def test_the_remaining_turns_have_the_logits_of_one_forward(when_full, mask):
+    """With a real model and a context that some turns do not fit in."""
     model = attach(tiny_model(dtype=torch.float32))
     session = Session(model, TextEncoder(), mask=mask, max_new_tokens=5, window=Window(when_full=when_full, context=40))
     seen = []
@@ -124,8 +124,8 @@ def test_what_is_left_has_the_logits_of_one_forward(when_full, mask):
     assert (session.left_out > 1) == (when_full == "drop-oldest")
 
 
-def reference_answer(model, held, contexts, *, size, policy, decay, count, turns):
-    """SirLLM by its words, the cache of what is left made anew at each step: right for a model of one layer."""
+def reference_answer(model, states, contexts, *, size, policy, decay, count, turns):
+    """SirLLM by its definition, with the cache rebuilt from the remaining tokens at each step: exact for one layer."""
     ids, entropies, turn, answers, before = [], [], 0, [], None
 
     def add(piece, new_turn):
@@ -142,7 +142,7 @@ def reference_answer(model, held, contexts, *, size, policy, decay, count, turns
         cache = DynamicCache(config=model.config)
         if ids:
             feed(model, ids, cache, bidirectional=False)
-        # How likely a token was is told by the logits on which the model would have chosen it, before others left.
+        # A token is scored by the logits from before the eviction, on which the model would have chosen it.
         before, scores = feed_scored(model, piece, cache, before)
         ids, entropies = ids + list(piece), entropies + scores
         return before
@@ -158,15 +158,15 @@ def reference_answer(model, held, contexts, *, size, policy, decay, count, turns
             add([60], False)
         entropies = [entropy * decay for entropy in entropies]
         answers.append(list(answer))
-        held.append((list(ids), list(entropies)))
+        states.append((list(ids), list(entropies)))
     return answers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("policy", ["sirllm", "streaming", "interval"])
-def test_single_tokens_leave_as_sirllm_says(policy, decay):
-    """The same tokens, entropies and answers as the reference, over turns for most of which the cache is full."""
+def test_evictions_equal_the_reference(policy, decay):
+    """The same tokens, entropies and answers, over turns in most of which the cache is full."""
     torch.manual_seed(1)
     model = tiny_model(dtype=torch.float32)
     model.model.layers = model.model.layers[:1]
@@ -176,11 +176,11 @@ def test_single_tokens_leave_as_sirllm_says(policy, decay):
     texts = [f"turn {k}" for k in range(12)]
     window = Window(when_full=policy, context=32, decay=decay)
     session = Session(model, encoder, mask="causal", max_new_tokens=6, window=window)
-    held = []
+    states = []
     contexts = [encoder.context(text) for text in texts]
     options = {"size": 32, "policy": policy, "decay": decay, "count": 6, "turns": len(texts)}
-    answers = reference_answer(model, held, contexts, **options)
-    for text, answer, (ids, entropies) in zip(texts, answers, held, strict=True):
+    answers = reference_answer(model, states, contexts, **options)
+    for text, answer, (ids, entropies) in zip(texts, answers, states, strict=True):
         assert session.reply(text) == encoder.decode([token for token in answer if token != 60])
         assert session.fed == ids
         np.testing.assert_allclose(session._cache.entropies, entropies, atol=1e-4)
@@ -188,8 +188,8 @@ def test_single_tokens_leave_as_sirllm_says(policy, decay):
     assert len(session.fed) <= 32
 
 
-def test_undo_after_tokens_left():
-    """What left cannot come back by cropping, so all is fed anew; the session is the one that never asked."""
+def test_undo_after_an_eviction():
+    """The conversation is fed again, and the session equals one that never asked the removed question."""
     model = attach(tiny_model(dtype=torch.float32))
     window = Window(when_full="sirllm", context=24)
 
@@ -210,7 +210,7 @@ def test_undo_after_tokens_left():
 
 
 def test_under_ism_contexts_stay_bidirectional():
-    """Until the cache is full a session that may let tokens go is the one that may not."""
+    """Until the cache is full, a session that may evict tokens equals one that may not."""
     model = attach(tiny_model(dtype=torch.float32))
     wide = Session(model, TextEncoder(), mask="ism", max_new_tokens=4)
     ours = Session(
@@ -230,7 +230,7 @@ def test_under_ism_contexts_stay_bidirectional():
     assert len(ours.fed) <= 60
 
 
-def test_what_cannot_be_chosen():
+def test_wrong_windows():
     model = attach(tiny_model())
     for options, message in [
         ({"when_full": "drop"}, "--when-full is 'drop'; expected one of stop, drop-oldest, sirllm"),
@@ -248,7 +248,7 @@ def test_what_cannot_be_chosen():
             Session(model, encoder, mask=mask, window=Window(when_full="sirllm", context=64))
 
 
-def test_the_glm_layout_lets_no_single_tokens_go():
+def test_the_glm_layout_evicts_no_single_tokens():
     encoder = TextEncoder()
     model = attach(glm_model(torch.float32))
     with pytest.raises(UsageError, match="differ on the GLM layout"):

@@ -1,4 +1,4 @@
-"""The terminal against a scripted model: commands, Ctrl-C, what is said when something goes wrong."""
+"""The terminal with a scripted model: commands, Ctrl-C, error messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_terminal_loop_ends_with_its_input(end):
     assert terminal(chat, ["ab", end]) == "hi\n\n"
 
 
-def test_the_terminal_says_when_a_conversation_is_too_long_and_goes_on():
+def test_the_terminal_continues_after_a_conversation_that_is_too_long():
     chat, _, _ = session_of(TWO_TURNS, max_positions=12)
     shown = terminal(chat, ["ab", "abc", "c"])
     assert "would have 12 tokens" in shown
@@ -72,7 +72,7 @@ def test_ctrl_c_ends_the_answer_between_two_tokens():
 
 
 def test_commands(tmp_path):
-    """A talk with all of them: what is shown, and what is left."""
+    """A conversation with all of them: the output, and the remaining messages."""
     session, model, _ = session_of([*TWO_TURNS, 5, END, 0])
     path = tmp_path / "my talk.jsonl"
     shown = terminal(session, ["ab", f"/save {path}", "c", "/undo", "/undo", "/undo", f"/load '{path}'"])
@@ -104,12 +104,12 @@ def test_a_loaded_question_is_answered(tmp_path):
         ("/", "/: no such command"),
     ],
 )
-def test_a_command_that_cannot_be_says_why_and_the_talk_goes_on(line, message):
+def test_the_terminal_continues_after_a_wrong_command(line, message):
     session, model, _ = session_of(TWO_TURNS)
     shown = terminal(session, ["ab", line, "c"])
     assert shown.startswith(f"hi\n{message}")
     assert shown.endswith("\nj\n\n")
-    assert model.calls[4][1] == 7  # the cache went on too
+    assert model.calls[4][1] == 7  # the cache was kept
 
 
 def test_help_lists_every_command():
@@ -125,19 +125,19 @@ def test_an_empty_line_does_nothing(line):
     assert (model.calls, session.messages) == ([], [])
 
 
-def test_a_line_may_begin_with_a_slash_behind_a_blank():
+def test_a_line_may_begin_with_a_space_and_a_slash():
     session, _, encoder = session_of(TWO_TURNS)
     terminal(session, [" /etc"])
     assert encoder.asked[0][0]["content"] == "/etc"
 
 
-def test_turns_that_leave_are_told():
+def test_dropped_turns_are_reported():
     window = Window(when_full="drop-oldest", context=14)
     session = Session(ScriptedModel([7, END] * 20), CharacterEncoder(), mask="ism", window=window, max_new_tokens=2)
     assert "(The oldest 2 messages are no longer in the context.)" in terminal(session, ["ab", "cd", "ef"])
 
 
-def test_another_mask_than_the_models_is_told():
+def test_another_mask_than_the_models_is_reported():
     written = []
     session, _, _ = session_of([], mask="causal")
     run_terminal(session, trained="ism", read=lambda prompt: "/exit", write=written.append)
@@ -154,7 +154,7 @@ def folder(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, smollm2):
-    """A saved model, of few and narrow layers, with a real tokenizer and no settings of ours."""
+    """A small saved model with a real tokenizer, without the settings file of ismdata."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -178,7 +178,7 @@ def test_opening_a_model(folder):
     with pytest.raises(UsageError, match=r"config.json records no ismdata_mask.*--mask causal"):
         open_chat(folder)
     assert not (folder / SETTINGS_NAME).exists()
-    session = open_chat(folder, mask="causal", max_new_tokens=3)  # of transformers, with its tokenizer's template
+    session = open_chat(folder, mask="causal", max_new_tokens=3)  # with its tokenizer's own template
     assert session.mask == "causal"
     assert len(session.fed) == 0
     session.reply("Hello")
@@ -188,7 +188,7 @@ def test_opening_a_model(folder):
     assert open_chat(folder, mask="prefix").mask == "prefix"
 
 
-def test_a_mask_that_there_is_not(folder):
+def test_an_unknown_mask(folder):
     record(folder, "slanted")
     with pytest.raises(DataError, match=r"config.json: ismdata_mask is 'slanted'; expected one of ism, causal, prefix"):
         open_chat(folder)

@@ -1,4 +1,4 @@
-"""Law 5 over the real corpora: every template that trl ships, two real tokenizers, documents against transformers.
+"""Law 5 on real corpora: documents compared with transformers, for all templates of trl and two real tokenizers.
 
 A few conversations of each corpus by default; `ISMDATA_LAW5_SAMPLE=40` takes that many.
 """
@@ -60,7 +60,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.RecordBatch:
 
 
 class Transformers:
-    """What transformers itself renders and encodes, without anything of ours but the fixed date."""
+    """Renders and encodes with transformers alone; only the date is fixed by ismdata."""
 
     def __init__(self, with_: Encoding) -> None:
         self.template = with_.renderer.template
@@ -82,7 +82,7 @@ class Transformers:
         if self.template.typed_content:
             messages = [{**m, "content": [{"type": "text", "text": m.get("content") or ""}]} for m in messages]
         try:
-            # What the tokenizer's apply_chat_template calls, which before that takes null contents out of messages.
+            # apply_chat_template would call this too, but removes null contents first.
             [text], _ = render_jinja_template(
                 [messages],
                 tools=tools,
@@ -90,13 +90,13 @@ class Transformers:
                 add_generation_prompt=generation_prompt,
                 **self.pretrained.special_tokens_map,
             )
-        except Exception:  # a template raises what it likes
+        except Exception:  # templates raise any exception
             return None
         assert isinstance(text, str)
         return text
 
     def stable(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[int]] | None:
-        """The rendering, and where each answer but an opening one starts in it; None if a shorter one is no prefix."""
+        """The rendering, and where each answer but an opening one starts; None if a shorter one is no prefix."""
         whole = self.render(messages, tools)
         starts = []
         for k, message in enumerate(messages):
@@ -110,8 +110,8 @@ class Transformers:
         return whole, starts
 
 
-def with_a_call_less(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation without one of its calls, or without all calls of one message, each in turn."""
+def with_fewer_calls(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """All variants of the conversation without one call, or without all calls of one message."""
     for k, message in enumerate(messages):
         calls = message.get("tool_calls", [])
         for kept in ([], *([*calls[:j], *calls[j + 1 :]] for j in range(len(calls)))) if calls else ():
@@ -128,7 +128,7 @@ def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def request_all(batch: Any, history: str) -> Requests:
-    """Whole conversations, or one document an answer."""
+    """Requests for whole conversations, or for one document per answer."""
     if history == "append":
         conversation, hi = np.arange(len(batch)), np.diff(batch.first)
         target_from = np.zeros(len(batch), np.int64)
@@ -165,13 +165,13 @@ def test_law_5_on_real_conversations(
         messages, tools = as_template_messages(batch.conversation(int(requests.conversation[r])))
         messages = messages[: int(requests.hi[r])]
         if r in layout.refused and layout.refused[r].reason == "history_rewritten":
-            drawn_in = "does not come before" in layout.refused[r].detail  # a tool's result, in the model's own turn
+            drawn_in = "does not come before" in layout.refused[r].detail  # a tool result inside the model's turn
             assert theirs.stable(messages, tools) is None or (history == "expand" and drawn_in)
             seen["beyond append"] += 1
             continue
         if r in layout.refused and layout.refused[r].reason == "not_rendered":
             said = theirs.render(messages, tools)
-            assert any(theirs.render(fewer, tools) == said for fewer in with_a_call_less(messages))
+            assert any(theirs.render(fewer, tools) == said for fewer in with_fewer_calls(messages))
             seen["calls left out"] += 1
             continue
         if r in layout.refused and layout.refused[r].reason == "text_lost":
@@ -190,7 +190,7 @@ def test_law_5_on_real_conversations(
         ids = documents.input_ids[ends[r] - documents.lengths[r] : ends[r]].tolist()
         spans = documents.spans[span_ends[r] - documents.span_counts[r] : span_ends[r]].tolist()
         if with_.tokenizer.controls.escape([messages, tools])[1].mapping:
-            seen["spells control tokens"] += 1  # transformers would take the text for the token
+            seen["spells control tokens"] += 1  # transformers would encode the text as the token
             continue
         whole = theirs.render(messages, tools)
         found = theirs.stable(messages, tools)
@@ -198,8 +198,8 @@ def test_law_5_on_real_conversations(
             seen["rewritten"] += 1
             continue
         assert whole is not None
-        # Decoded spans say where ours cuts; each stretch must encode as transformers encodes that text, and all
-        # together must be the rendering. So the only freedom left is where token borders are forced.
+        # Cut the text at our span borders. Each part must have the tokens that transformers gives it, and the parts
+        # must join to the rendering. So only the forced token borders may differ.
         stretches = [ids[start:end] for start, end, *_ in spans]
         texts = [with_.tokenizer.decode(stretch) for stretch in stretches]
         if "\ufffd" not in whole:
@@ -211,7 +211,7 @@ def test_law_5_on_real_conversations(
             opening = messages[0]["role"] == "assistant"
             prompt = with_.renderer.profile.generation_prompt
             for ours, their in zip(answers[int(opening) :], found[1], strict=True):
-                # A header that the rendering has and the generation prompt has not is context all the same.
+                # A header that only the rendering has is still context.
                 assert ours == their or whole[their:ours].endswith(prompt)
         seen["compared"] += 1
     if seen["refused"] == len(requests):

@@ -20,12 +20,12 @@ CLOSE = {"rtol": 0, "atol": 1e-9}
 _MODELS = {}
 
 
-#: Every architecture under the dense mask, and one of them under each other backend.
+#: Every architecture with the backend sdpa, and one of them with each other backend.
 COMBINATIONS = [(each, "sdpa") for each in ARCHITECTURES] + [("qwen3", each) for each in BACKENDS if each != "sdpa"]
 
 
 def attached(architecture, backend="sdpa"):
-    """One model an architecture and backend: attaching is deterministic and the tests change no weights."""
+    """One model per architecture and backend: attaching is deterministic, and the tests change no weights."""
     if (architecture, backend) not in _MODELS:
         _MODELS[architecture, backend] = attach(tiny_model(architecture), backend=backend)
     return _MODELS[architecture, backend]
@@ -39,7 +39,7 @@ def logits_of(model, each):
 
 
 def summed_loss(model, each):
-    """The summed loss over targets, in float64 (the models' own loss works in float32)."""
+    """The summed loss over targets, in float64 (the models compute theirs in float32)."""
     batch = Collator()([each])
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
@@ -55,13 +55,13 @@ def gradients(model, loss):
 
 
 def cut_after(document, answer):
-    """The document up to and with its answer number `answer`, of whose answers only the last is trained."""
+    """The document through its answer number `answer`; only this answer is trained."""
     at = [index for index, (kind, *_) in enumerate(document) if kind == ANSWER][answer]
     return [(kind, length, index == at) for index, (kind, length, *_) in enumerate(document[: at + 1])]
 
 
 def runs(mask, document=THREE_ANSWERS):
-    """The one pass, and the K passes each with the rows that predict its last answer."""
+    """The sample of the one pass, and the samples of the K passes with the rows that predict the last answer."""
     whole = sample([document], mask=mask, seed=7)
     tokens = whole.sequence.input_ids
     cuts = []
@@ -90,7 +90,7 @@ def test_law_1_one_pass_equals_k_passes(architecture, backend, mask):
     torch.testing.assert_close(once, apart, **CLOSE)
     expected = gradients(model, apart)
     for name, gradient in gradients(model, once).items():
-        # The models' norms work in float32 whatever the model's dtype, backwards too.
+        # The models' norms compute in float32 whatever the model's dtype, backwards too.
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=2e-6 * scale)
 
@@ -111,7 +111,7 @@ def documents(max_length=12):
 
 
 def check_packing(architecture, mask, packed, backend="sdpa"):
-    """Each document alone, at offset 0 of its own row, against where the packed row has it."""
+    """Compare each document alone, at offset 0 of its own row, with its place in the packed row."""
     model = attached(architecture, backend)
     row = sample(packed, seq_len=256, mask=mask, seed=3)
     together = logits_of(model, row)

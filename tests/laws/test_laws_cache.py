@@ -1,4 +1,4 @@
-"""Law 3, through the session's own code: fed turn by turn with a KV cache, a conversation has one forward's logits."""
+"""Law 3: fed turn by turn with a KV cache by a session, a conversation has the logits of one forward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TURNS = [(QUERY, 5), (ANSWER, 4), (QUERY, 1), (ANSWER, 1), (QUERY, 6), (ANSWER, 
 
 
 class FixedEncoder:
-    """Context k is fixed random tokens; an answer ends with the tokens `ending`."""
+    """Encodes context k as fixed random tokens; an answer ends with the tokens `ending`."""
 
     def __init__(self, lengths=(5, 1, 6), ending=(60,)):
         generator = torch.Generator().manual_seed(5)
@@ -51,7 +51,7 @@ class FixedEncoder:
         return SimpleNamespace(document=self.document)
 
     def document(self, messages, tools=None):
-        """Answers are as they were written, whatever stands here."""
+        """Answers get no tokens here: the session has those that the model generated."""
         return [
             Piece(span=k, kind=ANSWER, message=k, ids=())
             if message["role"] == "assistant"
@@ -108,7 +108,7 @@ def test_a_causal_prefill_of_ism_contexts_is_another_model():
 )
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
 def test_law_3_a_whole_chat(architecture, backend, mask):
-    """Three turns of greedy chat: every choice was made on the logits that one full forward of the mask gives."""
+    """Three greedy turns: every token was chosen by the logits that one full forward of the mask gives."""
     model = attach(tiny_model(architecture), backend=backend)
     encoder = FixedEncoder()
     chat = Session(model, encoder, mask=mask, max_new_tokens=4)
@@ -126,7 +126,7 @@ def test_law_3_a_whole_chat(architecture, backend, mask):
         expected = full_logits(model, document, chat.fed, mask)
         torch.testing.assert_close(torch.stack(seen), expected[at - 1 : at - 1 + len(seen)], **CLOSE)
         at = len(chat.fed)
-        assert chat.fed[-1] == 60  # cut by max_new_tokens or not, the end of turn was fed
+        assert chat.fed[-1] == 60  # the end of turn was fed, even after max_new_tokens
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
 
 
@@ -145,7 +145,7 @@ MASK_ID, START_ID = 58, 59
 
 
 class TextEncoder(FixedEncoder):
-    """The context of a user's text is random tokens that follow from it."""
+    """Encodes a user's text as random tokens, seeded by it."""
 
     def __init__(self, glm=None):
         super().__init__()
@@ -178,7 +178,7 @@ def one_forward(model, turns, ids, mask):
     document = []
     for number, (context, answer) in enumerate(turns, 1):
         if glm and mask == "prefix" and number < len(turns):
-            document += [(QUERY, context), (QUERY, answer)]  # only the newest answer has its two tokens
+            document += [(QUERY, context), (QUERY, answer)]  # only the newest answer has the two markers
         else:
             document += [(QUERY, context + glm)] + [(ANSWER, 1)] * glm + [(ANSWER, answer)]
     seq_lens, spans = spans_of([document])
@@ -198,7 +198,7 @@ def one_forward(model, turns, ids, mask):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "glm"])
 @pytest.mark.parametrize("mask", ["ism", "causal", "prefix"])
 def test_law_3_twenty_random_turns_with_undo_and_stop(architecture, mask):
-    """Every choice of every turn was made on the logits of one forward over what stands, in float32 to 1e-5."""
+    """Every token was chosen by the logits of one forward over the remaining turns, in float32 to 1e-5."""
     glm = architecture == "glm"
     model = attach(glm_model(torch.float32) if glm else tiny_model(architecture, dtype=torch.float32))
     tokens = GlmTokens(mask_id=MASK_ID, start_id=START_ID, every_answer=True) if glm else None
