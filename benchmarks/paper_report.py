@@ -28,9 +28,9 @@ REFERENCE = "ism"
 HEADINGS = (
     "trained",
     "equal",
-    "nats a token [95 %]",
-    "of each seed",
-    "less ism [95 %]",
+    "nats per token [95 %]",
+    "per seed",
+    "minus ism [95 %]",
     "BLEU [95 %]",
     "tokens",
     "targets",
@@ -284,7 +284,7 @@ def draw(found: dict[str, Any], output: Path) -> None:
         )
         for axes, (title, facts) in zip(panels[0], found.items(), strict=True):
             panel(axes, facts)
-            axes.set(title=title, ylabel="nats a token")
+            axes.set(title=title, ylabel="nats per token")
             axes.spines[["top", "right"]].set_visible(False)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, frameon=False, fontsize=9, ncols=3, loc="outside lower center")
