@@ -49,12 +49,11 @@ from ismdata.rendering import (
     NotDecomposable,
     Piece,
     Renderer,
+    SkeletonBuilder,
     Slot,
     Tokenizer,
     TokenizerEngine,
     as_template_messages,
-    build_skeleton,
-    for_marked,
     insert_markers,
     render_document,
 )
@@ -86,7 +85,7 @@ class DocumentEncoder:
         self.use_skeletons = use_skeletons
         self.backend = backend
         self.glm = glm
-        self._probing = for_marked(renderer)
+        self._skeleton_builder = SkeletonBuilder(renderer, tokenizer, history)
         self._skeletons: dict[bytes, Skeleton | Refusal | None] = {}
         self._shapes: dict[tuple[Any, ...], int] = {}
         self._shape_list: list[tuple[Any, ...]] = []
@@ -271,7 +270,7 @@ class DocumentEncoder:
             roles = [ROLES[code] for code in key]
             found: Skeleton | Refusal | None
             try:
-                pieces = build_skeleton(self._probing, self.tokenizer, roles, self.history)
+                pieces = self._skeleton_builder.build(roles)
             except NotDecomposable:
                 found = None
             except Refused as error:

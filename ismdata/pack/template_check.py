@@ -26,7 +26,7 @@ from ismdata.rendering import (
     as_template_messages,
     compile_chunks,
     marked_pieces,
-    rendered_chunks,
+    render_chunks,
 )
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _render(
     try:
         messages, tools = as_template_messages(batch.conversation(c))
         asked = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
-        chunks, escapes = rendered_chunks(encoding.renderer, tokenizer, asked, tools, encoding.history)
+        chunks, escapes = render_chunks(encoding.renderer, tokenizer, asked, tools, encoding.history)
         pieces = compile_chunks(
             chunks, tokenizer, lambda text: (escapes.undo(text),), encode=False, without_reasoning=without_reasoning
         )

@@ -7,20 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ismdata.choices import History
 from ismdata.errors import DataError
 from ismdata.masks import ANSWER, QUERY
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, Escapes
-from ismdata.rendering.glm_tokens import GlmTokens
-from ismdata.rendering.renderer import ANY_ANSWER, Chunk
-from ismdata.rendering.skeleton import compile_chunks
-
-if TYPE_CHECKING:
-    pass
 from ismdata.rendering.encoding import SETTINGS_NAME, Encoding, load_encoding
+from ismdata.rendering.glm_tokens import GlmTokens
+from ismdata.rendering.pieces import compile_chunks
+from ismdata.rendering.renderer import Chunk
+from ismdata.rendering.tracing import ANY_ANSWER
 
 
 class ConversationEncoder:

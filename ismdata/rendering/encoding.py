@@ -16,11 +16,12 @@ from ismdata.choices import History
 from ismdata.errors import DataError, UsageError
 from ismdata.rendering.chat_template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in
 from ismdata.rendering.glm_tokens import GlmTokens, choose_tokens
+from ismdata.rendering.pieces import Piece, render_document
 from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.sensitivity import Sensitivity, sensitivity
-from ismdata.rendering.skeleton import Piece, render_document
 from ismdata.rendering.template_probe import profile
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
+from ismdata.rendering.tracing import Tracer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,7 +132,7 @@ def probe_encoding(
     if template_name in BUILT_IN:
         _check_vocabulary(loaded, source, template_name)
     template, found = profile(template, loaded.markers)
-    renderer = Renderer(template=template, profile=found, controls=loaded.controls, markers=loaded.markers)
+    renderer = Renderer(tracer=Tracer(template), profile=found, controls=loaded.controls, markers=loaded.markers)
     if template.prints_date:
         notes.append(f"The template prints a date: fixed at {date.isoformat()} (--template-date).")
     if not found.prefix_stable and found.difference is not None:

@@ -28,7 +28,7 @@ import numpy as np
 from ismdata.errors import UsageError
 from ismdata.masks import ANSWER, QUERY, Block, IntArray
 from ismdata.rendering.control_tokens import AddedToken
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering.pieces import Piece
 
 #: Names under which tokenizers have the two tokens (ChatGLM, GLM-10B, BERT and RoBERTa), the first that is there wins.
 MASK_NAMES = ("[gMASK]", "[MASK]", "<mask>")

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ismdata.rendering.chat_template import parsed
+from ismdata.rendering.pieces import Slot
 from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import EM_SPACE, NotDecomposable, Slot, fill_text, marked_parts
+from ismdata.rendering.skeleton import EM_SPACE, NotDecomposable, fill_parts, template_parts
 
 #: Contents that templates have been seen to treat specially without naming them: case, escapes, lengths, blanks, JSON,
 #: lists.
@@ -55,7 +56,7 @@ def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
     def departs(roles: Sequence[str], parts: Sequence[str | Slot], contents: Sequence[str]) -> bool:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
-            return renderer.template.render(messages) != fill_text(parts, contents)
+            return renderer.template.render(messages) != fill_parts(parts, contents)
         except TemplateRefused:
             return True
 
@@ -92,7 +93,7 @@ def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
 
 def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] | None:
     try:
-        return marked_parts(renderer.template, roles)
+        return template_parts(renderer.template, roles)
     except TemplateRefused:
         return None
     except NotDecomposable:

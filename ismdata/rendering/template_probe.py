@@ -30,7 +30,7 @@ from ismdata.errors import DataError
 from ismdata.rendering.chat_template import CallContent, ChatTemplate, Message
 from ismdata.rendering.control_tokens import ControlTokens, common_prefix_length
 from ismdata.rendering.refusals import TemplateRefused
-from ismdata.rendering.tracing import Traced, Tracer
+from ismdata.rendering.tracing import Trace, Tracer
 
 #: Contents while probing; the private-use characters around them keep them apart from the template's own text.
 _QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
@@ -259,13 +259,13 @@ def _leading_control(text: str, markers: ControlTokens) -> str:
 def _control_before_result(template: ChatTemplate, markers: ControlTokens) -> str:
     """The control token that ends an answer which calls a tool, when the tool's result follows."""
     tracer = Tracer(template)
-    renderings: list[Traced] = []
+    renderings: list[Trace] = []
     for messages in ([_USER, calling("")], [_USER, calling(""), _RESULT]):
-        found = tracer.around(messages, [_TOOL], "whole") or tracer.around(messages, None, "whole")
-        if found is None or not found.of(1):
+        found = tracer.trace_template(messages, [_TOOL], "whole") or tracer.trace_template(messages, None, "whole")
+        if found is None or not found.of_message(1):
             return ""
         renderings.append(found)
-    at_end, in_history = (found.behind(1, found.of(1)[-1].end) for found in renderings)
+    at_end, in_history = (found.text_after(1, found.of_message(1)[-1].end) for found in renderings)
     shared = markers.common_prefix(at_end, in_history)
     return _leading_control(in_history[shared:], markers)
 

@@ -18,9 +18,9 @@ from ismdata.masks import ANSWER
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
 from ismdata.rendering.encoding import Encoding, probe_encoding
+from ismdata.rendering.pieces import render_chunks
 from ismdata.rendering.refusals import CannotRender
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.skeleton import rendered_chunks
 from ismdata.rendering.tracing import REASONING_END
 
 #: What is described to a template in conversations with tools.
@@ -108,7 +108,7 @@ def refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | 
     tools = TOOLS if with_tools else None
     try:
         for end in ends:
-            rendered_chunks(encoding.renderer, encoding.tokenizer, messages[:end], tools, history)
+            render_chunks(encoding.renderer, encoding.tokenizer, messages[:end], tools, history)
     except CannotRender as error:
         return error
     return None
@@ -226,8 +226,8 @@ def _reasoning(renderer: Renderer, shape: str) -> str:
     messages = SHAPES[shape][0]
 
     def written(count: int) -> bool:
-        found = renderer.trace(messages[:count])
-        kept = {place.text for place in found.places}
+        found = renderer.tracer.trace(messages[:count])
+        kept = {place.text for place in found.occurrences}
         return all(
             number in kept for number, text in enumerate(found.texts) if text.message == 1 and text.part == "reasoning"
         )
@@ -248,7 +248,7 @@ def _example(encoding: Encoding) -> list[dict[str, Any]]:
     tools = TOOLS if with_tools else None
     for asked in ([*system, *messages], messages, messages[:2]):
         try:
-            chunks, escapes = rendered_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
+            chunks, escapes = render_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
         except CannotRender:
             continue
         last = max((chunk.message for chunk in chunks), default=-1)

@@ -14,7 +14,7 @@ from ismdata.generate.batched import answer_many
 from ismdata.generate.session import Session
 from ismdata.masks.intervals import ANSWER, QUERY
 from ismdata.rendering.glm_tokens import GlmTokens
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering.pieces import Piece
 from tests.laws.test_laws_cache import MASK_ID, START_ID, TextEncoder, glm_model
 from tests.support.tiny import tiny_model
 

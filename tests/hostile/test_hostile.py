@@ -28,7 +28,7 @@ from ismdata.errors import DataError
 from ismdata.pack.conversation_batch import conversation_batch
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.rendering import chat_template as templates
-from ismdata.rendering import skeleton
+from ismdata.rendering import renderer
 from ismdata.rendering.chat_template import ChatTemplate, built_in
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens
 from ismdata.rendering.encoding import Encoding
@@ -454,7 +454,7 @@ def test_odd_text_comes_through_unchanged(text: str, fields: dict[str, Any], smo
 
 def test_a_conversation_too_long_to_render_by_itself_is_refused(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By columns any length goes; rendered one answer at a time, the time would grow with its square."""
-    monkeypatch.setattr(skeleton, "MOST_MESSAGES", 30)
+    monkeypatch.setattr(renderer, "MOST_MESSAGES", 30)
     with_ = encoding(smollm2)
     encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     long = [{"role": ("user", "assistant")[k % 2], "content": f"word {k}"} for k in range(40)]

@@ -20,7 +20,7 @@ from ismdata.generate.sampling import Sampling
 from ismdata.generate.session import Session
 from ismdata.masks import glm_positions
 from ismdata.rendering.glm_tokens import GlmTokens
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering.pieces import Piece
 from tests.support.tiny import ANSWER, ARCHITECTURES, QUERY, SIZES, VOCABULARY, sample, spans_of, tiny_model
 
 CLOSE = {"rtol": 0, "atol": 1e-9}

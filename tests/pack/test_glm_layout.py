@@ -33,7 +33,7 @@ from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.glm_tokens import GlmTokens, insert_markers, marked, marked_pieces
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering.pieces import Piece
 from tests.support.paths import SCHEMAS, SHARED
 
 GOLDEN = SHARED / "golden" / "glm_positions.json"

@@ -274,7 +274,7 @@ def test_a_text_written_twice_is_refused(made: Any) -> None:
 
 
 def test_a_text_that_is_changed_is_refused(made: Any) -> None:
-    with pytest.raises(TextLost, match="changes what message 1 says"):
+    with pytest.raises(TextLost, match="changes the text of message 1"):
         made(CHATML % "{{ m.content | replace('one', 'two') }}").renderer.append(TALK)
     shouted = made(CHATML % "{{ m.content | upper }}").renderer.append([u("one?"), a("yes")])
     assert cut(shouted)[-2] == ("answer", "YES<|im_end|>")

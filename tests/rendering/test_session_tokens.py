@@ -12,6 +12,7 @@ from ismdata.generate.session import Session
 from ismdata.masks.intervals import ANSWER
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.refusals import CannotRender, TemplateRefused
+from ismdata.rendering.tracing import Tracer
 from tests.conftest import conversations, encoding, template_named
 from tests.support.scripted import ScriptedModel
 
@@ -141,7 +142,7 @@ def test_the_next_context_of_a_long_conversation_takes_as_few_renderings(smollm2
     counts = []
     for length in (2, 100):
         renders.clear()
-        renderer = replace(with_.renderer, template=counted)  # it remembers nothing yet
+        renderer = replace(with_.renderer, tracer=Tracer(counted))  # with empty caches
         assert renderer.next_context([*messages[:length], {"role": "user", "content": "y"}])[2]
         counts.append(len(renders))
     assert counts[0] == counts[1]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from ismdata.attention.backends.registry import BACKENDS
 from ismdata.masks.intervals import ANSWER, QUERY
-from ismdata.rendering.skeleton import Piece
+from ismdata.rendering.pieces import Piece
 
 #: What opens a question, what closes it, and the end of turn.
 OPEN, CLOSE, END = 80, 81, 90
