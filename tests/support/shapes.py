@@ -1,20 +1,36 @@
-"""A record of each well-known shape of dialogue data, with made-up words; test_formats.py reads them all."""
+"""A record of each well-known shape of dialogue data, with made-up words."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 S, U, A, T = "system", "user", "assistant", "tool"
 Q, R = "Is it open?", "Until six."
 QA = [(U, Q), (A, R)]
 
 
-def spoken(speaker, text, *turns):
-    return [{speaker: name, text: said} for name, said in turns]
+def spoken(speaker: str, text: str, *turns: tuple[Any, Any]) -> list[dict[str, Any]]:
+    """Utterances with these names of the speaker's field and of the text's."""
+    return [{speaker: name, text: content} for name, content in turns]
 
 
-def chat(*turns):
+def chat(*turns: tuple[Any, Any]) -> list[dict[str, Any]]:
+    """Messages of OpenAI's format."""
     return spoken("role", "content", *turns)
+
+
+def moss_turn(
+    human: str, moss: str, thoughts: str = "None", commands: str = "None", results: str = "None"
+) -> dict[str, str]:
+    """A turn of MOSS with its five channels."""
+    return {
+        "Human": f"<|Human|>: {human}<eoh>\n",
+        "Inner Thoughts": f"<|Inner Thoughts|>: {thoughts}<eot>\n",
+        "Commands": f"<|Commands|>: {commands}<eoc>\n",
+        "Tool Responses": f"<|Results|>:\n{results}\n<eor>\n",
+        "MOSS": f"<|MOSS|>: {moss}<eom>\n",
+    }
 
 
 HUMAN = [("human", Q), ("gpt", R)]
@@ -52,8 +68,8 @@ FLAT = {"turn_id": ["0", "1"], "speaker": [0, 1], "utterance": [Q, R], "frames":
 WIZARD = spoken("speaker", "text", ("0_Wizard", R), ("1_Apprentice", Q))
 FLAGGED = [{"message": R, "is_human": False}, {"message": Q, "is_human": True}]
 PALM = spoken("author", "content", ("user", Q), ("bot", R))
-#: Format, record, its one conversation under `--preference chosen`, and the other formats that its fields fit.
-SHAPES = [
+#: Format, record, its one conversation under `--preference chosen`, and the other formats that the record matches.
+SHAPES: list[tuple[str, Any, list[tuple[str, Any]], tuple[str, ...]]] = [
     # LMSYS-Chat-1M, WildChat
     ("messages", {"conversation_id": "c", "conversation": chat(*QA), "turn": 1, "redacted": False}, QA, ()),
     ("messages", {"conversation": [{**one, "toxic": False, "language": "English"} for one in chat(*QA)]}, QA, ()),
@@ -131,3 +147,71 @@ SHAPES = [
     ("separated", {"id": "1", "dialogue": f"Ann: {Q}\r\nBo: {R}", "summary": "s"}, QA, ()),
     ("separated", {"dialogue": f"#Person1#: {Q}\n#Person2#: {R}"}, QA, ()),
 ]  # fmt: skip
+
+HH = "Human: a\n\nAssistant: b"
+BY_NAME = [("Ann", "Hi"), ("Bo", "Hm"), ("Bo", "Hi")]
+IN_ORDER = [(U, "Hi"), (A, "Hm"), (A, "Hi")]
+#: As SHAPES: these and more.
+RECORDS: list[tuple[str, Any, list[tuple[str, Any]], tuple[str, ...]]] = [
+    ("utterances", {"utterances": spoken("speaker", "text", ("USER", Q), ("ASSISTANT", R))}, QA, ()),
+    ("utterances", {"content": spoken("agent", "message", ("agent_1", Q + " "), ("agent_2", R + "\n"))}, QA, ()),
+    ("utterances", {"dialog": spoken("speaker", "content", ("listener", R), ("speaker", Q))}, QA[::-1], ()),
+    ("utterances", {"messages": chat(("usr", Q), ("sys", R))}, QA, ("messages",)),
+    ("utterances", {"turns": spoken("speaker", "utterance", ("USER", Q), ("SYSTEM", R))}, QA, ()),
+    ("utterances", {"id": "D1", "goal": {}, "log": [{"text": Q, "metadata": {}}, {"text": R}]}, QA, ()),
+    ("utterances", {"dialogue": spoken("speaker", "text", (7, Q), (3, R))}, QA, ()),
+    ("utterances", {"dialogue": spoken("speaker", "text", *BY_NAME)}, IN_ORDER, ()),
+    ("utterances", {"conversation": chat(("X", " a\n"), ("Y", "b "))}, [(U, " a\n"), (A, "b ")], ()),
+    ("pairs", {"conversation": [{"human": Q, "assistant": R}]}, QA, ()),
+    ("pairs", {"history": [[Q, R]]}, QA, ()),
+    ("pairs", [[Q, R], ["And", "so"]], [*QA, (U, "And"), (A, "so")], ()),
+    ("pairs", {"system": "Be brief.", "dialog": [{"question": Q, "answer": R}]}, [(S, "Be brief."), *QA], ()),
+    ("prompt_completion", {"prompt": Q, "completion": R}, QA, ()),
+    ("prompt_completion", {"prompt": chat((U, Q)), "completion": chat((A, R))}, QA, ()),
+    ("prompt_completion", {"system_prompt": "", "question": Q, "response": R}, QA, ()),
+    ("prompt_completion", {"query": "a", "response": "b", "history": [[Q, R]]}, [*QA, (U, "a"), (A, "b")], ()),
+    ("prompt_completion", {"instruction": "x", "context": "y", "response": "z"}, [(U, "x\ny"), (A, "z")], ()),
+    ("prompt_completion", {"input": Q, "output": R}, QA, ()),
+    ("separated", {"conversation": "Teacher: (focus)2:1?|EOM|Ann: 2: "}, [(A, "(focus)2:1?"), (U, "2:")], ()),
+    ("separated", {"dialogue": "Ann: Hi|EOM|Bo: Hm|EOM|Bo: Hi|EOM| "}, IN_ORDER, ()),
+    ("separated", {"text": f"\n\nHuman: {Q}\n\nAssistant: {R}"}, QA, ()),
+    ("separated", {"text": f"### Human: {Q}### Assistant: {R}"}, QA, ()),
+    ("lists", [Q, R], QA, ()),
+    ("dailydialog", f"{Q} __eou__ {R} __eou__", QA, ()),
+    ("dailydialog", f"{Q}__eou__{R}\t1\t2 1\t0 0", QA, ()),
+    ("tsv_pairs", f"{Q}\t{R}", QA, ()),
+    ("tsv_pairs", f"{Q}\t {R} \tAnd then?", [*QA, (U, "And then?")], ()),
+    (
+        "preference",
+        {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": R}, "rejected": {}},
+        QA,
+        ("sharegpt",),
+    ),
+    (
+        "preference",
+        {"prompt": Q, "chosen": chat(*QA), "rejected": chat((U, Q), (A, "No.")), "messages": chat(*QA)},
+        QA,
+        ("messages",),
+    ),
+    ("preference", {"prompt": chat((U, Q)), "chosen": chat((A, R)), "rejected": []}, QA, ()),
+    ("preference", {"prompt": chat((U, Q)), "chosen": chat(*QA), "rejected": []}, QA, ()),
+    ("preference", {"chosen_messages": chat(*QA), "rejected_messages": []}, QA, ()),
+    ("preference", {"prompt": Q, "chosen": R, "rejected": "No."}, QA, ()),
+    ("preference", {"instruction": "a", "input": "b", "chosen": R, "rejected": ""}, [(U, "a\nb"), (A, R)], ()),
+    ("preference", {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {R}", "rejected": ""}, QA, ()),
+    ("preference", {"prompt": f"\n\nHuman: {Q}\n\nAssistant:", "chosen": f" {R}", "rejected": " No."}, QA, ()),
+    ("preference", {"prompt": f"Human: {Q}", "chosen": R, "rejected": "No."}, QA, ()),
+    ("preference", {"prompt": f"### Human: {Q}### Assistant: Until", "chosen": " six.", "rejected": ""}, QA, ()),
+    ("preference", {"prompt": Q, "chosen": HH, "rejected": ""}, [(U, Q), (A, HH)], ()),
+    ("kto", {"messages": chat(*QA), "label": True}, QA, ("messages",)),
+    ("kto", {"prompt": Q, "completion": R, "label": True}, QA, ("prompt_completion",)),
+    ("kto", {"instruction": Q, "input": "", "output": R, "kto_tag": True}, QA, ("alpaca",)),
+    ("moss", {"chat": {"turn_1": {"Human": f"<|Human|>: {Q}<eoh>\n", "MOSS": f"<|MOSS|>: {R}<eom>\n"}}}, QA, ()),
+    *SHAPES,
+]
+
+#: The formats that RECORDS covers; test_properties.py reads any JSON value with each.
+COVERED_FORMATS = (
+    "preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated", "prompt_completion",
+    "personachat", "tsv_pairs", "gemini", "claude_export", "chatgpt_export", "question_lists", "convai",
+)  # fmt: skip

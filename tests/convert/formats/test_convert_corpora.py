@@ -9,9 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from ismdata.convert.formats.registry import detect
 from ismdata.convert.pipeline import convert
 from ismdata.errors import DataError
 from tests.support.paths import SHARED
+from tests.support.records import read
+from tests.support.shapes import A
 
 DATA = SHARED / "data"
 pytestmark = [
@@ -116,3 +119,28 @@ def test_labels_beside_the_text_go_to_meta(tmp_path):
     table = table_of(tmp_path / "out")
     assert (len(table), pc.sum(pc.list_value_length(table["messages"])).as_py()) == (995, 8_025)
     assert {len(json.loads(meta)["labels"]) for meta in table["meta"].to_pylist()} == {3}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "messages", "assistants"),
+    [
+        ("esconv/FailedESConv.json", "utterances", 5_230, 2_377),
+        ("taskmaster-4/data_00.json", "utterances", 1_883, None),
+        ("firefly/dummy_data.jsonl", "pairs", 308, 154),
+        ("mathdial/test.jsonl", "separated", 7_028, 1_259 + 952 + 890 + 598),
+        ("lccc/toy_valid.txt", "tsv_pairs", 4_000, 2_000),
+        ("xdailydialog/zh_dev_human.txt", "dailydialog", 8_025, None),
+        ("llamafactory/dpo_zh_demo.json", "preference", 300 + 364, 300),
+    ],
+)
+def test_counts_of_real_corpora(path, name, messages, assistants):
+    text = (DATA / path).read_text("utf-8")
+    if path.endswith(".json"):
+        records = json.loads(text)
+    else:
+        lines = [line for line in text.split("\n") if line]
+        records = [json.loads(line) for line in lines] if path.endswith(".jsonl") else lines
+    assert detect(records[0]) == name
+    found = [message for record in records for turns in read(name, record, preference="chosen") for message in turns]
+    assert len(found) == messages
+    assert assistants is None or sum(role == A for role, _ in found) == assistants

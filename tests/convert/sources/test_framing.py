@@ -1,6 +1,6 @@
 """Layouts beyond lines and arrays: objects by id, tables, YAML, and what tells them apart; cuts never make up records.
 
-The framing of lines, arrays, splits and values is held against `json.loads` in `test_readers.py`.
+The framing of lines, arrays, splits and values is tested in `test_json_framing.py`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,12 @@ from ismdata.convert.sources import framing, yaml_files
 from ismdata.convert.sources.blocks import with_key
 from ismdata.convert.sources.delimited import column_names, frame_rows
 from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, detect_layout, skip_byte_order_mark
-from ismdata.convert.sources.framing import ByteQueue, frame_entries, frame_splits
+from ismdata.convert.sources.framing import frame_entries, frame_splits
 from ismdata.convert.sources.yaml_files import frame_yaml, parse_documents
 from ismdata.errors import DataError, Refused
+from tests.support.streams import queue_of
 
 yaml = pytest.importorskip("yaml")
-
-
-class Dribble(io.BytesIO):
-    """A stream that gives a few bytes at a time."""
-
-    def __init__(self, data, size):
-        super().__init__(data)
-        self.size = size
-
-    def read(self, size=-1):
-        return super().read(self.size)
-
-
-def queue_of(data, size=1 << 20, name="x"):
-    return ByteQueue(Dribble(data, size), name)
 
 
 def is_record(value):
