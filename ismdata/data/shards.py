@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ismdata.data.arrow_stream import read_batches
 from ismdata.data.index import ShardFile, read_index
 from ismdata.errors import DataError
-from ismdata.masks import BLOCK_SIZE
+from ismdata.masks import BLOCK_SIZE, END, KIND, START, TRAIN
 
 #: Format identifier of a packed folder's `index.json`.
 FORMAT = "ismdata.packed/1"
@@ -173,9 +173,8 @@ class PackedShards:
 
 def span_matrix(spans: pa.StructArray) -> NDArray[np.int32]:
     """A struct array of spans as int32[S, 4]: start, end, kind, train."""
-    fields = [spans.field(name) for name in ("start", "end", "kind")]
     matrix = np.empty((len(spans), 4), np.int32)
-    for column, field in enumerate(fields):
-        matrix[:, column] = field.to_numpy()
-    matrix[:, 3] = spans.field("train").to_numpy(zero_copy_only=False)
+    for column, name in ((START, "start"), (END, "end"), (KIND, "kind")):
+        matrix[:, column] = spans.field(name).to_numpy()
+    matrix[:, TRAIN] = spans.field("train").to_numpy(zero_copy_only=False)
     return matrix

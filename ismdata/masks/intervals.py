@@ -95,14 +95,14 @@ def tile(
     row_base = before[np.minimum(first, max(len(lens) - 1, 0))] if len(lens) else np.zeros(rows, np.int64)
     document_start = before - row_base[row_of_document] + row_of_document * seq_len
 
-    start = table[:, 0] + row_of_span * seq_len
-    end = table[:, 1] + row_of_span * seq_len
+    start = table[:, START] + row_of_span * seq_len
+    end = table[:, END] + row_of_span * seq_len
     _check_tiling(start, end, row_of_span, document_start, document_start + lens, seq_len, first_row)
-    bad = (table[:, 2] < PROMPT) | (table[:, 2] > ANSWER)
+    bad = (table[:, KIND] < PROMPT) | (table[:, KIND] > ANSWER)
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         raise DataError(
-            f"row {first_row + row_of_span[at]}: the span at token {table[at, 0]} has kind {table[at, 2]}; "
+            f"row {first_row + row_of_span[at]}: the span at token {table[at, START]} has kind {table[at, KIND]}; "
             f"expected {PROMPT} (prompt), {QUERY} (query) or {ANSWER} (answer)"
         )
     document = np.searchsorted(document_start, start, side="right") - 1
@@ -119,8 +119,8 @@ def tile(
     return Tiling(
         start=merge(start, pad_start),
         length=merge(end - start, seq_len - used[pad_rows]),
-        kind=merge(table[:, 2], -1),
-        train=merge(table[:, 3], 0),
+        kind=merge(table[:, KIND], -1),
+        train=merge(table[:, TRAIN], 0),
         document=merge(document, -1),
         document_start=merge(document_start[document] if len(document) else document, pad_start),
     )

@@ -26,7 +26,7 @@ from ismdata.arrays import ragged_arange
 from ismdata.choices import History
 from ismdata.conversation import ROLES, Refusal
 from ismdata.errors import Refused
-from ismdata.masks import ANSWER
+from ismdata.masks import ANSWER, END, KIND, START, TRAIN
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.pieces import (
     NO_PIECES,
@@ -198,10 +198,10 @@ class DocumentEncoder:
         answers = (layout.kind[group] == ANSWER) & (message >= 0)
         target_from = self.batch.first[requests.conversation[owner]] + requests.target_from[owner]
         spans = np.empty((len(group), 4), np.int32)
-        spans[:, 0] = ends - span_lengths - base
-        spans[:, 1] = ends - base
-        spans[:, 2] = layout.kind[group]
-        spans[:, 3] = answers & self.batch.trained[np.maximum(message, 0)] & (message >= target_from)
+        spans[:, START] = ends - span_lengths - base
+        spans[:, END] = ends - base
+        spans[:, KIND] = layout.kind[group]
+        spans[:, TRAIN] = answers & self.batch.trained[np.maximum(message, 0)] & (message >= target_from)
         weights = np.ones(len(group), np.float32)
         if self.batch.weight is not None:
             weights[answers] = self.batch.weight[message[answers]]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ismdata.arrays import ragged_arange
 from ismdata.conversation import Refusal
 from ismdata.errors import DataError
+from ismdata.masks import END, START, TRAIN
 from ismdata.pack.conversation_batch import ConversationBatch, IntArray
 from ismdata.pack.document_encoder import DocumentEncoder
 from ismdata.pack.options import PackOptions
@@ -171,9 +172,9 @@ def _truncate(documents: TokenizedDocuments, seq_len: int) -> tuple[TokenizedDoc
     lengths = np.minimum(documents.lengths, seq_len)
     lost = documents.lengths - lengths
     starts = np.cumsum(documents.lengths) - documents.lengths
-    kept = documents.spans[:, 0] < seq_len
+    kept = documents.spans[:, START] < seq_len
     spans = documents.spans[kept].copy()
-    spans[:, 1] = np.minimum(spans[:, 1], seq_len)
+    spans[:, END] = np.minimum(spans[:, END], seq_len)
     owner = np.repeat(np.arange(len(lengths)), documents.span_counts)[kept]
     return (
         TokenizedDocuments(
@@ -191,7 +192,7 @@ def _target_counts(documents: TokenizedDocuments) -> IntArray:
     """Targets of each document: tokens of trained answers, less one that begins the document."""
     owner = np.repeat(np.arange(len(documents.lengths)), documents.span_counts)
     spans = documents.spans
-    tokens = np.where(spans[:, 3] != 0, spans[:, 1] - np.maximum(spans[:, 0], 1), 0)
+    tokens = np.where(spans[:, TRAIN] != 0, spans[:, END] - np.maximum(spans[:, START], 1), 0)
     return np.bincount(owner, weights=tokens, minlength=len(documents.lengths)).astype(np.int64)
 
 

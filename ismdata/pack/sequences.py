@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.arrays import ragged_arange
-from ismdata.masks import block_table, tile, tiled_intervals, tiled_positions, tiled_targets
+from ismdata.masks import END, START, block_table, tile, tiled_intervals, tiled_positions, tiled_targets
 from ismdata.pack.conversation_batch import IntArray
 from ismdata.pack.spool import Gathered
 
@@ -40,7 +40,7 @@ def sequences(
     )
     spans = documents.spans.copy()
     document_of_span = np.repeat(np.arange(len(documents.lengths)), documents.span_counts)
-    spans[:, :2] += in_row[document_of_span, None].astype(np.int32)
+    spans[:, START : END + 1] += in_row[document_of_span, None].astype(np.int32)
     row_of_span = row_of_document[document_of_span]
     row_spans = np.bincount(row_of_span, minlength=rows)
 
@@ -67,8 +67,8 @@ def sequences(
             columns[name] = _fixed(schema, name, positions)
     if "loss_weight" in schema.names:
         weights = np.zeros(rows * seq_len, np.float32)
-        starts = spans[:, 0] + row_of_span * seq_len
-        span_lengths = (spans[:, 1] - spans[:, 0]).astype(np.int64)
+        starts = spans[:, START] + row_of_span * seq_len
+        span_lengths = (spans[:, END] - spans[:, START]).astype(np.int64)
         weights[ragged_arange(starts, span_lengths)] = np.repeat(documents.span_weights, span_lengths)
         columns["loss_weight"] = _fixed(schema, "loss_weight", weights * loss_mask)
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
