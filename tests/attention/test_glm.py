@@ -23,7 +23,7 @@ from ismdata.masks.glm_positions import block_positions, positions, token_positi
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
 from ismdata.train.order import padding_sample
-from tests.pack.test_glm_layout import save_tokenizer
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.tiny import SIZES, sample, tiny_model
 from tests.support.training_shards import run
 

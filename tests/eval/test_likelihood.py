@@ -25,7 +25,7 @@ from ismdata.generate import greedy
 from ismdata.generate.greedy import Prompt, greedy_answers
 from ismdata.generate.sampling import EndOfTurn
 from ismdata.pack.pipeline import pack
-from tests.pack.test_glm_layout import save_tokenizer
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.oracle import Row
 from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed

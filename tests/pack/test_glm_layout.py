@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -34,6 +33,7 @@ from ismdata.pack.pipeline import pack
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.glm_tokens import GlmTokens, insert_markers, marked, marked_pieces
 from ismdata.rendering.pieces import Piece
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.paths import SCHEMAS, SHARED
 
 GOLDEN = SHARED / "golden" / "glm_positions.json"
@@ -167,22 +167,6 @@ def test_the_columnar_insertion_is_the_plain_one(documents, every_answer):
 
 
 # -- packed folders ----------------------------------------------------------------------------------------------------
-
-
-def save_tokenizer(folder: Path, *special: str) -> Path:
-    """One token a byte, ChatML's markers, and `special`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: k for k, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>", *special],
-    )
-    tokenizer.save_pretrained(str(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")

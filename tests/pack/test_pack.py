@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from jsonschema import Draft202012Validator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ismdata import masks
@@ -25,6 +24,7 @@ from ismdata.pack.report import PackReport
 from ismdata.pack.template_check import ColumnsDiffer
 from ismdata.rendering.sensitivity import Sensitivity
 from tests.conftest import template_named
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.paths import SCHEMAS
 from tests.support.reporters import Recorder
 
@@ -33,20 +33,8 @@ ROOMY = 1024
 
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token a byte, and ChatML's markers: lengths can be read off the text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: k for k, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    folder = tmp_path_factory.mktemp("bytes")
-    tokenizer.save_pretrained(str(folder))
-    return folder
+    """One token per byte, and ChatML's markers: lengths can be read off the text."""
+    return save_tokenizer(tmp_path_factory.mktemp("bytes"))
 
 
 def talk(turns: int, *, system: str = "", size: int = 10, name: str = "t") -> list[dict[str, Any]]:

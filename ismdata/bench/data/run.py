@@ -121,8 +121,14 @@ class Bench:
         """The backend that `auto` tries first, of those installed."""
         return "gigatoken" if _installed("gigatoken", "awkward") else "hf"
 
-    def encoding(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "chat_template": str(self.template)}
+    def packing(self, backend: str) -> dict[str, Any]:
+        """The fields of `stages.Packing`."""
+        return {
+            "tokenizer": self.tokenizer,
+            "chat_template": str(self.template),
+            "seq_len": self.seq_len,
+            "backend": backend,
+        }
 
     def converted(self, corpus: Path) -> Path:
         """The converted folder of a corpus, made once."""
@@ -186,9 +192,7 @@ def pack(bench: Bench) -> Iterator[Row]:
                 converted=bench.converted(corpus),
                 scratch=bench.scratch,
                 rounds=bench.rounds,
-                seq_len=bench.seq_len,
-                backend=backend,
-                **bench.encoding(),
+                packing=bench.packing(backend),
             )
             yield _compared("pack", f"{what} on messages", corpus, timed)
             yield _compared("pack", f"{what} on the same texts", corpus, timed, yardstick="same")
@@ -203,8 +207,8 @@ def road(bench: Bench) -> Iterator[Row]:
         missing: dict[str, str] = {}
         for _ in range(bench.rounds):
             for backend in backends:
-                arguments = {"corpus": corpus, "scratch": bench.scratch, "rounds": 1, "seq_len": bench.seq_len}
-                timed = measure("road", backend=backend, **arguments, **bench.encoding())
+                packing = bench.packing(backend)
+                timed = measure("road", corpus=corpus, scratch=bench.scratch, rounds=1, packing=packing)
                 stages.setdefault(backend, []).append(timed)
                 commands.setdefault(backend, []).append(_whole_commands(bench, corpus, backend))
             for peer in PEERS.keys() - missing.keys():
@@ -314,8 +318,8 @@ def memory(bench: Bench) -> Iterator[Row]:
         write_corpus(path, size)
         converted = bench.converted(path)
         path.unlink()
-        options = {"scratch": bench.scratch, "seq_len": bench.seq_len, **bench.encoding()}
-        peaks[size] = measure("memory", converted=converted, **options)
+        packing = bench.packing("auto")
+        peaks[size] = measure("memory", converted=converted, scratch=bench.scratch, packing=packing)
         shutil.rmtree(converted)
     small, large = peaks.values()
     for key, what in (("peak_bytes", "peak memory of pack"), ("anonymous_bytes", "of it, without mapped files")):

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -34,6 +35,16 @@ _BYTES_AT_ONCE = 8 << 20
 #: Planning is measured on log-normal lengths of conversations, about 800 tokens on average.
 _LENGTHS_MEDIAN, _LENGTHS_SIGMA = 500.0, 1.0
 _SAMPLED_EVERY = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How `pack` is called: the options that measurements vary."""
+
+    tokenizer: str
+    chat_template: str | None
+    seq_len: int
+    backend: TokenizerBackend
 
 
 def in_turn(rounds: int, **jobs: Callable[[], object]) -> dict[str, dict[str, list[float]]]:
@@ -73,30 +84,23 @@ def convert(corpus: str, scratch: str, rounds: int) -> dict[str, Any]:
     )
 
 
-def pack(
-    converted: str,
-    scratch: str,
-    rounds: int,
-    tokenizer: str,
-    chat_template: str | None,
-    seq_len: int,
-    backend: TokenizerBackend,
-) -> dict[str, Any]:
+def pack(converted: str, scratch: str, rounds: int, packing: dict[str, Any]) -> dict[str, Any]:
     """Compare `pack` with its tokenizer alone.
 
     `yardstick` encodes the texts of all messages; `same` encodes the texts that `pack` gives the tokenizer, which
     include what the template writes around messages. `setup` is what `ours` does first: load the tokenizer and probe
     the template.
     """
-    ours = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, backend)
+    how = Packing(**packing)
+    ours = _packing(Path(converted), scratch, how)
     # A new tokenizer each time, as in `pack`: tokenizers cache words, and a second run would find all of them cached.
-    unused = [_encoder(tokenizer, backend) for _ in range(2 * rounds)]
+    unused = [_encoder(how) for _ in range(2 * rounds)]
     messages, same = (
-        [_given(piece, backend) for piece in _pieces(texts)]
-        for texts in (_texts(Path(converted)), _texts_encoded(ours, backend))
+        [_given(piece, how.backend) for piece in _pieces(texts)]
+        for texts in (_texts(Path(converted)), _texts_encoded(ours, how.backend))
     )
 
-    setup = _setup(tokenizer, chat_template, backend)
+    setup = _setup(how)
 
     def alone(pieces: list[Any]) -> None:
         encode = unused.pop()
@@ -112,26 +116,19 @@ def pack(
     )
 
 
-def road(
-    corpus: str,
-    scratch: str,
-    rounds: int,
-    tokenizer: str,
-    chat_template: str | None,
-    seq_len: int,
-    backend: TokenizerBackend,
-) -> dict[str, Any]:
+def road(corpus: str, scratch: str, rounds: int, packing: dict[str, Any]) -> dict[str, Any]:
     """`convert`, then `pack`; `setup` as in `pack`."""
     from ismdata.convert import convert
 
     converted = Path(scratch) / "converted"
-    pack = _packing(converted, scratch, tokenizer, chat_template, seq_len, backend)
+    how = Packing(**packing)
+    pack = _packing(converted, scratch, how)
 
     def ours() -> None:
         convert([corpus], converted, overwrite=True)
         pack()
 
-    return in_turn(rounds, setup=_setup(tokenizer, chat_template, backend), ours=ours)
+    return in_turn(rounds, setup=_setup(how), ours=ours)
 
 
 def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
@@ -148,9 +145,9 @@ def plan(documents: int, seq_len: int, rounds: int) -> dict[str, Any]:
     return timed | {"sequences": rows[-1], "lower_bound": lower_bound(lengths, seq_len), "peak_bytes": _peak()}
 
 
-def memory(converted: str, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int) -> dict[str, Any]:
+def memory(converted: str, scratch: str, packing: dict[str, Any]) -> dict[str, Any]:
     """The peak memory of `pack`: all resident memory including mapped files, and the part without them."""
-    pack = _packing(Path(converted), scratch, tokenizer, chat_template, seq_len, "auto")
+    pack = _packing(Path(converted), scratch, Packing(**packing))
     with _anonymous_peak() as anonymous:
         report = pack()
     shutil.rmtree(report.output)
@@ -190,19 +187,17 @@ MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _packing(
-    converted: Path, scratch: str, tokenizer: str, chat_template: str | None, seq_len: int, backend: TokenizerBackend
-) -> Callable[[], PackReport]:
+def _packing(converted: Path, scratch: str, how: Packing) -> Callable[[], PackReport]:
     """The call of `pack` to measure, with `pack` already imported."""
     from ismdata.pack import pack
 
     return lambda: pack(
         [converted],
         Path(scratch) / "packed",
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        seq_len=seq_len,
-        tokenizer_backend=backend,
+        tokenizer=how.tokenizer,
+        chat_template=how.chat_template,
+        seq_len=how.seq_len,
+        tokenizer_backend=how.backend,
         overwrite=True,
     )
 
@@ -242,27 +237,27 @@ def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArra
             contents = contents[taken:]
 
 
-def _setup(tokenizer: str, chat_template: str | None, backend: TokenizerBackend) -> Callable[[], object]:
+def _setup(how: Packing) -> Callable[[], object]:
     """What `pack` does before it reads. Called once here, so that no job pays for imports or caches of another."""
     from ismdata.rendering import Gigatoken, load_encoding
 
     def setup() -> None:
-        reference = load_encoding(tokenizer, chat_template=chat_template).tokenizer.reference
-        if backend == "gigatoken":
+        reference = load_encoding(how.tokenizer, chat_template=how.chat_template).tokenizer.reference
+        if how.backend == "gigatoken":
             Gigatoken(reference)
 
     setup()
-    if backend == "gigatoken":
+    if how.backend == "gigatoken":
         import awkward  # type: ignore[import-untyped, unused-ignore]  # noqa: F401  gigatoken imports it at its first text
     return setup
 
 
-def _encoder(tokenizer: str, backend: TokenizerBackend) -> Callable[[Any], object]:
+def _encoder(how: Packing) -> Callable[[Any], object]:
     """A tokenizer alone, from texts to ids: `encode_batch_fast` of tokenizers, or `encode_batch` of gigatoken."""
     from ismdata.rendering import load_pretrained
 
-    reference = load_pretrained(tokenizer).backend_tokenizer
-    if backend == "hf":
+    reference = load_pretrained(how.tokenizer).backend_tokenizer
+    if how.backend == "hf":
         # Read the ids: tokenizers converts them only when they are read.
         return lambda texts: [encoding.ids for encoding in reference.encode_batch_fast(texts, add_special_tokens=False)]
     from gigatoken import Tokenizer
