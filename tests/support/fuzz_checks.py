@@ -29,12 +29,12 @@ PLACE = Place(prefix="x:", stem="x")
 
 
 def check_block(block: Block, place: Place, corpus_format: CorpusFormat, rules: Rules) -> None:
-    """Raises AssertionError where the two roads part, a record is lost, or a row breaks the schema."""
+    """Raises AssertionError if the fast and the general path differ, a record is lost, or a row breaks the schema."""
     fast = read_block(SourceBlock(block, place, corpus_format), rules)
     general = read_records(SourceBlock(block, place, corpus_format), rules)
     rows = fast.rows.to_pylist()
-    assert rows == general.rows.to_pylist(), "the two roads give different rows"
-    assert repr(fast.quarantined) == repr(general.quarantined), "the two roads refuse different records"
+    assert rows == general.rows.to_pylist(), "the two paths give different rows"
+    assert repr(fast.quarantined) == repr(general.quarantined), "the two paths refuse different records"
     assert fast.ignored == general.ignored and fast.split_groups.to_pylist() == general.split_groups.to_pylist()
     places = {row["source"] for row in rows} | {one.source for one in fast.quarantined}
     assert {f"{place.prefix}{number}" for number in block.numbers} <= places, "a record is neither written nor refused"

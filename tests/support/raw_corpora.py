@@ -1,6 +1,6 @@
-"""Raw corpora from conversations: a writer for each format in `readers.READERS`, for each layout, each compression.
+"""Raw corpora from conversations: a writer per format in `formats.registry.FORMATS`, per layout and per compression.
 
-Only what the formats say counts here, nothing of how they are read: what goes in is what must come out. Used by
+The writers follow the formats and know nothing of the code that reads them: what goes in must come out. Used by
 `tests/hostile/test_fuzz.py`, and by `benchmarks/fuzz.py` for seeds.
 """
 
