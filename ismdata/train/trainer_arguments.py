@@ -35,7 +35,7 @@ def training_arguments(
     names = {each.name for each in dataclasses.fields(TrainingArguments)}
     checkpointing: dict[str, Any] = {}
     if options.gradient_checkpointing:
-        # transformers renamed gradient checkpointing to activation checkpointing in a release after 5.10.
+        # transformers renamed gradient checkpointing to activation checkpointing in a release after 5.17.
         name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
         checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(

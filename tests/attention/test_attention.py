@@ -24,7 +24,16 @@ from ismdata.data.collate import Collator
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.masks import IGNORE_INDEX
 from tests.support.reporters import Recorder
-from tests.support.tiny import ANSWER, ARCHITECTURES, PROMPT, QUERY, VOCABULARY, sample, tiny_model
+from tests.support.tiny import (
+    ANSWER,
+    ARCHITECTURES,
+    PROMPT,
+    QUERY,
+    VOCABULARY,
+    checkpoint_activations,
+    sample,
+    tiny_model,
+)
 
 DOCUMENTS = [
     [(PROMPT, 2), (QUERY, 3), (ANSWER, 4), (QUERY, 2), (ANSWER, 3)],
@@ -103,7 +112,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     def gradients(checkpointing):
         model = attach(tiny_model(dtype=torch.float32)).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         model(**batch_of()).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}

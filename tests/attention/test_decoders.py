@@ -33,7 +33,7 @@ from ismdata.data.collate import Collator
 from ismdata.errors import UnsupportedModelError
 from ismdata.generate.feeding import feed
 from tests.support.decoders import CONFIGS, WINDOW, decoder, stock_forward
-from tests.support.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, sample
+from tests.support.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, checkpoint_activations, sample
 
 TRAINING_BACKENDS = [name for name, each in BACKENDS.items() if each.missing_for_training(torch.device("cpu")) is None]
 
@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing(name, backend):
     def gradients(checkpointing):
         model = attach(decoder(name, dtype=torch.float32), backend=backend).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         batch = batch_of()
         labels = batch.pop("labels")
         return loss_gradients(model, model(**batch).logits, labels)

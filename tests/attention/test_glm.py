@@ -24,7 +24,7 @@ from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
 from ismdata.train.order import padding_sample
 from tests.support.byte_tokenizer import save_tokenizer
-from tests.support.tiny import SIZES, sample, tiny_model
+from tests.support.tiny import SIZES, checkpoint_activations, sample, tiny_model
 from tests.support.training_shards import run
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -265,7 +265,7 @@ def test_gradient_checkpointing_changes_nothing():
     model.train()
     rows = [glm_sample([THREE_ANSWERS, TWO_ANSWERS])]
     loss, expected = gradients_and_loss(model, rows)
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     checkpointed, found = gradients_and_loss(model, rows)
     torch.testing.assert_close(checkpointed, loss, **CLOSE)
     for name, gradient in found.items():

@@ -53,6 +53,13 @@ def tiny_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float6
     return AutoModelForCausalLM.from_config(CONFIGS[architecture]()).to(dtype).eval()
 
 
+def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Turn on gradient checkpointing, whose method later releases of transformers 5 have under another name."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 #: A document as the tests write it: spans of (kind, length), or (kind, length, train).
 Document = list[tuple]
 PROMPT, QUERY, ANSWER = masks.PROMPT, masks.QUERY, masks.ANSWER

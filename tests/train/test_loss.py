@@ -219,7 +219,7 @@ def unpacked(model, weighting):
             total = total - share * log_probabilities[token - 1, labels[token]]
     mean = total / items
     gradients = torch.autograd.grad(mean, list(model.parameters()))
-    return float(mean), float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    return mean.item(), torch.stack([gradient.norm() for gradient in gradients]).norm().item()
 
 
 def packing(name):
