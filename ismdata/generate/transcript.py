@@ -33,8 +33,7 @@ class Transcript:
     @property
     def system_count(self) -> int:
         """Number of system messages at the beginning."""
-        roles = [message["role"] for message in self.messages]
-        return next((k for k, role in enumerate(roles) if role != "system"), len(roles))
+        return next((k for k, message in enumerate(self.messages) if message["role"] != "system"), len(self.messages))
 
     @property
     def answered(self) -> int:

@@ -16,7 +16,7 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import DataError, UsageError
-from ismdata.eval import likelihood as evaluate
+from ismdata.eval import likelihood as likelihood_module
 from ismdata.eval.answers import find_answers
 from ismdata.eval.bootstrap import Bootstrap
 from ismdata.eval.generation import generate_answers
@@ -175,7 +175,7 @@ def test_chunks_of_logits_and_heads_that_scale(monkeypatch):
         target = batch["labels"][:, 1:]
         expected = -log_probabilities.gather(-1, target.clamp(min=0)[..., None])[..., 0][target != -100]
         torch.testing.assert_close(target_losses(attached, batch), expected, **CLOSE)
-        monkeypatch.setattr(evaluate, "_CHUNK_LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr(likelihood_module, "_CHUNK_LOGITS", 3 * VOCABULARY)
         made = []
         attached.get_output_embeddings().register_forward_hook(
             lambda module, args, logits, made=made: made.append(logits.numel() // VOCABULARY)

@@ -18,7 +18,7 @@ from ismdata.cli.demo import train_tokenizer
 from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
 from ismdata.data.index import load_index, write_index
-from ismdata.eval import pipeline as eval_run
+from ismdata.eval import pipeline as eval_pipeline
 from ismdata.eval.bootstrap import Bootstrap
 from ismdata.eval.results import compare, read_results
 from ismdata.pack.pipeline import pack
@@ -200,7 +200,7 @@ def test_bleu_of_other_generations_is_left_out(base, written, tmp_path):
 @pytest.fixture
 def no_batch(monkeypatch):
     """Fail if a batch reaches the model."""
-    monkeypatch.setattr(eval_run, "answer_losses", lambda *args, **options: pytest.fail("a batch was evaluated"))
+    monkeypatch.setattr(eval_pipeline, "answer_losses", lambda *args, **options: pytest.fail("a batch was evaluated"))
 
 
 @pytest.mark.usefixtures("no_batch")
