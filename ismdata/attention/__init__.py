@@ -1,4 +1,4 @@
-"""The mask inside decoders of Hugging Face: `attach`, its backends, the checks that it works, models and presets.
+"""The mask inside Hugging Face decoders: `attach`, its backends and checks, our own models, and loading.
 
 The names that other packages use are listed in `__init__.pyi` and load on first use.
 """

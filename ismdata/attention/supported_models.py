@@ -1,4 +1,4 @@
-"""Which models the mask cannot work inside, told before anything runs, with the reason."""
+"""Checks before anything runs: models and setups inside which the mask cannot work, with the reason."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from transformers import PreTrainedModel
 
 from ismdata.errors import UnsupportedModelError
 
-#: Layer kinds whose attention sees one interval of keys.
+#: Kinds of layers in which each row sees one interval of keys.
 _INTERVAL_LAYERS = {"full_attention", "sliding_attention"}
 
-#: Why layers of another kind cannot keep to the mask, by a word in the kind's name.
+#: Why layers of another kind cannot follow the mask, by a word in the kind's name.
 _OTHER_LAYERS = {
-    "chunked": "whose chunks count from the start of the row and cut documents and context blocks",
+    "chunked": "whose chunks count from the start of the row and split documents and context blocks",
     "conv": "whose convolution mixes documents and only looks back",
 }
 _RECURRENT = "which carry a state from token to token: it mixes documents and cannot look ahead in a context block"
 
 
 def check_architecture(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError, with the reason, for a model that is known not to keep to intervals."""
+    """Refuse a model that cannot follow intervals.
+
+    Args:
+        model: Any model.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{name} is no transformers PreTrainedModel. Attach the model first and wrap it afterwards"
+            f"{name} is not a transformers PreTrainedModel. Attach the model first and wrap it afterwards"
         )
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder that reads context and answers")
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; expected a decoder. Use another model")
     config = model.config.get_text_config()
     kinds = [*(getattr(config, "layer_types", None) or []), *(getattr(config, "layers_block_type", None) or [])]
     other = sorted({kind for kind in kinds if kind not in _INTERVAL_LAYERS | {"attention"}})
@@ -48,14 +55,17 @@ def check_architecture(model: PreTrainedModel) -> None:
             "Use another model"
         )
     if model.device.type == "meta":
-        raise UnsupportedModelError(f"{name} has no weights yet (device meta). Load them, then attach")
+        raise UnsupportedModelError(f"{name} has no weights yet (device meta). Load them first, then attach")
 
 
 def check_parallelism() -> None:
-    """Raise UnsupportedModelError where accelerate is set to cut sequences: each part would see its own keys alone.
+    """Refuse accelerate's context and sequence parallelism.
 
-    Accelerate's context parallelism throws attention masks away; sequence parallelism cuts the tokens and not the
-    intervals. Both are read off the accelerator's state and, before there is one, off its environment variables.
+    Context parallelism drops attention masks, and sequence parallelism splits the tokens but not the intervals. Both
+    settings are read from the accelerator's state or, before it exists, from its environment variables.
+
+    Raises:
+        UnsupportedModelError: if accelerate is set to split sequences.
     """
     size = max(int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE") or 1) for kind in ("CP", "SP"))
     if is_initialized():
@@ -63,7 +73,7 @@ def check_parallelism() -> None:
         size = max(size, getattr(parallelism, "cp_size", None) or 1, getattr(parallelism, "sp_size", None) or 1)
     if size > 1:
         raise UnsupportedModelError(
-            f"accelerate is set to context or sequence parallelism over {size} devices, which cuts sequences and "
-            "throws the mask away. Set cp_size and sp_size to 1; data parallelism, FSDP and tensor parallelism keep "
+            f"accelerate is set to context or sequence parallelism over {size} devices, which splits sequences and "
+            "drops the mask. Set cp_size and sp_size to 1; data parallelism, FSDP and tensor parallelism keep "
             "sequences whole"
         )

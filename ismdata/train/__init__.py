@@ -1,4 +1,4 @@
-"""A training run: options, order, loss, checkpoints, and what it leaves behind.
+"""Training runs: options, order, loss, checkpoints and exports.
 
 The names that other packages use are listed in `__init__.pyi` and load on first use.
 """

@@ -173,7 +173,7 @@ def _plan_run(packed: Path, output: Path, options: TrainOptions) -> _Run:
     dataset = PackedDataset(packed)
     mask = dataset.mask if options.mask is None else options.mask
     TrainingCollator(mask, options.loss_weighting)  # refuses an unknown mask
-    _check_mask(mask, dataset, str(packed))
+    check_serves(mask, packed_mask=dataset.mask, place=str(packed))
     evaluation = None if options.eval is None else _evaluation_set(Path(options.eval), dataset, mask)
     if len(dataset) == 0:
         raise DataError(f"{packed}: no sequences; expected at least one to train on. Look at its quarantine.jsonl")
@@ -195,17 +195,10 @@ def _plan_run(packed: Path, output: Path, options: TrainOptions) -> _Run:
     )
 
 
-def _check_mask(mask: str, dataset: PackedDataset, place: str) -> None:
-    try:
-        check_serves(mask, packed_mask=dataset.mask)
-    except UsageError as error:
-        raise UsageError(f"{place}: {error}") from error
-
-
 def _evaluation_set(folder: Path, dataset: PackedDataset, mask: str) -> PackedDataset:
     """The shards to evaluate on, if their mask and tokenizer are those of the shards to train on."""
     evaluation = PackedDataset(folder)
-    _check_mask(mask, evaluation, f"--eval {folder}")
+    check_serves(mask, packed_mask=evaluation.mask, place=f"--eval {folder}")
     found, expected = (each.shards.index["tokenizer"].get("sha256") for each in (evaluation, dataset))
     if found != expected:
         raise DataError(

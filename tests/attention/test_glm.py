@@ -278,7 +278,7 @@ def test_positions_that_do_not_fit_the_model_are_refused(model):
         model(**plain)
     with pytest.raises(UsageError, match="got no position_ids_2"):
         model(**{name: tensor for name, tensor in glm.items() if not name.startswith("position_ids")})
-    with pytest.raises(UsageError, match="LlamaForCausalLM got position_ids_2 and would ignore it"):
+    with pytest.raises(UsageError, match="LlamaForCausalLM got position_ids_2, which it would ignore"):
         attach(tiny_model())(**glm)
     with pytest.raises(UsageError, match="one of position_ids and position_ids_2"):
         tiny_glm()(input_ids=glm["input_ids"], position_ids=glm["position_ids"])
@@ -340,7 +340,7 @@ def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks,
 @pytest.mark.parametrize(
     ("layout", "model", "message"),
     [
-        ("plain", "glm-tiny", "--model glm-tiny has two positions a token, and the shards one.*--layout glm"),
+        ("plain", "glm-tiny", "--model glm-tiny has two positions per token, and the shards have one.*--layout glm"),
         ("glm", "tiny", "--model tiny would ignore the second.*glm-tiny"),
     ],
     ids=["glm-model", "glm-shards"],

@@ -48,7 +48,8 @@ def test_a_model_with_another_tokenizer_is_refused(packed, tmp_path):
     text = (tmp_path / "own" / "tokenizer.json").read_text()
     (tmp_path / "own" / "tokenizer.json").write_text(text.replace('"w7": 7', '"x7": 7').replace('"w8": 8', '"w7": 8'))
     with pytest.raises(
-        DataError, match=r"own: the model's tokenizer is another one.*'w7' is 8 in the model's and 7 in"
+        DataError,
+        match=r"own: the model's tokenizer differs from the shards'.*'w7' has the id 8 in the model's and 7 in",
     ):
         run(packed, tmp_path / "out", model=str(tmp_path / "own"))
     assert not (tmp_path / "out").exists()

@@ -215,9 +215,9 @@ def test_models_that_do_not_fit_the_shards_are_refused(packed, tmp_path):
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
-    with pytest.raises(DataError, match=r"knows 40 tokens and the shards' tokenizer has 61"):
+    with pytest.raises(DataError, match=r"has 40 token embeddings; the shards' tokenizer has 61"):
         run(packed, tmp_path / "out", model=saved("few", vocab_size=40))
-    with pytest.raises(DataError, match=r"has 16 positions and the longest document 18 tokens"):
+    with pytest.raises(DataError, match=r"has 16 positions; the longest document has 18 tokens"):
         run(packed, tmp_path / "out", model=saved("short", max_position_embeddings=16))
     torch.manual_seed(0)
     mixed = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
@@ -316,7 +316,7 @@ def test_preset_sizes(name, vocab_size, millions):
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(millions * 1e6, rel=0.1)
     assert model.config.max_position_embeddings == 16384
     assert set(PRESETS) == {"tiny", "small", "base", "glm-tiny", "glm-small"}
-    with pytest.raises(UsageError, match="no preset is called 'huge'; expected one of tiny, small, base"):
+    with pytest.raises(UsageError, match="unknown preset 'huge'; expected one of tiny, small, base"):
         preset_model("huge", vocab_size=10, seq_len=128)
 
 

@@ -1,8 +1,8 @@
-"""A decoder with two rotary positions a token, as ChatGLM-6B has them: for shards in the GLM layout.
+"""A decoder with two rotary positions per token, as in ChatGLM-6B, for shards in the GLM layout.
 
-Half of a head's dimensions are turned by position 1, the other half by position 2. It is Llama in all else, so masks,
-backends, caches, checkpointing and training work as they do there. Importing this module makes its type known to
-transformers' AutoConfig and AutoModelForCausalLM.
+Position 1 rotates one half of a head's dimensions, position 2 the other. All else is Llama, so masks, backends, caches,
+checkpointing and training work as they do there. Importing this module registers the model type with transformers'
+AutoConfig and AutoModelForCausalLM.
 
 Shape legend: B samples, T tokens, D width of a head.
 """
@@ -21,7 +21,7 @@ from ismdata.errors import UsageError
 
 
 class IsmdataGlmConfig(LlamaConfig):  # type: ignore[no-untyped-call]
-    """Llama's configuration; the width of a head must be a multiple of 4 and the rotary positions unscaled."""
+    """Llama's configuration. The width of a head must be a multiple of 4, and the rotary positions unscaled."""
 
     model_type = "ismdata_glm"
 
@@ -30,28 +30,28 @@ class IsmdataGlmConfig(LlamaConfig):  # type: ignore[no-untyped-call]
         scaled = (self.rope_parameters or {}).get("rope_type", "default")
         if self.head_dim is None or self.head_dim % 4 or scaled != "default":
             raise ValueError(
-                f"head_dim is {self.head_dim} and rope_type {scaled}; expected a multiple of 4, half of which each "
-                "position turns, and default"
+                f"head_dim is {self.head_dim} and rope_type {scaled}; expected a multiple of 4 (each position rotates "
+                "half of a head) and default"
             )
 
 
 class GlmRotaryEmbedding(nn.Module):
-    """Cosines and sines of two positions. Source: ChatGLM-6B's 2D rotary embedding.
+    """Cosines and sines of two positions: ChatGLM-6B's 2D rotary embedding.
 
-    Llama turns dimension i together with i + D/2. Of these D/2 pairs the first half is turned by position 1 and the
-    second by position 2, each half with all the frequencies of a head of width D/2. ChatGLM-6B pairs dimensions in
-    another order, which the projections before it make up for.
+    Llama rotates dimension i together with i + D/2. Position 1 rotates the first half of these D/2 pairs and position 2
+    the second, each with all the frequencies of a head of width D/2. ChatGLM-6B pairs dimensions in another order, to
+    which the projections before it can adapt.
     """
 
     def __init__(self, config: IsmdataGlmConfig) -> None:
         super().__init__()
         assert config.head_dim is not None and config.rope_parameters is not None
-        self.width = config.head_dim // 2  # of the part that one position turns
+        self.width = config.head_dim // 2  # dimensions that one position rotates
         self.base = cast(float, config.rope_parameters["rope_theta"])
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor, position_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids, position_ids_2: int64[B or 1, T]. Returns cosines and sines, [B or 1, T, D] in x's dtype."""
+        """Compute cosines and sines, [B or 1, T, D] in x's dtype. The positions are int64[B or 1, T]."""
         exponents = torch.arange(0, self.width, 2, dtype=torch.float, device=x.device) / self.width
         frequencies = 1.0 / self.base**exponents  # float32[D / 4]
         angles = torch.cat([ids[..., None].float() * frequencies for ids in (position_ids, position_ids_2)], dim=-1)
@@ -79,7 +79,7 @@ class IsmdataGlmModel(LlamaModel):  # type: ignore[no-untyped-call]
         position_ids_2: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As Llama's. Without any positions all tokens are context; one position without the other is a UsageError."""
+        """As Llama's. Without positions all tokens are context; one position without the other is a UsageError."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if (self.config.use_cache if use_cache is None else use_cache) and past_key_values is None:
@@ -89,7 +89,7 @@ class IsmdataGlmModel(LlamaModel):  # type: ignore[no-untyped-call]
         if position_ids is None or position_ids_2 is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids, position_ids_2 = context_positions(inputs_embeds.shape[1], past, inputs_embeds.device)
-        # Position 1 stands still in answers, which transformers would take for borders of packed documents.
+        # Position 1 is constant in answers; transformers would infer borders of packed documents from it.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -98,12 +98,12 @@ class IsmdataGlmModel(LlamaModel):  # type: ignore[no-untyped-call]
             position_ids=None,
         )
         hidden_states = inputs_embeds
-        turns = self.rotary_emb(hidden_states, position_ids, position_ids_2)
+        rotations = self.rotary_emb(hidden_states, position_ids, position_ids_2)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
-                position_embeddings=turns,
+                position_embeddings=rotations,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
@@ -133,38 +133,60 @@ _BOTH = "Pass both, as the Collator does for shards of `ismdata pack --layout gl
 
 
 def takes_two_positions(model: nn.Module) -> bool:
-    """Whether a model reads `position_ids_2`."""
+    """Tell whether a model has two positions per token.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Whether it takes `position_ids_2`.
+    """
     return isinstance(model, IsmdataGlmForCausalLM)
 
 
 def context_positions(tokens: int, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Position 1 and position 2 of context after `past` tokens, int64[1, tokens] each."""
+    """Positions of context after `past` tokens: position 1 and position 2, int64[1, tokens] each."""
     first = torch.arange(past + 1, past + tokens + 1, device=device)[None]
     return first, torch.zeros_like(first)
 
 
 def check_positions(model: nn.Module, *, position_ids: bool, position_ids_2: bool) -> None:
-    """Raise UsageError unless a call has the positions that the model reads."""
+    """Raise UsageError unless a call has exactly the positions that the model takes.
+
+    Args:
+        model: The called model.
+        position_ids: Whether the call has them.
+        position_ids_2: Whether the call has them.
+    """
     name = type(model).__name__
     if takes_two_positions(model):
         if not (position_ids and position_ids_2):
             raise UsageError(f"{name} got no position_ids_2, or no position_ids. {_BOTH}")
     elif position_ids_2:
         raise UsageError(
-            f"{name} got position_ids_2 and would ignore it: its positions would be wrong. Pack the corpus without "
-            "--layout glm, or take a model with two positions (--model glm-tiny)"
+            f"{name} got position_ids_2, which it would ignore: it has one position per token. Pack the corpus "
+            "without --layout glm, or use a model with two positions (--model glm-tiny)"
         )
 
 
 def check_layout(model: nn.Module, name: str, *, layout: str) -> None:
-    """Raise UsageError unless shards of this layout can train the model that a user calls `name`."""
+    """Check that shards of this layout can train the model.
+
+    Args:
+        model: The model.
+        name: What the user called it, for the message.
+        layout: The shards' layout, `plain` or `glm`.
+
+    Raises:
+        UsageError: if the shards have more or fewer positions per token than the model.
+    """
     if takes_two_positions(model) and layout != "glm":
         raise UsageError(
-            f"--model {name} has two positions a token, and the shards one. Pack the corpus again with --layout glm, "
-            "or train another model"
+            f"--model {name} has two positions per token, and the shards have one. Pack the corpus again with "
+            "--layout glm, or train another model"
         )
     if layout == "glm" and not takes_two_positions(model):
         raise UsageError(
-            f"the shards have two positions a token (--layout glm), and --model {name} would ignore the second. "
+            f"the shards have two positions per token (--layout glm), and --model {name} would ignore the second. "
             "Train glm-tiny or glm-small, or pack the corpus again without --layout glm"
         )

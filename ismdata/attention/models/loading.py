@@ -1,4 +1,4 @@
-"""The model that a run starts from: opened, checked against the shards, and made ready to train."""
+"""Loading the model that a run starts from, checked against the shards."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from ismdata.data import PackedDataset
 from ismdata.errors import DataError
 from ismdata.rendering import Tokenizer, load_pretrained
 
+#: The folder with the tokenizer inside a packed folder.
 TOKENIZER_NAME = "tokenizer"
 
 
 def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
-    """The model to start from, in float32, checked to have the shards' tokens and room for their documents.
+    """Open the model to start from, and check that it fits the shards' tokens and documents.
 
-    name: a preset, a local folder, a GGUF file or a hub name. Raises DataError with what to do.
+    Args:
+        name: A preset, a model folder, a GGUF file or a hub name.
+        dataset: The shards.
+
+    Returns:
+        The model in float32.
+
+    Raises:
+        DataError: if no model can be loaded, or it has too few tokens or positions, or another tokenizer.
     """
     index = dataset.shards.index["tokenizer"]
     vocab_size: int = index["vocab_size"]
@@ -35,25 +44,36 @@ def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
             eos_token_id=index.get("eos_id"),
         )
     model = pretrained(name)
-    room = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if vocab_size > room:
+    embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if vocab_size > embeddings:
         raise DataError(
-            f"{name}: the model knows {room} tokens and the shards' tokenizer has {vocab_size}. Pack with the model's "
-            "own tokenizer, or resize the model's embeddings and save it"
+            f"{name}: the model has {embeddings} token embeddings; the shards' tokenizer has {vocab_size} tokens. Pack "
+            "with the model's own tokenizer, or resize the model's embeddings and save it"
         )
     _check_tokenizer(name, dataset)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = _longest_document(dataset)
     if positions is not None and longest > positions:
         fits = positions // 128 * 128
-        advice = f"Pack again with --seq-len {fits} or less" if fits else "Take a model with more positions"
+        advice = f"Pack again with --seq-len {fits} or less" if fits else "Use a model with more positions"
         raise DataError(
-            f"{name}: the model has {positions} positions and the longest document {longest} tokens. {advice}"
+            f"{name}: the model has {positions} positions; the longest document has {longest} tokens. {advice}"
         )
     return model
 
 
 def pretrained(name: str) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        name: A model folder, a GGUF file or a hub name.
+
+    Returns:
+        The model in float32.
+
+    Raises:
+        DataError: if no model can be loaded, or its weights are a pickle.
+    """
     path = Path(name)
     source: dict[str, Any] = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
@@ -61,7 +81,7 @@ def pretrained(name: str) -> PreTrainedModel:
             raise DataError(f"{name}: no such file; expected a GGUF file")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     elif path.is_file():
-        raise DataError(f"{name}: is a file; expected a preset, a model folder, a .gguf file or a hub name")
+        raise DataError(f"{name}: a file; expected a preset, a model folder, a .gguf file or a hub name")
     else:
         source["use_safetensors"] = True
         refuse_pickles(path)
@@ -69,7 +89,7 @@ def pretrained(name: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
-    except Exception as error:  # broken files make the libraries raise anything, from KeyError to SafetensorError
+    except Exception as error:  # for a broken file the libraries raise anything, from KeyError to SafetensorError
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name}: no model could be loaded ({first}). Expected a preset ({', '.join(PRESETS)}), a model folder "
@@ -79,7 +99,7 @@ def pretrained(name: str) -> PreTrainedModel:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as if it had never been a GGUF file: its weights are float32 by now, but it is marked as quantized."""
+    """A copy that is not marked as quantized. The weights of a GGUF file are float32 once they are loaded."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -89,16 +109,15 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_tokenizer(name: str, dataset: PackedDataset) -> None:
-    """Raise DataError where a model comes with a tokenizer and the shards were made with another one.
+    """Raise DataError if the model has a tokenizer, and it tokenizes differently from the shards'.
 
-    The same tokenizer may have been loaded from another place or name other special tokens: what counts is that it
-    makes the same tokens.
+    The same tokenizer may have other special tokens in its configuration; only the tokens that it makes count.
     """
     expected = dataset.shards.index["tokenizer"].get("sha256")
     try:
         pretrained = load_pretrained(name)
     except DataError:
-        return  # the model comes without one
+        return  # the model has none
     own = Tokenizer(pretrained, name=name, template="")
     if own.sha256 == expected:
         return
@@ -107,21 +126,22 @@ def _check_tokenizer(name: str, dataset: PackedDataset) -> None:
     if own.serialized == shards.serialized:
         return
     raise DataError(
-        f"{name}: the model's tokenizer is another one than the shards' (SHA-256 {own.sha256[:12]}…, expected "
+        f"{name}: the model's tokenizer differs from the shards' (SHA-256 {own.sha256[:12]}…, expected "
         f"{str(expected)[:12]}…{_first_difference(own, shards)}). Pack the corpus with --tokenizer {name}"
     )
 
 
 def _first_difference(own: Tokenizer, shards: Tokenizer) -> str:
+    """Name the first token with different ids, for the message; empty if there is none."""
     ours, theirs = own.pretrained.get_vocab(), shards.pretrained.get_vocab()
     for token, id in sorted(theirs.items(), key=lambda each: each[1]):
         if ours.get(token) != id:
-            return f"; {token!r} is {ours.get(token, 'unknown')} in the model's and {id} in the shards'"
+            return f"; {token!r} has the id {ours.get(token, 'none')} in the model's and {id} in the shards'"
     return ""
 
 
 def _longest_document(dataset: PackedDataset) -> int:
-    """Tokens in the longest document, read off the columns."""
+    """Tokens of the longest document, from the shards' seq_lens columns."""
     import pyarrow.compute as pc
 
     shards = dataset.shards
@@ -130,7 +150,17 @@ def _longest_document(dataset: PackedDataset) -> int:
 
 
 def tokenizer_files(packed: Path) -> list[Path]:
-    """The files of the shards' tokenizer, which go with the model. Raises DataError where there are none."""
+    """List the files of the shards' tokenizer, which are saved with a model.
+
+    Args:
+        packed: A folder that `ismdata pack` wrote.
+
+    Returns:
+        The files, sorted.
+
+    Raises:
+        DataError: if there are none.
+    """
     folder = packed / TOKENIZER_NAME
     files = sorted(path for path in folder.glob("*") if path.is_file())
     if not files:
@@ -141,12 +171,19 @@ def tokenizer_files(packed: Path) -> list[Path]:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raise DataError where a folder has weights as pickles only, which could run any code when they are loaded."""
+    """Refuse a folder whose weights are pickles only: loading a pickle can run any code.
+
+    Args:
+        folder: A model folder; one that does not exist is not refused.
+
+    Raises:
+        DataError: if it has pickles and no safetensors.
+    """
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
     if pickles and not any(folder.glob("*.safetensors")):
         raise DataError(
-            f"{folder}: the weights are a pickle ({pickles[0]}), which may run any code and is not loaded; expected "
-            "model.safetensors. If you trust it, load it with transformers; its save_pretrained writes safetensors"
+            f"{folder}: the weights are a pickle ({pickles[0]}), which can run any code when loaded; expected "
+            "model.safetensors. If you trust it, load it with transformers and convert it with save_pretrained"
         )
 
 

@@ -1,4 +1,4 @@
-"""Models from scratch, by name: Llama-shaped configurations whose vocabulary comes from the tokenizer.
+"""Presets: models to train from scratch, with Llama's architecture and the tokenizer's vocabulary.
 
 | preset | parameters | without embeddings |
 |---|---|---|
@@ -7,7 +7,7 @@
 | base | about 125 M (49,152 tokens) | 85 M |
 | glm-tiny, glm-small | as tiny and small | |
 
-Those of `glm` have two rotary positions (`glm.py`), for shards in the GLM layout.
+The `glm-` presets have two rotary positions (`glm.py`), for shards in the GLM layout.
 """
 
 from __future__ import annotations
@@ -43,20 +43,37 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Every preset by name: its class of configuration, and its shape.
+#: The presets by name: configuration class and shape.
 PRESETS: dict[str, tuple[type[LlamaConfig], dict[str, Any]]] = {
     **{name: (LlamaConfig, shape) for name, shape in _SHAPES.items()},
     **{f"glm-{name}": (IsmdataGlmConfig, _SHAPES[name]) for name in ("tiny", "small")},
 }
 
-#: Positions a preset can take at least; longer sequences raise it to their length.
+#: The least number of positions of a preset; longer sequences raise it to their length.
 MIN_POSITIONS = 8192
 
 
 def preset_config(name: str, *, vocab_size: int, seq_len: int, **special_token_ids: int | None) -> LlamaConfig:
-    """The configuration of a preset for `vocab_size` tokens and sequences of `seq_len`. UsageError for another name."""
+    """Build a preset's configuration.
+
+    Args:
+        name: A name in PRESETS.
+        vocab_size: The tokenizer's number of tokens.
+        seq_len: Tokens of the longest sequence.
+        special_token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UsageError: for an unknown name.
+
+    Example:
+        >>> preset_config("tiny", vocab_size=2000, seq_len=512).num_hidden_layers
+        4
+    """
     if name not in PRESETS:
-        raise UsageError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     config_class, shape = PRESETS[name]
     options: dict[str, Any] = shape | special_token_ids
     return config_class(
@@ -68,6 +85,19 @@ def preset_config(name: str, *, vocab_size: int, seq_len: int, **special_token_i
 
 
 def preset_model(name: str, *, vocab_size: int, seq_len: int, **special_token_ids: int | None) -> PreTrainedModel:
-    """A preset with random weights in float32, drawn from torch's global generator. UsageError for another name."""
+    """Create a preset with random weights from torch's global generator.
+
+    Args:
+        name: A name in PRESETS.
+        vocab_size: The tokenizer's number of tokens.
+        seq_len: Tokens of the longest sequence.
+        special_token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
+
+    Returns:
+        The model in float32.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
     config = preset_config(name, vocab_size=vocab_size, seq_len=seq_len, **special_token_ids)
     return IsmdataGlmForCausalLM(config) if isinstance(config, IsmdataGlmConfig) else LlamaForCausalLM(config)
