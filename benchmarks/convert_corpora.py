@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from ismdata.choices import Preference, Side
-from ismdata.convert.job import Selection
+from ismdata.convert.options import Selection
 from ismdata.convert.pipeline import convert
 from ismdata.data.verification import verify
 from ismdata.errors import DataError

@@ -87,40 +87,35 @@ def convert_command(
     After a crash, run the same command again to resume.
     """
     from ismdata.cli.views import reports
-    from ismdata.convert import Cleaning, Selection, convert, explained_sources
+    from ismdata.convert import Cleaning, ConvertOptions, Selection, convert, explain_sources
 
     if explain:
-        for explanation in explained_sources(
-            sources, format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant
-        ):
+        reading = ConvertOptions(format=format_, mapping=mapping, roles=_roles(role or []), assistant=assistant)
+        for explanation in explain_sources(sources, reading):
             show(reports.explanation(explanation), as_json=as_json)
         return
     if output is None:
         raise UsageError("no output given; expected --output FOLDER, or --explain to write nothing")
-    selection = Selection(
-        cleaning=Cleaning(dedup=dedup, min_turns=min_turns, exclude=tuple(exclude or ())),
-        against=tuple(against or ()),
-        sample=sample,
-        seed=seed,
-        split=split,
+    options = ConvertOptions(
+        format=format_,
+        mapping=mapping,
+        roles=_roles(role or []),
+        assistant=assistant,
+        tree=tree,
+        preference=preference,
+        join=join,
+        selection=Selection(
+            cleaning=Cleaning(dedup=dedup, min_turns=min_turns, exclude=tuple(exclude or ())),
+            against=tuple(against or ()),
+            sample=sample,
+            seed=seed,
+            split=split,
+        ),
+        workers=workers,
+        processes=True,
     )
     with TerminalReporter() as reporter:
-        report = convert(
-            sources,
-            output,
-            format=format_,
-            mapping=mapping,
-            roles=_roles(role or []),
-            assistant=assistant,
-            tree=tree,
-            preference=preference,
-            join=join,
-            selection=selection,
-            workers=workers,
-            processes=True,
-            overwrite=overwrite,
-            progress=lambda done, total: reporter.progress("convert", done, total),
-        )
+        report = convert(sources, output, options, overwrite=overwrite, reporter=reporter)
     show(reports.convert_report(report), as_json=as_json)
 
 

@@ -3,9 +3,10 @@ from .canonical import canonicalize as canonicalize
 from .canonical import parse_json as parse_json
 from .canonical import role_table as role_table
 from .explain import Explanation as Explanation
-from .filters import Cleaning as Cleaning
 from .formats.messages import OPENAI as OPENAI
-from .job import Selection as Selection
+from .options import Cleaning as Cleaning
+from .options import ConvertOptions as ConvertOptions
+from .options import Selection as Selection
 from .pipeline import ConvertReport as ConvertReport
 from .pipeline import convert as convert
-from .pipeline import explained_sources as explained_sources
+from .pipeline import explain_sources as explain_sources

@@ -1,10 +1,10 @@
-"""What a conversation says as 128 bits: the same digest, the same conversation.
+"""128-bit digests of conversations: two conversations are the same if their digests are.
 
-Digested are roles, contents, names, tool calls and their ids, reasoning and tools; not what only says where a
-conversation came from or how it is to be trained (`id`, `source`, `meta`, `train`, `weight`).
+A digest covers roles, contents, names, tool calls and their ids, reasoning and tools. It does not cover where the
+conversation came from and how it is trained (`id`, `source`, `meta`, `train`, `weight`).
 
-The texts of a conversation stand side by side in an Arrow buffer. So its digest is taken over a few slices of buffers,
-joined by Arrow, and no message becomes a Python object.
+The texts of a conversation are adjacent in an Arrow buffer. So the digest hashes a few slices of buffers, joined by
+Arrow, and no message becomes a Python object.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from numpy.typing import NDArray
 
 from ismdata.conversation import ROLES
 
-#: Texts of a message beside its content. Their positions are bits of a message's word, so the order is for ever.
+#: Texts of a message other than its content. Their indices are bit positions in the hashed bytes: never reorder them.
 _TEXTS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-#: Rows that `repeats` sorts at a time.
+#: Rows that `count_repeats` sorts at a time.
 _SORTED = 1 << 22
 
 Digests = NDArray[np.uint64]  # [N, 2]
 
 
 def digests(rows: pa.Table, *, roles: bool = True) -> Digests:
-    """The digest of each row of CONVERSATION_SCHEMA, uint64[N, 2].
+    """The digest of each of N conversations. It depends on nothing but the conversation.
 
-    Without `roles` they are left out, so that a talk told from either side has one digest. Digests depend on the
-    conversation alone: not on the rows around it, on chunks, on slices or on the machine.
+    Args:
+        rows: N rows of CONVERSATION_SCHEMA.
+        roles: Whether roles count. Without them, a dialogue and the same dialogue with its sides swapped are the same.
+
+    Returns:
+        uint64[N, 2]
     """
     parts = [np.empty((0, 2), np.uint64), *(_batch_digests(batch, roles) for batch in rows.to_batches())]
     return np.concatenate(parts)
 
 
 def _batch_digests(batch: pa.RecordBatch, roles: bool) -> Digests:
-    """Digests of what `_pieces` lists: from the front on, each piece says how to read the next, so that two
-    conversations never give the same bytes.
-    """
+    """Hash the pieces of each conversation. Each piece tells how to read the next, so the bytes are unambiguous."""
     joined = pc.binary_join_element_wise(*_pieces(batch, roles), pa.scalar(b"", pa.large_binary()))
     ends = np.frombuffer(joined.buffers()[1], np.int64, len(joined) + 1, joined.offset * 8)
     data = memoryview(joined.buffers()[2] or b"")
@@ -51,9 +53,10 @@ def _batch_digests(batch: pa.RecordBatch, roles: bool) -> Digests:
 
 
 def _pieces(batch: pa.RecordBatch, roles: bool) -> Iterator[pa.Array]:
-    """Large binary [N] each: a word that counts the messages, a word for each message, and the texts by column.
+    """The hashed bytes of N conversations in several pieces, large_binary[N] each.
 
-    The word of a message holds its role, which texts it has, and the length of its content.
+    First a 64-bit word with the number of messages, then a word per message, then the texts by column. The word of a
+    message holds its role, which texts it has, and the length of its content.
     """
     count = len(batch)
     messages = batch.column("messages")
@@ -75,9 +78,9 @@ def _pieces(batch: pa.RecordBatch, roles: bool) -> Iterator[pa.Array]:
             continue
         valid = _valid(column)
         words |= valid.astype(np.int64) << (bit + 3)
-        held = np.concatenate([[0], np.cumsum(valid)])
+        present = np.concatenate([[0], np.cumsum(valid)])
         data, ends = _text(column)
-        later += [_words(np.diff(ends)[valid], held[first]), _cut(data, ends[first])]
+        later += [_words(np.diff(ends)[valid], present[first]), _cut(data, ends[first])]
     yield _words(words, first)
     yield _cut(contents, places[first])
     yield from later
@@ -93,8 +96,8 @@ def _valid(column: pa.Array) -> NDArray[np.bool_]:
 
 
 def _text(column: pa.Array) -> tuple[pa.Buffer, NDArray[np.int64]]:
-    """The bytes of a string column and where each value begins, int64[N + 1]; null is empty."""
-    if column.null_count:  # what lies under a null is anything
+    """The bytes of a string column and the offsets of its values, int64[N + 1]. A null is empty."""
+    if column.null_count:  # the bytes of a null value can be anything
         column = pc.fill_null(column, "")
     _, offsets, data = column.buffers()
     ends = np.frombuffer(offsets, np.int32, len(column) + 1, column.offset * 4) if len(column) else np.zeros(1)
@@ -102,32 +105,32 @@ def _text(column: pa.Array) -> tuple[pa.Buffer, NDArray[np.int64]]:
 
 
 def _words(words: NDArray[np.int64], offsets: NDArray[np.int64]) -> pa.Array:
-    """The words offsets[i]:offsets[i + 1] as bytes, for each i."""
+    """The words offsets[i]:offsets[i + 1] as bytes, large_binary[N]."""
     return _cut(pa.py_buffer(np.ascontiguousarray(words, "<i8")), offsets * 8)
 
 
 def _cut(data: pa.Buffer, offsets: NDArray[np.int64]) -> pa.Array:
-    """The bytes offsets[i]:offsets[i + 1] of a buffer, for each i, not copied."""
+    """The bytes offsets[i]:offsets[i + 1] of a buffer without copying them, large_binary[N]."""
     ends = pa.py_buffer(np.ascontiguousarray(offsets, np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, [None, ends, data])
 
 
 class DigestSet:
-    """A growing set of digests: 16 bytes each, up to three times that for a moment while it grows.
+    """A growing set of digests. It needs 16 bytes per digest, and up to 48 while it grows.
 
-    Held as runs sorted by the first half, each at most half as long as the one before it, so that a lookup searches few
-    of them.
+    It consists of runs that are sorted by the first half of the digests. Each run is at most half as long as the one
+    before it, so that a lookup searches few runs.
     """
 
     def __init__(self) -> None:
         self._runs: list[Digests] = []
 
-    def among(self, digests: Digests) -> NDArray[np.bool_]:
-        """Which of these are in the set, bool[N]."""
+    def contains(self, digests: Digests) -> NDArray[np.bool_]:
+        """Which of these digests are in the set, bool[N]."""
         found = np.zeros(len(digests), np.bool_)
         for run in self._runs:
             at = np.searchsorted(run[:, 0], digests[:, 0])
-            while True:  # once, and again only for digests that share their first half
+            while True:  # repeats only for digests with equal first halves
                 at = np.minimum(at, len(run) - 1)
                 same = run[at, 0] == digests[:, 0]
                 found |= same & (run[at, 1] == digests[:, 1])
@@ -137,25 +140,25 @@ class DigestSet:
         return found
 
     def add(self, digests: Digests) -> NDArray[np.bool_]:
-        """Put these in; which of them were new, bool[N]. Of equal ones the first is new."""
-        new = ~repeated(digests)
+        """Add digests, and return which of them were not in the set before, bool[N]. Of equal ones the first counts."""
+        new = ~is_repeat(digests)
         rows = np.flatnonzero(new)
-        rows = rows[np.argsort(digests[rows, 0])]  # a sorted search stays in the cache
-        known = self.among(digests[rows])
+        rows = rows[np.argsort(digests[rows, 0])]  # sorted lookups use the CPU cache well
+        known = self.contains(digests[rows])
         new[rows[known]] = False
         run = digests[rows[~known]]
         while self._runs and len(self._runs[-1]) < 2 * len(run):
             run = np.concatenate([self._runs.pop(), run])
-            run = run[np.argsort(run[:, 0], kind="stable")]  # merges what is sorted already
+            run = run[np.argsort(run[:, 0], kind="stable")]  # the stable sort merges two sorted runs
         if len(run):
             self._runs.append(run)
         return new
 
 
-def repeated(digests: Digests) -> NDArray[np.bool_]:
-    """Which rows repeat an earlier one, bool[N].
+def is_repeat(digests: Digests) -> NDArray[np.bool_]:
+    """Which rows are equal to an earlier one, bool[N].
 
-    >>> repeated(np.array([[7, 1], [7, 2], [7, 1]], np.uint64)).tolist()
+    >>> is_repeat(np.array([[7, 1], [7, 2], [7, 1]], np.uint64)).tolist()
     [False, False, True]
     """
     order = np.lexsort((digests[:, 1], digests[:, 0]))
@@ -165,8 +168,11 @@ def repeated(digests: Digests) -> NDArray[np.bool_]:
     return again
 
 
-def repeats(digests: Digests) -> int:
-    """How many rows repeat an earlier one. Sorts a part at a time: the memory is flat for a memory-mapped file."""
+def count_repeats(digests: Digests) -> int:
+    """How many rows are equal to an earlier one.
+
+    It sorts one range of values at a time, so that a memory-mapped file needs bounded memory.
+    """
     parts = len(digests) // _SORTED + 1
     halves = digests[:, 0]
     borders = [(part << 64) // parts for part in range(parts + 1)]
@@ -175,5 +181,5 @@ def repeats(digests: Digests) -> int:
         within = digests[(halves >= np.uint64(low)) & (halves <= np.uint64(high - 1))]
         ordered = np.sort(within[:, 0])
         again = ordered[1:][ordered[1:] == ordered[:-1]]
-        count += int(repeated(within[np.isin(within[:, 0], again)]).sum())
+        count += int(is_repeat(within[np.isin(within[:, 0], again)]).sum())
     return count

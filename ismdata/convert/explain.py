@@ -1,10 +1,9 @@
-"""`convert --explain`: what a source is taken for, its first record as it is read, and a mapping to start from."""
+"""`convert --explain`: the format of a source, its first record as it would be read, and a draft of a mapping."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,22 +18,26 @@ from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.
-_LOOKED_AT = 100
-#: How much of a record the text shows.
+_SAMPLE_RECORDS = 100
+#: What the text shows of a conversation.
 _SHOWN_MESSAGES = 12
 _SHOWN_CHARACTERS = 200
-
-_BY_HAND = "docs/mapping.md says how to write a mapping by hand."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What one part of a source is taken for.
+    """How one part of a source would be read.
 
-    `looked_at` records were looked at. `format` is None where no format fits and the record is read as the mapping
-    says. `conversations` are those of the first record, as `convert` would write them, without their sources; `refused`
-    says why there are none. `mapping` is the text of a mapping file, None where none can be given; `equivalent` whether
-    it reads the records that were looked at exactly as the format does.
+    Attributes:
+        source: The part.
+        layout: How its records are framed, such as "JSON Lines".
+        format: The name of its format; None if no format matches and the record is read by a guessed mapping.
+        looked_at: How many records were read.
+        place: Where the first record is.
+        conversations: The conversations of the first record as `convert` would write them, without `source`.
+        refused: Why the first record has no conversations, None if it has.
+        mapping: The text of a mapping file, None if no mapping can express the format.
+        equivalent: Whether the mapping reads all records that were looked at exactly as the format does.
     """
 
     source: str
@@ -48,6 +51,7 @@ class Explanation:
     equivalent: bool
 
     def as_json(self) -> dict[str, Any]:
+        """The explanation as JSON values."""
         return {
             "source": self.source,
             "layout": self.layout,
@@ -61,84 +65,99 @@ class Explanation:
         }
 
     def text(self) -> str:
-        """The explanation as a person reads it."""
+        """The explanation as text for a person."""
         known = "no known format" if self.format is None else f"format {self.format}"
         lines = [f"{self.source}: {self.layout}, {known}", ""]
         if self.refused is not None:
             lines.append(f"{self.place} is refused: {self.refused}")
-        for number, one in enumerate(self.conversations, 1):
+        for number, conversation in enumerate(self.conversations, 1):
             which = f" (conversation {number} of {len(self.conversations)})" if len(self.conversations) > 1 else ""
             lines.append(f"{self.place} is read as{which}:")
-            lines += [f"  {line}" for line in _drawn(one)]
+            lines += [f"  {line}" for line in _message_lines(conversation)]
         if self.refused is not None or self.conversations:
             lines.append("")
-        if self.mapping is None:
-            why = "No mapping can say all that this format does: leave --mapping out."
-            lines.append(why if self.format else f"No messages can be made out. {_BY_HAND}")
+        some = f"the first {self.looked_at} records" if self.looked_at > 1 else "the first record"
+        if self.mapping is not None and self.equivalent:
+            lines += [f"A mapping that reads {some} in the same way:", "", *self.mapping.splitlines()]
+        elif self.mapping is not None:
+            guess = f"A draft of a mapping, guessed from {some}. Check each line, then pass the file with --mapping:"
+            lines += [guess, "", *self.mapping.splitlines()]
+        elif self.format is not None:
+            lines.append("No mapping can express this format completely: leave out --mapping.")
         else:
-            some = f"the first {self.looked_at} records" if self.looked_at > 1 else "the first record"
-            same = f"A mapping that reads {some} alike, to start from:"
-            guess = f"A mapping to start from, guessed from {some}. Check each line, then use --mapping FILE:"
-            lines += [same if self.equivalent else guess, "", *self.mapping.splitlines()]
+            lines.append("No messages were found in the records. docs/mapping.md describes how to write a mapping.")
         return "\n".join(lines)
 
 
-def _drawn(conversation: Mapping[str, Any]) -> Iterator[str]:
+def _message_lines(conversation: Mapping[str, Any]) -> Iterator[str]:
+    """A line per message: role and the beginning of the text."""
     messages = conversation["messages"]
     width = max(len(message["role"]) for message in messages)
     for message in messages[:_SHOWN_MESSAGES]:
-        shown = message["content"] if message["content"] is not None else message["tool_calls"]
-        text = " ".join(shown.split())
+        whole = message["content"] if message["content"] is not None else message["tool_calls"]
+        text = " ".join(whole.split())
         cut = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
         untrained = " (not trained)" if message["train"] is False else ""
         yield f"{message['role']:<{width}}  {cut}{untrained}"
     if len(messages) > _SHOWN_MESSAGES:
-        yield f"… and {len(messages) - _SHOWN_MESSAGES} messages more"
+        yield f"… and {len(messages) - _SHOWN_MESSAGES} more messages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSample:
+    """The first records of one part of a source.
+
+    Attributes:
+        source: The part.
+        layout: How its records are framed.
+        records: At least one record, each with its place.
+        format: The name of the format, None if no format matches.
+        corpus_format: The format, None if no format matches.
+        choices: What the user decides where the data leave it open.
+    """
+
+    source: str
+    layout: str
+    records: Sequence[tuple[str, Any]]
+    format: str | None
+    corpus_format: CorpusFormat | None
+    choices: Choices
 
 
 def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
-    """The first part of a source that holds a record. Raises DataError when a part is broken, or none holds any."""
+    """Explain the first part of a source that has a record. Raises DataError if none has, or if a part is broken."""
     try:
-        return _explained(source, format)
+        sample = _sample(source, format)
     except DataError:
         if format.name != "auto":
             raise
-        found = _first_records(source, replace(format, name="unknown", corpus_format=GuessedFormat()))
-        if found is None:
+        sample = _sample(source, replace(format, name="unknown", corpus_format=GuessedFormat()))
+        if sample is None:
             raise
-        part, placed = found
-    return explain_records(
-        placed, name=part.name, layout=part.layout, format=None, corpus_format=None, choices=format.choices
-    )
+        sample = replace(sample, format=None, corpus_format=None)
+    if sample is None:
+        raise DataError(f"{source.name}: found no record; expected a corpus. Check that it is the right file")
+    return explain_records(sample)
 
 
-def _explained(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
-    found = _first_records(source, format)
-    if found is None:
-        raise DataError(f"{source.name}: empty, no record found; expected a corpus. See whether it is the right file")
-    part, placed = found
-    return explain_records(
-        placed,
-        name=part.name,
-        layout=part.layout,
-        format=part.format,
-        corpus_format=part.corpus_format,
-        choices=format.choices,
-    )
-
-
-def _first_records(
-    source: Source | SavedDataset, format: FormatChoice
-) -> tuple[SourcePart, list[tuple[str, Any]]] | None:
-    """The first part with records that can be read, and the first of these with their places."""
+def _sample(source: Source | SavedDataset, format: FormatChoice) -> PartSample | None:
+    """The first records of the first part that has any that can be read."""
     for part in open_parts(source, format):
-        placed = list(islice(_records(part), _LOOKED_AT))
-        if placed:
-            return part, placed
+        records = list(islice(_records(part), _SAMPLE_RECORDS))
+        if records:
+            return PartSample(
+                source=part.name,
+                layout=part.layout,
+                records=records,
+                format=part.format,
+                corpus_format=part.corpus_format,
+                choices=format.choices,
+            )
     return None
 
 
 def _records(part: SourcePart) -> Iterator[tuple[str, Any]]:
+    """The records of a part that can be read, each with its place."""
     for block, place, _ in part.blocks:
         for row in range(len(block.numbers)):
             try:
@@ -148,75 +167,45 @@ def _records(part: SourcePart) -> Iterator[tuple[str, Any]]:
             yield f"{place.prefix}{block.numbers[row]}", record
 
 
-def explain_records(
-    placed: Sequence[tuple[str, Any]],
-    *,
-    name: str,
-    layout: str,
-    format: str | None,
-    corpus_format: CorpusFormat | None,
-    choices: Choices,
-) -> Explanation:
-    """What records are taken for. `placed`: places and records, as `corpus_format` parses them; None where unknown."""
-    records = [record for _, record in placed]
-    shown = partial(
-        _explanation,
-        placed=placed,
-        name=name,
-        layout=layout,
-        format=format,
-        looked_at=len(placed),
-        choices=choices,
-    )
+def explain_records(sample: PartSample) -> Explanation:
+    """Explain how the first records of a part are read.
+
+    With a format, the mapping is one that reads the records in the same way, if one is found. Without, it is guessed.
+    """
+    corpus_format, choices = sample.corpus_format, sample.choices
     if isinstance(corpus_format, Mapped):
-        return shown(corpus_format=corpus_format, mapping=_text_of(corpus_format), equivalent=True)
-    rows = [row for record in records for row in record] if _are_rows(corpus_format) else records
+        return _explanation(sample, _file_text(corpus_format), equivalent=True)
+    records = [record for _, record in sample.records]
+    rows = [row for record in records for row in record] if _regroups(corpus_format) else records
     guess = guess_mapping(rows)
     if guess is not None:
         guess = replace(guess, assistant=choices.assistant)
     if corpus_format is not None:
-        equal = next((one for one in _variants(guess) if _alike(one, rows, corpus_format, records, choices)), None)
-        return shown(
-            corpus_format=corpus_format,
-            mapping=None if equal is None else _text_of(equal),
-            equivalent=equal is not None,
-        )
+        same = next((one for one in _variants(guess) if _reads_same(one, rows, corpus_format, records, choices)), None)
+        return _explanation(sample, None if same is None else _file_text(same), equivalent=same is not None)
     if guess is None:
-        return shown(corpus_format=None, mapping=None, equivalent=False)
-    whole = next(iter(regroup_records(guess, rows)), records[0])
-    return shown(
-        placed=[(placed[0][0], whole)],
-        corpus_format=_following(guess, choices),
-        mapping=_text_of(guess),
-        equivalent=False,
-    )
+        return _explanation(sample, None, equivalent=False)
+    first = next(iter(regroup_records(guess, rows)), records[0])
+    by_guess = replace(sample, records=[(sample.records[0][0], first)], corpus_format=_with_roles(guess, choices))
+    return replace(_explanation(by_guess, _file_text(guess), equivalent=False), looked_at=len(records))
 
 
-def _explanation(
-    *,
-    placed: Sequence[tuple[str, Any]],
-    name: str,
-    layout: str,
-    format: str | None,
-    looked_at: int,
-    corpus_format: CorpusFormat | None,
-    mapping: str | None,
-    equivalent: bool,
-    choices: Choices,
-) -> Explanation:
-    place, record = placed[0]
+def _explanation(sample: PartSample, mapping: str | None, *, equivalent: bool) -> Explanation:
+    """Read the first record and put the explanation together."""
+    place, record = sample.records[0]
     conversations: list[dict[str, Any]] = []
     refused = None
     try:
-        drafts = corpus_format.parse_record(record) if corpus_format is not None else ()
-        conversations = [canonicalize(draft, _rules(corpus_format, choices)) for draft in drafts]
+        drafts = sample.corpus_format.parse_record(record) if sample.corpus_format is not None else ()
+        rules = _rules(sample.corpus_format, sample.choices)
+        conversations = [canonicalize(draft, rules) for draft in drafts]
     except Refused as refusal:
         refused = refusal.detail
     return Explanation(
-        source=name,
-        layout=layout,
-        format=format,
-        looked_at=looked_at,
+        source=sample.source,
+        layout=sample.layout,
+        format=sample.format,
+        looked_at=len(sample.records),
         place=place,
         conversations=tuple(conversations),
         refused=refused,
@@ -226,43 +215,41 @@ def _explanation(
 
 
 def _rules(corpus_format: CorpusFormat | None, choices: Choices) -> Rules:
-    return (
-        Rules(roles=corpus_format.roles, join=corpus_format.join)
-        if isinstance(corpus_format, Mapped)
-        else Rules(roles=choices.roles)
-    )
+    if isinstance(corpus_format, Mapped):
+        return Rules(roles=corpus_format.roles, join=corpus_format.join)
+    return Rules(roles=choices.roles)
 
 
-def _following(mapped: Mapped, choices: Choices) -> Mapped:
-    """The mapping with the role names of the choices; its own take precedence: they are what the guess is about."""
-    return replace(with_choices(mapped, choices), roles={**choices.roles, **mapped.roles})
+def _with_roles(mapping: Mapped, choices: Choices) -> Mapped:
+    """The mapping with the choices. Its own role names override theirs, since they were guessed for these records."""
+    return replace(with_choices(mapping, choices), roles={**choices.roles, **mapping.roles})
 
 
-def _are_rows(corpus_format: CorpusFormat | None) -> bool:
-    """Whether records of the format are lists of what the source calls records."""
+def _regroups(corpus_format: CorpusFormat | None) -> bool:
+    """Whether a record of the format is a list of rows of the source."""
     return corpus_format is not None and type(corpus_format).regroup is not CorpusFormat.regroup
 
 
 def _variants(guess: Mapped | None) -> Iterator[Mapped]:
-    """The guess with less said first, since what is true by default need not be said."""
+    """Variants of a guess, those with fewer keys first: a key that changes nothing should not be in the file."""
     if guess is not None:
         for roles in ({}, guess.roles):
             for strip in (False, True):
                 yield replace(guess, roles=roles, strip=strip)
 
 
-def _alike(
-    one: Mapped, rows: Sequence[Any], corpus_format: CorpusFormat, records: Sequence[Any], choices: Choices
+def _reads_same(
+    mapping: Mapped, rows: Sequence[Any], corpus_format: CorpusFormat, records: Sequence[Any], choices: Choices
 ) -> bool:
-    """Whether a mapping reads the same messages as a format does, record by record, and any at all."""
-    mapped = _following(one, choices)
-    read = [_messages(mapped, record, choices) for record in regroup_records(mapped, rows)]
-    expected = [_messages(corpus_format, record, choices) for record in records]
-    return read == expected and any(expected)
+    """Whether a mapping reads the same messages from the rows as the format from the records, and reads any."""
+    mapped = _with_roles(mapping, choices)
+    found = [_outcomes(mapped, record, choices) for record in regroup_records(mapped, rows)]
+    expected = [_outcomes(corpus_format, record, choices) for record in records]
+    return found == expected and any(expected)
 
 
-def _messages(corpus_format: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
-    """The messages of each conversation of a record; a reason where one is refused."""
+def _outcomes(corpus_format: CorpusFormat, record: Any, choices: Choices) -> list[Any]:
+    """For each conversation of a record its messages, or the reason why it is refused."""
     try:
         drafts: Sequence[Draft] = corpus_format.parse_record(record)
     except Refused as refusal:
@@ -278,10 +265,10 @@ def _outcome(draft: Draft, rules: Rules) -> Any:
         return refusal.reason
 
 
-def _text_of(mapped: Mapped) -> str | None:
-    """The mapping file, or None where a name in it is no text that a file can hold."""
-    own = {name: role for name, role in mapped.roles.items() if ROLE_NAMES.get(name) != role}
-    text = mapping_text(replace(mapped, roles=own), {})
+def _file_text(mapping: Mapped) -> str | None:
+    """The mapping file, or None if one of its names is not valid Unicode."""
+    own = {name: role for name, role in mapping.roles.items() if ROLE_NAMES.get(name) != role}
+    text = mapping_text(replace(mapping, roles=own), {})
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,50 +1,69 @@
-"""`ismdata convert`: raw corpora of any known format in, one folder of canonical conversations out.
+"""`ismdata convert`: raw corpora of any known format in, a folder of canonical conversations out.
 
-Sources are framed into blocks of complete records in order, the blocks are read side by side, and what comes of them is
-cleaned and written in the order of the sources: neither rows nor bytes depend on the number of workers. A journal in
-the unfinished folder says how far that is, so that the same command goes on after a crash.
+The steps, each in a module of its own:
+
+1. sources/arguments.py: SOURCE arguments to sources: files, archives, folders, datasets.
+2. parts.py: a source to its parts, and each part to blocks of complete records.
+3. read_block.py: a block to conversations, on the fast path (columnar.py) or the general one (canonical.py). Blocks are
+   read in parallel; their results are taken in order.
+4. job.py: conversations through the filters (filters.py) to the shards or the quarantine.
+
+Neither rows nor bytes of the output depend on the number of workers. A journal in the unfinished folder records how far
+the run is, so that the same command resumes after an interruption.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from ismdata import __version__
-from ismdata.choices import Paths, Preference, Side
+from ismdata.concurrency import map_in_order
 from ismdata.conversation import Quarantined
+from ismdata.convert.against import OtherCorpus
 from ismdata.convert.canonical import Rules, role_table
 from ismdata.convert.corpus_format import Choices
-from ismdata.convert.digests import Digests, digests
 from ismdata.convert.explain import Explanation, explain
-from ismdata.convert.filters import against_digests
 from ismdata.convert.formats.registry import FORMATS
-from ismdata.convert.job import ConversionJob, Selection, SourceReport
+from ismdata.convert.job import ConversionJob
 from ismdata.convert.mapping_file import load_mapping
-from ismdata.convert.parts import FormatChoice, open_parts
+from ismdata.convert.options import ConvertOptions
+from ismdata.convert.parts import FormatChoice, SourceBlocks
+from ismdata.convert.position import SourceReport
 from ismdata.convert.read_block import read_block
-from ismdata.convert.sampling import parse_split
 from ismdata.convert.sources.arguments import expand, with_unique_stems
 from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.convert.worker_pool import WorkerPool
-from ismdata.data import INDEX_NAME, Journal, describe_file, open_output
+from ismdata.data import Journal, open_output
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.memory import kept_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
-    """What `convert` did; `read` = `written` + the sum of `quarantined`. `first`: a refusal of each reason.
+    """What `convert` did. All counts are of conversations.
 
-    `duplicates`: conversations that repeat an earlier one word for word, whether they were written or not. `parts`:
-    conversations of each part of a split, by its folder.
+    Attributes:
+        output: The folder that was written.
+        read: `written` + all of `quarantined`.
+        written: Conversations in the shards.
+        quarantined: Refused and dropped conversations, by reason.
+        duplicates: Conversations that are the same as an earlier one, whether written or not.
+        parts: Conversations in each part of a split, by the name of its folder; empty without `--split`.
+        first: The first refusal of each reason.
+        sources: What was read from each source.
+        ignored_fields: How many message fields were dropped, by name.
+        notes: What the user should know and is no error, one sentence each.
+        shards: Number of shards.
+        seconds: Wall time.
     """
 
     output: Path
@@ -64,184 +83,162 @@ class ConvertReport:
 def convert(
     sources: Sequence[str],
     output: Path,
+    options: ConvertOptions | None = None,
     *,
-    format: str = "auto",
-    mapping: Path | None = None,
-    roles: Mapping[str, str] = MappingProxyType({}),
-    assistant: Side | None = None,
-    tree: Paths = "all",
-    preference: Preference | None = None,
-    join: bool = False,
-    selection: Selection = Selection(),  # noqa: B008  # frozen
-    workers: int = 0,
-    processes: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    reporter: Reporter = LOGGED,
+    **fields: Any,
 ) -> ConvertReport:
-    """Read `sources` and write the folder `output`, complete or not at all.
+    """Convert raw corpora to one folder of conversations.
 
-    `format` is "auto" or a key of FORMATS; `mapping` a TOML file that says how to read anything else. `roles` adds role
-    names to the usual ones. `assistant`, `tree` and `preference` decide what the data leave open (`base.Choices`);
-    `join` makes one message of several in a row of one side. `workers` blocks are read side by side, 0 means one a
-    core: in threads and, with `processes`, in processes where reading turns out to be slow (`workers.WorkerPool`).
-    `progress` is called with bytes done and bytes in all.
+    The folder is written completely or not at all. If it is interrupted, the same call resumes.
 
-    Raises UsageError when an option cannot be or the output is in use, DataError when a source cannot be read, is
-    broken, is of no known format, has changed since an interrupted run, or when no conversation at all comes of it.
+    Args:
+        sources: Files, archives, folders, globs, hub names of datasets, or "-" for standard input.
+        output: The folder to write.
+        options: How to read records and what to keep. Default: `ConvertOptions()`.
+        overwrite: Whether to replace what the folder holds.
+        reporter: Receives the progress, as bytes read.
+        **fields: Fields of `ConvertOptions` that replace those of `options`.
+
+    Returns:
+        What was read, written and quarantined.
+
+    Raises:
+        UsageError: If an option is invalid, or the output is in use.
+        DataError: If a source cannot be read, is broken, is of no known format or has changed since the interrupted
+            run, or if no conversation is left to write.
+
+    Example:
+        `convert(["corpus.jsonl.gz"], Path("converted"), roles={"bot": "assistant"})`
     """
     started = time.perf_counter()
-    _check_call(sources, format, mapping)
-    _check_selection(selection, workers)
-    wanted, rules = _format(format, mapping, roles, assistant, tree, preference, join)
+    options = replace(options or ConvertOptions(), **fields)
+    _check_given(sources)
+    format, rules = _reading(options)
     with (
         open_output(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
-        WorkerPool(workers or os.cpu_count() or 1, processes=processes) as pool,
+        WorkerPool(options.workers or os.cpu_count() or 1, processes=options.processes) as pool,
         kept_memory(),
     ):
         expanded = with_unique_stems([source for argument in sources for source in expand(argument)])
-        others = [_other(argument) for argument in selection.against]
-        options = {
-            "format": format,
-            "mapping": mapping.read_text(encoding="utf-8") if mapping else None,
-            "role": dict(sorted(roles.items())),
-            "assistant": assistant,
-            "tree": tree,
-            "preference": preference,
-            "join": join,
-            **asdict(selection.cleaning),
-            "against": list(selection.against),
-            "sample": selection.sample,
-            "seed": selection.seed,
-            "split": selection.split,
-        }
+        others = [OtherCorpus.find(argument) for argument in options.selection.against]
+        recorded = options.recorded()
         run = {
             "command": "convert",
             "version": __version__,
-            "options": options,
+            "options": recorded,
             "sources": [source.identity() for source in expanded],
             "others": [other.identity() for other in others],
         }
         journal = Journal.open(folder, run, restart=overwrite)
         try:
-            against = np.concatenate([other.digests(wanted, rules) for other in others]) if others else None
-            job = ConversionJob(folder, selection, against, journal)
-            job.read(expanded, wanted, rules, pool, progress or (lambda done, total: None))
-            job.finish(options)
+            against = np.concatenate([other.digests(format, rules) for other in others]) if others else None
+            job = ConversionJob(folder, options.selection, against, journal)
+            _read_sources(expanded, format, rules, job, pool, reporter)
+            job.finish(recorded)
         finally:
             journal.close()
     return ConvertReport(
         output=output,
-        read=job.read_count,
+        read=job.read,
         written=job.written,
         quarantined=dict(sorted(job.quarantine.reasons.items())),
         duplicates=job.duplicates,
         parts={part.name: part.writer.rows for part in job.parts if part.name},
         first=job.quarantine.first,
-        sources=tuple(job.mark.reports),
-        ignored_fields=dict(sorted(job.mark.ignored.items())),
-        notes=(
-            *(f"skipped: {reason}" for reason in job.mark.unknown),
-            *_notes(job.mark.reports, assistant, tree, preference),
-        ),
+        sources=tuple(job.position.reports),
+        ignored_fields=dict(sorted(job.position.ignored.items())),
+        notes=(*(f"skipped {reason}" for reason in job.position.unknown), *_notes(job.position.reports, options)),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
     )
 
 
-def explained_sources(
-    sources: Sequence[str],
-    *,
-    format: str = "auto",
-    mapping: Path | None = None,
-    roles: Mapping[str, str] = MappingProxyType({}),
-    assistant: Side | None = None,
+def explain_sources(
+    sources: Sequence[str], options: ConvertOptions | None = None, **fields: Any
 ) -> Iterator[Explanation]:
-    """What each source would be taken for and how its first record would be read; nothing is written.
+    """Explain how each source would be read, without writing anything.
 
-    Raises as `convert` does.
+    Args:
+        sources: As for `convert`.
+        options: How to read records. Default: `ConvertOptions()`.
+        **fields: Fields of `ConvertOptions` that replace those of `options`.
+
+    Yields:
+        One explanation per source.
+
+    Raises:
+        UsageError: If an option is invalid.
+        DataError: If a source cannot be read or is broken.
     """
-    _check_call(sources, format, mapping)
-    wanted, _ = _format(format, mapping, roles, assistant, "all", None, False)
+    _check_given(sources)
+    format, _ = _reading(replace(options or ConvertOptions(), **fields))
     for argument in sources:
         for source in expand(argument):
-            yield explain(source, wanted)
+            yield explain(source, format)
 
 
-def _check_call(sources: Sequence[str], format: str, mapping: Path | None) -> None:
-    if format != "auto" and format not in FORMATS:
-        raise UsageError(f"--format {format}: no such format; expected auto, {', '.join(FORMATS)}")
-    if format != "auto" and mapping is not None:
-        raise UsageError(f"--format {format} and --mapping exclude each other; leave one out")
+def _check_given(sources: Sequence[str]) -> None:
     if not sources:
         raise UsageError("no source given; expected files, folders or hub names to convert")
 
 
-def _check_selection(selection: Selection, workers: int) -> None:
-    if workers < 0:
-        raise UsageError(f"--workers {workers}: expected 0 (one a core) or more")
-    if selection.sample is not None and selection.sample < 1:
-        raise UsageError(f"--sample {selection.sample}: expected 1 or more")
-    if selection.split is not None:
-        parse_split(selection.split)
-
-
-def _format(
-    name: str,
-    mapping: Path | None,
-    roles: Mapping[str, str],
-    assistant: Side | None,
-    tree: Paths,
-    preference: Preference | None,
-    join: bool,
-) -> tuple[FormatChoice, Rules]:
-    """How records are read: by a mapping, a named format or the one they look like."""
-    mapped = load_mapping(mapping) if mapping else None
-    table = role_table({**(mapped.roles if mapped else {}), **roles})
-    side = assistant or (mapped.assistant if mapped else "second")
-    choices = Choices(roles=table, assistant=side, tree=tree, preference=preference)
-    rules = Rules(roles=table, join=join or (mapped is not None and mapped.join))
-    return FormatChoice(name=str(mapping) if mapping else name, corpus_format=mapped, choices=choices), rules
-
-
-def _notes(
-    reports: Sequence[SourceReport], assistant: Side | None, tree: Paths, preference: Preference | None
-) -> tuple[str, ...]:
-    """What the user should hear that is no error: choices that concern no format that was read."""
-    formats = {name for report in reports for name in report.format.split(", ")} & FORMATS.keys()
-    asked = {"assistant": assistant is not None, "tree": tree != "all", "preference": preference is not None}
-    return tuple(
-        f"--{name} had no effect: {', '.join(sorted(formats))} leaves nothing open there"
-        for name, given in asked.items()
-        if given and formats and not any(FORMATS[one].depends_on(name) for one in formats)
+def _reading(options: ConvertOptions) -> tuple[FormatChoice, Rules]:
+    """The format to read parts as, and the rules that all formats share. Reads the mapping file."""
+    mapping = load_mapping(options.mapping) if options.mapping else None
+    roles = role_table({**(mapping.roles if mapping else {}), **options.roles})
+    choices = Choices(
+        roles=roles,
+        assistant=options.assistant or (mapping.assistant if mapping else "second"),
+        tree=options.tree,
+        preference=options.preference,
     )
+    name = str(options.mapping) if options.mapping else options.format
+    rules = Rules(roles=roles, join=options.join or (mapping is not None and mapping.join))
+    return FormatChoice(name=name, corpus_format=mapping, choices=choices), rules
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Other:
-    """A corpus whose conversations are left out: a converted folder, or sources that are read for it."""
+def _read_sources(
+    sources: Sequence[Source | SavedDataset],
+    format: FormatChoice,
+    rules: Rules,
+    job: ConversionJob,
+    pool: WorkerPool,
+    reporter: Reporter,
+) -> None:
+    """Read all blocks that the job has not read yet, in order. Raises DataError."""
+    total = sum(source.bytes for source in sources)
+    done = sum(report.bytes for report in job.position.reports)
+    for source in job.position.unread_sources(sources):
+        sha256 = None if source.once else pool.submit_thread(source.sha256)
+        blocks = SourceBlocks(source, format, partial(_report_progress, reporter, done, total))
+        results = map_in_order(
+            partial(read_block, rules=rules),
+            job.position.unread_blocks(blocks, source.name),
+            submit=pool.submit,
+            pending=2 * pool.count + 1,  # enough that no worker waits
+        )
+        for result in results:
+            job.add(result)
+        done += source.bytes
+        job.position.finish_source(source, blocks, sha256.result() if sha256 else source.sha256())
 
-    name: str
-    folder: Path | None
-    sources: tuple[Source | SavedDataset, ...] = ()
 
-    def identity(self) -> dict[str, Any]:
-        if self.folder is not None:
-            return {"name": self.name, "sha256": describe_file(self.folder / INDEX_NAME, 0).sha256}
-        return {"name": self.name, "sources": [source.identity() for source in self.sources]}
-
-    def digests(self, format: FormatChoice, rules: Rules) -> Digests:
-        """uint64[N, 2], one a conversation."""
-        if self.folder is not None:
-            return against_digests(self.folder)
-        found = [np.empty((0, 2), np.uint64)]
-        for source in self.sources:
-            for part in open_parts(source, format):
-                found += [digests(read_block(block, rules).rows) for block in part.blocks]
-        return np.concatenate(found)
+def _report_progress(reporter: Reporter, done: int, total: int, here: int) -> None:
+    reporter.progress("convert", done + here, total)
 
 
-def _other(argument: str) -> _Other:
-    folder = Path(argument)
-    if (folder / INDEX_NAME).is_file():
-        return _Other(name=argument, folder=folder)
-    return _Other(name=argument, folder=None, sources=tuple(expand(argument)))
+def _notes(reports: Sequence[SourceReport], options: ConvertOptions) -> list[str]:
+    """One sentence per choice that makes no difference to any format that was read."""
+    formats = {name for report in reports for name in report.format.split(", ")} & FORMATS.keys()
+    given = {
+        "assistant": options.assistant is not None,
+        "tree": options.tree != "all",
+        "preference": options.preference is not None,
+    }
+    return [
+        f"--{name} had no effect: it makes no difference to {', '.join(sorted(formats))}"
+        for name in given
+        if given[name] and formats and not any(FORMATS[one].depends_on(name) for one in formats)
+    ]

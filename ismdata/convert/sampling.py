@@ -1,7 +1,4 @@
-"""Which conversations a sample holds, and on which side of a split each stands: by hashes, never by chance.
-
-Neither depends on the number of workers, on blocks or on the machine.
-"""
+"""Samples and splits, decided by hashes: the number of workers, the blocks and the machine make no difference."""
 
 from __future__ import annotations
 
@@ -14,20 +11,31 @@ from numpy.typing import NDArray
 
 from ismdata.errors import UsageError
 
-#: What the parts of a split are called, in their order.
+#: The folders of a split, in order.
 SPLIT_NAMES = ("train", "validation", "test")
-#: Keys that `sampled` holds at a time, beside the n lowest.
+#: Keys that `draw_sample` computes at a time.
 _CHUNK = 1 << 20
 
 
-def sampled(count: int, n: int, seed: int) -> NDArray[np.bool_]:
-    """`n` of `count` conversations, uniformly: bool[count]; all of them where there are no more than `n`.
+def draw_sample(count: int, n: int, seed: int) -> NDArray[np.bool_]:
+    """Draw `n` of `count` conversations uniformly at random.
 
-    The n with the lowest keys, a key being a hash of the conversation's number and `seed`. Raises UsageError when `n`
-    is below 1.
+    The key of a conversation is a hash of its number and the seed; those with the lowest keys are drawn.
 
-    >>> np.flatnonzero(sampled(10, 3, seed=0)).tolist()
-    [2, 6, 8]
+    Args:
+        count: How many conversations there are.
+        n: How many to draw; all are drawn if there are not more.
+        seed: Seed of the keys.
+
+    Returns:
+        bool[count], the conversations that are drawn.
+
+    Raises:
+        UsageError: If `n` is below 1.
+
+    Example:
+        >>> np.flatnonzero(draw_sample(10, 3, seed=0)).tolist()
+        [2, 6, 8]
     """
     if n < 1:
         raise UsageError(f"--sample {n}: expected 1 or more")
@@ -47,7 +55,7 @@ def sampled(count: int, n: int, seed: int) -> NDArray[np.bool_]:
 
 
 def _keys(first: int, last: int, seed: int) -> NDArray[np.uint64]:
-    """Keys of the numbers first:last under `seed`, no two alike: the splitmix64 generator at these places."""
+    """Keys of the conversations first:last, all different: the outputs of the splitmix64 generator at these indices."""
     start = np.uint64(xxhash.xxh3_64_intdigest(str(seed).encode()))
     z = np.arange(first + 1, last + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -57,37 +65,45 @@ def _keys(first: int, last: int, seed: int) -> NDArray[np.uint64]:
 
 
 def parse_split(text: str) -> tuple[float, ...]:
-    """The parts of `--split`: two or three positive numbers that add up to 1, named as in SPLIT_NAMES.
+    """Parse the shares of `--split`: two or three positive numbers that add up to 1, in the order of SPLIT_NAMES.
 
-    Raises UsageError where they are not that.
+    Raises UsageError if they are not.
 
     >>> parse_split("0.9/0.05/0.05")
     (0.9, 0.05, 0.05)
     """
-    expected = "expected two or three positive parts that add up to 1, such as 0.98/0.02"
+    expected = "expected two or three positive shares that add up to 1, such as 0.98/0.02"
     try:
-        parts = tuple(float(part) for part in text.split("/"))
+        shares = tuple(float(share) for share in text.split("/"))
     except ValueError as error:
-        raise UsageError(f"--split {text}: not numbers between slashes; {expected}") from error
-    if len(parts) not in (2, 3):
-        raise UsageError(f"--split {text}: {len(parts)} parts; {expected}")
-    if not all(part > 0 for part in parts) or not math.isclose(math.fsum(parts), 1, abs_tol=1e-6):
-        raise UsageError(f"--split {text}: adds up to {math.fsum(parts):g}; {expected}")
-    return parts
+        raise UsageError(f"--split {text}: not numbers separated by slashes; {expected}") from error
+    if len(shares) not in (2, 3):
+        raise UsageError(f"--split {text}: {len(shares)} shares; {expected}")
+    if not all(share > 0 for share in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
+        raise UsageError(f"--split {text}: adds up to {math.fsum(shares):g}; {expected}")
+    return shares
 
 
-def split_of(digests: NDArray[np.uint64], kin: Sequence[str | None], fractions: Sequence[float]) -> NDArray[np.int64]:
-    """The part of a split, a position in `fractions`, that each of N conversations stands in, int64[N].
+def split_numbers(
+    digests: NDArray[np.uint64], groups: Sequence[str | None], shares: Sequence[float]
+) -> NDArray[np.int64]:
+    """Assign each of N conversations to a part of a split, by a hash.
 
-    digests: uint64[N, 2], without roles, so that both tellings of a talk stand together. kin: what ties conversations
-    together, such as the name of their tree; where it is not None it decides in place of the digest, and a repeat from
-    elsewhere may then stand in another part.
+    Args:
+        digests: uint64[N, 2], computed without roles, so that a dialogue and the same dialogue with its sides swapped
+            are assigned to the same part.
+        groups: The `Draft.split_group` of each conversation. If it is not None, its hash decides instead of the digest;
+            an equal conversation without the group can then be in another part.
+        shares: The share of each part.
+
+    Returns:
+        int64[N], indices into `shares`.
     """
     keys = digests[:, 0].copy()
-    for row, name in enumerate(kin):
-        if name is not None:
-            keys[row] = xxhash.xxh3_64_intdigest(name.encode())
-    places = (keys >> np.uint64(11)).astype(np.float64) / 2**53
-    borders = np.cumsum(np.asarray(fractions, np.float64))[:-1]
-    parts: NDArray[np.int64] = np.searchsorted(borders, places, side="right").astype(np.int64)
-    return parts
+    for row, group in enumerate(groups):
+        if group is not None:
+            keys[row] = xxhash.xxh3_64_intdigest(group.encode())
+    uniform = (keys >> np.uint64(11)).astype(np.float64) / 2**53
+    borders = np.cumsum(np.asarray(shares, np.float64))[:-1]
+    numbers: NDArray[np.int64] = np.searchsorted(borders, uniform, side="right").astype(np.int64)
+    return numbers

@@ -1,7 +1,7 @@
-"""Where blocks of records are read: in threads, and in processes once it shows that reading them is work for Python.
+"""Workers that read blocks: threads first, and processes once the threads turn out to wait for each other.
 
-Arrow and numpy let threads run side by side; Python's own code does not. Which of the two a block needs depends on its
-records, so the first ones are read in threads and timed. What comes of a block is the same either way.
+Arrow and numpy release the GIL, Python code does not. Which one a block needs depends on its records, so the first
+blocks are read in threads and timed. The results are the same in both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 class Sized(Protocol):
-    """What a block gave, told by how much it is."""
+    """A result with a size in bytes."""
 
     @property
     def nbytes(self) -> int: ...
@@ -28,39 +28,44 @@ class Sized(Protocol):
 
 Result = TypeVar("Result", bound=Sized)
 
-#: Processor seconds that threads have read for, and bytes that came of a second, from which on processes read: they
-#: take a second to start, and what they read has to be handed over.
-_SECONDS, _BYTES_A_SECOND = 2.0, 40e6
+#: Processes are started after this many CPU seconds of threads, if these gave fewer bytes per second than this.
+#: Processes take a second to start, and their results must be copied.
+_SECONDS, _BYTES_PER_SECOND = 2.0, 40e6
 
 
 class WorkerPool:
-    """A pool for `count` blocks at a time. processes: whether it may start any (the program's main file is imported in
-    each, so that a script has to guard its own calls with `if __name__ == "__main__"`)."""
+    """A pool that works on `count` items at a time.
+
+    Args:
+        count: Number of threads, and of processes.
+        processes: Whether processes may be started. Each imports the main module of the program, so a script must guard
+            its calls by `if __name__ == "__main__"`.
+    """
 
     def __init__(self, count: int, *, processes: bool) -> None:
         self.count = count
         self._threads = ThreadPoolExecutor(count)
-        self._may = processes and count > 1
+        self._may_start_processes = processes and count > 1
         self._processes: ProcessPoolExecutor | None = None
         self._lock = threading.Lock()
         self._seconds = self._bytes = 0.0
 
-    def submit(self, read: Callable[[Item], Result], item: Item) -> Future[Result]:
-        """Have an item read. Both must be picklable where processes may read."""
-        if self._processes is None and self._may and self._is_slow():
+    def submit(self, call: Callable[[Item], Result], item: Item) -> Future[Result]:
+        """Start `call(item)`. Both must be picklable if processes are allowed."""
+        if self._processes is None and self._may_start_processes and self._is_slow():
             context = multiprocessing.get_context("spawn")
-            self._processes = ProcessPoolExecutor(self.count, mp_context=context, initializer=_begin)
+            self._processes = ProcessPoolExecutor(self.count, mp_context=context, initializer=_start_process)
         if self._processes is not None:
-            return self._processes.submit(read, item)
-        return self._threads.submit(self._timed, read, item)
+            return self._processes.submit(call, item)
+        return self._threads.submit(self._timed, call, item)
 
     def submit_thread(self, call: Callable[[], Item]) -> Future[Item]:
-        """Have a thread call what does not hold up Python."""
+        """Start a call in a thread, for calls that release the GIL."""
         return self._threads.submit(call)
 
-    def _timed(self, read: Callable[[Item], Result], item: Item) -> Result:
+    def _timed(self, call: Callable[[Item], Result], item: Item) -> Result:
         started = time.thread_time()
-        result = read(item)
+        result = call(item)
         with self._lock:
             self._seconds += time.thread_time() - started
             self._bytes += result.nbytes
@@ -68,7 +73,7 @@ class WorkerPool:
 
     def _is_slow(self) -> bool:
         with self._lock:
-            return self._seconds > _SECONDS and self._bytes < self._seconds * _BYTES_A_SECOND
+            return self._seconds > _SECONDS and self._bytes < self._seconds * _BYTES_PER_SECOND
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -79,13 +84,13 @@ class WorkerPool:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """In a new process: an interrupt is the parent's to handle, and what the parent leaves behind when it dies ends."""
+def _start_process() -> None:
+    """Initialize a worker process: the parent handles interrupts, and the worker exits if the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os._exit(1)

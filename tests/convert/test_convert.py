@@ -17,12 +17,13 @@ import pytest
 
 from ismdata.concurrency import map_in_order
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.convert import job as conversion
+from ismdata.convert import job
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
 from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import conversations as conversation_files
 from ismdata.errors import DataError, UsageError
+from tests.support.reporters import Recorder
 
 OPTIONAL = ("train", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content")
 CALL = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
@@ -351,13 +352,13 @@ SOUND = b'[{"messages": [{"role": "user", "content": "q"}]}'
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "corpus.jsonl: empty"),
-        (b" \n\n", "corpus.jsonl: empty"),
-        (b"[]", "corpus.jsonl: empty"),
+        (b"", "corpus.jsonl: found no record"),
+        (b" \n\n", "corpus.jsonl: found no record"),
+        (b"[]", "corpus.jsonl: found no record"),
         (SOUND + b', {"mess', "end of the file at byte 57, inside record 2.*download"),
         (SOUND + b', {"messages" 1}]', "record 2: .*expected a JSON array"),
         (SOUND, "end of the file at byte 49.*download may be incomplete"),
-        (b'{"messages": [{"role": "x", "content": "q"}]}', r"corpus.jsonl:1: message 1 has role 'x'.*none of 1"),
+        (b'{"messages": [{"role": "x", "content": "q"}]}', r"corpus.jsonl:1: message 1 has role 'x'.*none of which"),
         (b'{"better": [], "worse": []}', "has the fields 'better', 'worse'; expected one of "),
         (b"just\nprose\n", "first record is 'just'; expected one of "),
         ('{"messages": []}'.encode("utf-16"), "found UTF-16; expected UTF-8"),
@@ -386,7 +387,7 @@ def test_sources_that_are_none(tmp_path):
         convert([str(tmp_path / "folder")], out)
     with pytest.raises(UsageError, match="no source given"):
         convert([], out)
-    with pytest.raises(UsageError, match="no such format; expected auto, oasst"):
+    with pytest.raises(UsageError, match="unknown format; expected auto, oasst"):
         convert([str(tmp_path)], out, format="csv")
     (tmp_path / "corpus.jsonl").write_bytes(lines({"instruction": "q", "output": "a"}))
     with pytest.raises(DataError, match=r"found JSON Lines; expected lines of text.*Leave out --format dailydialog"):
@@ -438,7 +439,7 @@ def test_an_output_in_use_is_refused(run, tmp_path):
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(framing, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(conversation_files, "SHARD_BYTES", 20_000)
-    monkeypatch.setattr(conversion, "_BATCH_BYTES", 2000)
+    monkeypatch.setattr(job, "_BATCH_BYTES", 2000)
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (2000,))
     bad = {"messages": [{"role": "narrator", "content": "q"}]}
     records = [
@@ -490,9 +491,10 @@ def test_the_index_tells_what_was_read(run, tmp_path):
 
 
 def test_progress_ends_at_the_whole(run):
-    seen = []
-    run(lines(["q", "a"]), progress=lambda done, total: seen.append((done, total)))
-    assert seen and seen[-1][0] == seen[-1][1] > 0
+    reporter = Recorder()
+    run(lines(["q", "a"]), reporter=reporter)
+    stage, done, total = reporter.steps[-1]
+    assert stage == "convert" and done == total > 0
 
 
 def test_convert_imports_nothing_heavy():

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA, ROLES
-from ismdata.convert.digests import Digests, DigestSet, digests, repeated, repeats
+from ismdata.convert.digests import Digests, DigestSet, count_repeats, digests, is_repeat
 from tests.conftest import DATA, needs_data
 from tests.support.talks import FEW, MANY, pieces, said, table, talk
 
@@ -127,7 +127,7 @@ def test_digest_set_is_a_set(blocks: list[list[tuple[int, int]]]) -> None:
     found, oracle = DigestSet(), set()
     for block in blocks:
         array = np.array(block, np.uint64).reshape(-1, 2)
-        assert found.among(array).tolist() == [digest in oracle for digest in block]
+        assert found.contains(array).tolist() == [digest in oracle for digest in block]
         new = []
         for digest in block:
             new.append(digest not in oracle)
@@ -141,8 +141,8 @@ def test_repeats_counts_all_but_the_first(rows: list[tuple[int, int]], at_once: 
     spread = np.array(rows, np.uint64).reshape(-1, 2) << np.uint64(62)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ismdata.convert.digests._SORTED", at_once)
-        assert repeats(spread) == len(rows) - len(set(rows))
-    assert repeated(spread).tolist() == [row in rows[:at] for at, row in enumerate(rows)]
+        assert count_repeats(spread) == len(rows) - len(set(rows))
+    assert is_repeat(spread).tolist() == [row in rows[:at] for at, row in enumerate(rows)]
 
 
 def dailydialog(split: str) -> tuple[list[str], Digests]:
@@ -157,8 +157,8 @@ def test_dailydialog_has_the_repeats_that_its_readme_counts() -> None:
     train, in_train = dailydialog("train")
     other, known = DigestSet(), set(train)
     other.add(in_train)
-    assert repeats(in_train) == len(train) - len(set(train)) == 569
+    assert count_repeats(in_train) == len(train) - len(set(train)) == 569
     for split, within, leaked in [("validation", 5, 69), ("test", 4, 93)]:
         lines, found = dailydialog(split)
-        assert repeats(found) == len(lines) - len(set(lines)) == within
-        assert other.among(found).sum() == sum(line in known for line in lines) == leaked
+        assert count_repeats(found) == len(lines) - len(set(lines)) == within
+        assert other.contains(found).sum() == sum(line in known for line in lines) == leaked

@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import FORMAT, REASONS
+from ismdata.convert.against import folder_digests
 from ismdata.convert.digests import digests
-from ismdata.convert.filters import Cleaner, Cleaning, against_digests, conversations, first_match, turn_counts
+from ismdata.convert.filters import Cleaner, conversations, first_match, turn_counts
+from ismdata.convert.options import Cleaning
 from ismdata.data.index import describe_file, entries, write_index
 from ismdata.errors import DataError, UsageError
 from tests.support.talks import FEW, MANY, pieces, said, table, talk
@@ -130,7 +132,7 @@ def test_details_say_what_and_where(tmp_path: Path) -> None:
         ("talks:0", "too_few_turns", "1 user and assistant messages; expected at least 2 (--min-turns)"),
         ("talks:1", "excluded", "message 2 matches --exclude 'foo'"),
         ("talks:3", "duplicate", "the same as an earlier conversation"),
-        ("talks:4", "in_other", "the corpus that --against names has the same"),
+        ("talks:4", "in_other", "a corpus of --against has the same conversation"),
     ]
     assert left[0].record == rows[0]
     assert cleaner.duplicates() == 1
@@ -173,7 +175,7 @@ def test_turns_are_user_and_assistant_messages() -> None:
         pytest.param({"exclude": ("fine", "\udc80")}, "--exclude", id="surrogate"),
         pytest.param({"exclude": ("a{99999999999999999999}",)}, "--exclude", id="huge count"),
         pytest.param({"min_turns": -1}, "--min-turns -1", id="negative"),
-        pytest.param({"dedup": "all"}, "--dedup all", id="unknown"),
+        pytest.param({"dedup": "all"}, "--dedup is 'all'", id="unknown"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -194,7 +196,7 @@ def test_near_leaves_out_what_resembles_what_was_kept(tmp_path: Path) -> None:
     kept, left = cleaner.apply(table([*rows, talk("Another story.", "Indeed.", number=3)]))
     assert kept.tolist() == [True, False, False, True]
     assert [(entry.reason, entry.detail) for entry in left] == [
-        ("near_duplicate", "about 100% alike: conversation 0 of those kept, counted from 0"),
+        ("near_duplicate", "about 100% similar to conversation 0 of those kept, counted from 0"),
         ("duplicate", "the same as an earlier conversation"),
     ]
     assert cleaner.columns["signatures"].rows == 2
@@ -215,8 +217,8 @@ def converted(folder: Path, shards: Sequence[pa.Table]) -> Path:
 def test_against_reads_all_shards(tmp_path: Path) -> None:
     rows = table([talk("a"), talk("b", "c"), talk("d")])
     folder = converted(tmp_path / "other", [rows.slice(0, 2), rows.slice(2)])
-    assert np.array_equal(against_digests(folder), digests(rows))
-    assert against_digests(converted(tmp_path / "empty", [])).shape == (0, 2)
+    assert np.array_equal(folder_digests(folder), digests(rows))
+    assert folder_digests(converted(tmp_path / "empty", [])).shape == (0, 2)
 
 
 def test_against_refuses_other_columns(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_against_refuses_other_columns(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"conversations-00000.arrow: columns are text string; expected id string not null, source"
     ):
-        against_digests(folder)
+        folder_digests(folder)
 
 
 def test_against_refuses_what_is_no_stream(tmp_path: Path) -> None:
@@ -232,4 +234,4 @@ def test_against_refuses_what_is_no_stream(tmp_path: Path) -> None:
     path = folder / "conversations-00000.arrow"
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(DataError, match="not a readable Arrow stream"):
-        against_digests(folder)
+        folder_digests(folder)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ismdata.conversation import ROLES
 from ismdata.convert.canonical import Rules, canonicalize, role_table
 from ismdata.convert.corpus_format import Choices, CorpusFormat, with_choices
-from ismdata.convert.explain import explain, explain_records
+from ismdata.convert.explain import PartSample, explain, explain_records
 from ismdata.convert.formats.mapped import Mapped, remove_at, value_at
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.guess_mapping import guess_mapping, regroup_records
@@ -350,9 +350,10 @@ def test_formats_are_explained_with_an_equivalent_mapping(name: str) -> None:
     records, _ = SAMPLES[name]
     corpus_format = with_choices(FORMATS[name], CHOICES)
     placed = [(f"a.json:{number}", record) for number, record in enumerate(taken(corpus_format, records), 1)]
-    found = explain_records(
-        placed, name="a.json", layout="JSON", format=name, corpus_format=corpus_format, choices=CHOICES
+    sample = PartSample(
+        source="a.json", layout="JSON", records=placed, format=name, corpus_format=corpus_format, choices=CHOICES
     )
+    found = explain_records(sample)
     assert found.equivalent
     assert found.mapping is not None
     assert read(found.mapping, *records) == conversations(corpus_format, taken(corpus_format, records))
@@ -413,7 +414,7 @@ def test_a_file_of_a_known_format_is_explained(tmp_path: Path) -> None:
     found = explained(write(tmp_path / "a.jsonl", SAMPLES["messages"][0]))
     assert (found.format, found.layout, found.looked_at, found.refused) == ("messages", "JSON Lines", 3, None)
     assert "  user       Is it open?\n  assistant  Until six.\n" in found.text()
-    assert "A mapping that reads the first 3 records alike" in found.text()
+    assert "A mapping that reads the first 3 records in the same way:" in found.text()
 
 
 def test_a_file_of_no_known_format_is_explained(tmp_path: Path) -> None:
@@ -435,7 +436,7 @@ def test_rows_of_no_known_format_are_explained(tmp_path: Path) -> None:
 def test_what_holds_no_messages_is_said_to(tmp_path: Path) -> None:
     found = explained(write(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}]))
     assert (found.format, found.mapping, found.conversations) == (None, None, ())
-    assert "No messages can be made out" in found.text()
+    assert "No messages were found in the records" in found.text()
 
 
 def test_broken_and_empty_files_are_refused(tmp_path: Path) -> None:
@@ -443,7 +444,7 @@ def test_broken_and_empty_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected"):
         explained(tmp_path / "a.json")
     (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="found no record"):
         explained(tmp_path / "b.jsonl")
 
 

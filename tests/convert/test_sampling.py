@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.convert.digests import digests
-from ismdata.convert.sampling import parse_split, sampled, split_of
+from ismdata.convert.sampling import draw_sample, parse_split, split_numbers
 from ismdata.errors import UsageError
 from tests.support.talks import FEW, MANY, said, table, talk
 
@@ -18,21 +18,21 @@ from tests.support.talks import FEW, MANY, said, table, talk
 @FEW
 @given(st.integers(0, 200), st.integers(1, 250), st.integers(-3, 2**70), st.integers(1, 50))
 def test_a_sample_has_n_and_does_not_depend_on_chunks(count: int, n: int, seed: int, at_once: int) -> None:
-    chosen = sampled(count, n, seed)
+    chosen = draw_sample(count, n, seed)
     assert chosen.dtype == bool and len(chosen) == count and chosen.sum() == min(n, count)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ismdata.convert.sampling._CHUNK", at_once)
-        assert np.array_equal(sampled(count, n, seed), chosen)
+        assert np.array_equal(draw_sample(count, n, seed), chosen)
 
 
 def test_a_larger_sample_holds_the_smaller() -> None:
-    assert not (sampled(100, 10, 3) & ~sampled(100, 20, 3)).any()
-    assert (sampled(100, 10, 3) != sampled(100, 10, 4)).any()
+    assert not (draw_sample(100, 10, 3) & ~draw_sample(100, 20, 3)).any()
+    assert (draw_sample(100, 10, 3) != draw_sample(100, 10, 4)).any()
 
 
 def test_samples_are_uniform() -> None:
     """Chi-square over places and over neighbouring pairs, for 2,000 fixed seeds: 39 and 19 degrees of freedom."""
-    chosen = np.array([sampled(40, 8, seed) for seed in range(2000)])
+    chosen = np.array([draw_sample(40, 8, seed) for seed in range(2000)])
     expected = 2000 * 8 / 40
     places = chosen.sum(axis=0)
     assert ((places - expected) ** 2 / (expected * (1 - 8 / 40))).sum() * 39 / 40 < 72.1  # p = 0.001 at 72.05
@@ -52,26 +52,26 @@ def test_split_is_parsed(text: str, parts: tuple[float, ...]) -> None:
     "text", ["", "1", "0.9", "0.9/0.2", "1/0", "1.1/-0.1", "nan/1", "inf/0.1", "a/b", "0.25/0.25/0.25/0.25"]
 )
 def test_split_that_cannot_be(text: str) -> None:
-    with pytest.raises(UsageError, match="expected two or three positive parts"):
+    with pytest.raises(UsageError, match="expected two or three positive shares"):
         parse_split(text)
 
 
 def test_sample_that_cannot_be() -> None:
     with pytest.raises(UsageError, match="--sample 0"):
-        sampled(5, 0, 0)
+        draw_sample(5, 0, 0)
 
 
 @FEW
 @given(MANY, st.lists(st.none() | st.sampled_from(["tree 1", "tree 2"]), min_size=12, max_size=12))
-def test_a_duplicate_and_kin_stay_on_one_side(rows: list[dict[str, Any]], kin: list[str | None]) -> None:
-    found = split_of(digests(table(rows), roles=False), kin[: len(rows)], (0.5, 0.3, 0.2))
+def test_a_duplicate_and_a_group_stay_in_one_part(rows: list[dict[str, Any]], groups: list[str | None]) -> None:
+    found = split_numbers(digests(table(rows), roles=False), groups[: len(rows)], (0.5, 0.3, 0.2))
     sides: dict[str, int] = {}
-    for row, name, side in zip(rows, kin, found.tolist(), strict=False):
+    for row, name, side in zip(rows, groups, found.tolist(), strict=False):
         assert sides.setdefault(name or said(row, roles=False), side) == side
 
 
 def test_split_parts_have_their_sizes() -> None:
-    found = split_of(digests(table([talk(f"talk {k}") for k in range(5000)])), [None] * 5000, (0.7, 0.2, 0.1))
+    found = split_numbers(digests(table([talk(f"talk {k}") for k in range(5000)])), [None] * 5000, (0.7, 0.2, 0.1))
     counts = np.bincount(found, minlength=3)
     expected = np.array([3500, 1000, 500])
     assert ((counts - expected) ** 2 / expected).sum() < 13.8  # p = 0.001
@@ -79,5 +79,5 @@ def test_split_parts_have_their_sizes() -> None:
 
 def test_split_puts_the_ends_of_the_range_inside() -> None:
     ends = np.array([[0, 0], [2**63 - 1, 0], [2**63, 0], [2**64 - 1, 0]], np.uint64)
-    assert split_of(ends, [None] * 4, (0.5, 0.5)).tolist() == [0, 0, 1, 1]
-    assert split_of(ends, [None] * 4, (0.1, 0.2, 0.7)).tolist() == [0, 2, 2, 2]
+    assert split_numbers(ends, [None] * 4, (0.5, 0.5)).tolist() == [0, 0, 1, 1]
+    assert split_numbers(ends, [None] * 4, (0.1, 0.2, 0.7)).tolist() == [0, 2, 2, 2]

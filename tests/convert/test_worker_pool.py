@@ -96,7 +96,7 @@ def test_the_same_bytes_from_processes(tmp_path: Path, monkeypatch: pytest.Monke
     corpus.write_bytes(data)
     convert([str(corpus)], tmp_path / "threads")
     monkeypatch.setattr(workers, "_SECONDS", -1.0)
-    monkeypatch.setattr(workers, "_BYTES_A_SECOND", float("inf"))
+    monkeypatch.setattr(workers, "_BYTES_PER_SECOND", float("inf"))
     monkeypatch.setattr(WorkerPool, "_is_slow", lambda self: True)
     report = convert([str(corpus)], tmp_path / "processes", workers=2, processes=True)
     assert report.quarantined == {"empty_answer": 8}

@@ -27,8 +27,7 @@ import ismdata.pack.pipeline
 import ismdata.pack.report
 import ismdata.pack.shard_writer
 import ismdata.pack.tokenize
-from ismdata.convert.filters import Cleaning
-from ismdata.convert.job import Selection
+from ismdata.convert.options import Cleaning, Selection
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
 from ismdata.data.index import GrowingFile
@@ -162,7 +161,7 @@ def test_death_at_every_sync(
 def death_at_line(number: int) -> Iterator[list[int]]:
     """Die at the n-th line run in the files that write; yields how many there were."""
     names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations", "data/quarantine"]
-    names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/filters"]
+    names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/position", "convert/filters"]
     files = {str(Path(ismdata.__file__).parent / f"{name}.py") for name in names}
     assert all(Path(file).is_file() for file in files)
     count = [0]

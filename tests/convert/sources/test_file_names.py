@@ -13,9 +13,8 @@ import jsonschema
 import pyarrow as pa
 import pytest
 
-from ismdata.convert.filters import Cleaning
-from ismdata.convert.job import Selection
-from ismdata.convert.pipeline import ConvertReport, convert, explained_sources
+from ismdata.convert.options import Cleaning, Selection
+from ismdata.convert.pipeline import ConvertReport, convert, explain_sources
 from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
@@ -166,7 +165,7 @@ def test_a_split_folder_is_verified_whole_and_packed_by_part(corpus, tmp_path, s
     ("selection", "message"),
     [
         ({"sample": 0}, "--sample 0: expected 1 or more"),
-        ({"split": "0.9"}, "--split 0.9: 1 parts; expected two or three"),
+        ({"split": "0.9"}, "--split 0.9: 1 shares; expected two or three"),
         ({"split": "0.9/0.2"}, "adds up to 1.1"),
     ],
 )
@@ -179,7 +178,7 @@ def test_selections_that_cannot_be(corpus, tmp_path, selection, message):
 def test_a_part_that_would_be_empty_is_refused(tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text('["q", "a"]\n')
-    with pytest.raises(DataError, match="none of 1 conversations falls to"):
+    with pytest.raises(DataError, match="has none of the 1 conversations"):
         convert([str(path)], tmp_path / "out", selection=Selection(split="0.5/0.5"))
 
 
@@ -231,7 +230,7 @@ def test_explaining_writes_nothing_and_its_mapping_reads_the_file(tmp_path):
     path = tmp_path / "odd.jsonl"
     talk = {"talk": [{"who": "Kim", "said": "Is it open?"}, {"who": "Bo", "said": "Until six, every day."}]}
     path.write_text(json.dumps(talk) + "\n")
-    (found,) = explained_sources([str(path)])
+    (found,) = explain_sources([str(path)])
     mapping = tmp_path / "odd.toml"
     mapping.write_text(found.as_json()["mapping"])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["odd.jsonl", "odd.toml"]
