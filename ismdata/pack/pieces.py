@@ -1,46 +1,50 @@
-"""Pieces of documents as columns, and what is known of a batch before its turn comes.
+"""Pieces of documents as columns.
 
-Shape legend: R requests (documents), P pieces, K distinct texts.
+Shape legend: R requests (documents), P pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from ismdata.arrays import ragged_arange
-from ismdata.conversation import Refusal
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray
-from ismdata.pack.requests import Requests
-from ismdata.rendering import Piece
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skeleton:
-    """What conversations of the same roles are made of, by its number."""
-
-    number: int
-    columns: IntArray  # [pieces, 6 + slots]: span, kind, message, run, shape, controls, messages in the slots
+from ismdata.arrays import IntArray, ragged_arange
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceBlock:
-    """Pieces of some requests, all columns [P], those of one request together and in order."""
+    """Pieces of some documents: those of one document together and in order.
+
+    Attributes:
+        request: int64[P], the document.
+        span: int64[P], numbers the spans within the document.
+        kind: int64[P], the kind of the span.
+        message: int64[P], the assistant message (within the document) that the piece belongs to; -1 for context.
+        run: int64[P], number in the batch's `BatchRuns`.
+        controls: int64[P], control tokens that the template wrote.
+    """
 
     request: IntArray
     span: IntArray
     kind: IntArray
-    message: IntArray  # within the conversation's document, the one answered with; -1 for context
+    message: IntArray
     run: IntArray
     controls: IntArray
 
-    def of(self, places: IntArray, requests: IntArray, count: int) -> PieceBlock:
-        """The pieces of the requests numbered `places`, of `count` in all, which get the numbers `requests`."""
+    def select(self, places: IntArray, requests: IntArray, count: int) -> PieceBlock:
+        """Return the pieces of some documents under other numbers.
+
+        Args:
+            places: The documents to select, of `count` in this block.
+            requests: Their numbers in the result.
+            count: Number of documents in this block.
+
+        Returns:
+            Their pieces, in the order of `places`.
+        """
         if len(places) == count and np.array_equal(places, requests):
             return self
         sizes = np.bincount(self.request, minlength=count)
@@ -48,134 +52,35 @@ class PieceBlock:
         columns = {name: getattr(self, name)[rows] for name in self.__dataclass_fields__}
         return PieceBlock(**columns | {"request": np.repeat(requests, sizes[places])})
 
+    @staticmethod
+    def merge(blocks: Sequence[PieceBlock]) -> PieceBlock:
+        """Return all pieces, ordered by request. No two blocks have pieces of the same request."""
+        blocks = [block for block in blocks if len(block.request)]
+        if len(blocks) < 2:  # the most frequent case: all documents have skeletons
+            return blocks[0] if blocks else NO_PIECES
+        order = np.argsort(np.concatenate([block.request for block in blocks]), kind="stable")
+        names = PieceBlock.__dataclass_fields__
+        return PieceBlock(**{name: np.concatenate([getattr(block, name) for block in blocks])[order] for name in names})
+
 
 NO_PIECES = PieceBlock(**{name: np.empty(0, np.int64) for name in PieceBlock.__dataclass_fields__})
 
 
-def joined(blocks: Sequence[PieceBlock]) -> PieceBlock:
-    """All pieces, ordered by request. No two blocks have pieces of the same one."""
-    blocks = [block for block in blocks if len(block.request)]
-    if len(blocks) < 2:  # most often all pieces come from one
-        return blocks[0] if blocks else NO_PIECES
-    order = np.argsort(np.concatenate([block.request for block in blocks]), kind="stable")
-    return PieceBlock(
-        **{
-            name: np.concatenate([getattr(block, name) for block in blocks])[order]
-            for name in PieceBlock.__dataclass_fields__
-        }
-    )
+def number_rows(rows: IntArray) -> tuple[IntArray, IntArray]:
+    """Number equal rows alike, in the order of their first occurrence.
 
+    Hashes the rows, which takes a quarter of the time of sorting them.
 
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Texts to encode in one go, and of each the number of what it is the text of."""
+    Args:
+        rows: int64[N, width], contiguous.
 
-    texts: pa.LargeStringArray
-    opening: bool
-    places: IntArray
+    Returns:
+        The number of each row, int[N], and the place of the first row of each number, int64.
 
-
-#: A document of the batch, by the columns of its request that decide what it says.
-RequestKey = tuple[int, int, int, int]
-
-
-def request_keys(requests: Requests, places: Sequence[int]) -> list[RequestKey]:
-    """The keys of the requests numbered `places`."""
-    columns = (requests.conversation, requests.head, requests.lo, requests.hi)
-    return [
-        (int(c), int(head), int(lo), int(hi))
-        for c, head, lo, hi in zip(*(column[places] for column in columns), strict=True)
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rendered:
-    """Documents that were rendered by themselves: the pieces of each, or why it has none."""
-
-    documents: Mapping[RequestKey, tuple[Piece, ...] | Refusal]
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The pieces of all documents, end to end."""
-        return [piece for found in self.documents.values() if not isinstance(found, Refusal) for piece in found]
-
-    def texts(self, first: int) -> list[Texts]:
-        """The texts among the pieces, the first piece having the number `first`."""
-        groups = []
-        for opening in (False, True):
-            chosen = [
-                (first + k, "".join(map(str, piece.parts)))
-                for k, piece in enumerate(self.pieces)
-                if piece.ids is None and piece.opening is opening
-            ]
-            if chosen:
-                places, texts = zip(*chosen, strict=True)
-                groups.append(
-                    Texts(texts=pa.array(texts, pa.large_string()), opening=opening, places=np.array(places, np.int64))
-                )
-        return groups
-
-
-def together(groups: Iterable[Texts], *, apart: bool) -> list[Texts]:
-    """The same in one group, or where it makes a difference whether they open a document, in one of each kind."""
-    found = [group if apart else replace(group, opening=False) for group in groups]
-    joined: list[Texts] = []
-    for opening in (False, True):
-        own = [group for group in found if group.opening is opening]
-        if len(own) == 1:
-            joined.append(own[0])
-        elif own:
-            texts = pa.concat_arrays([group.texts for group in own])
-            places = np.concatenate([group.places for group in own])
-            joined.append(Texts(texts=texts, opening=opening, places=places))
-    return joined
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """A batch whose texts are being encoded. Made by DocumentEncoder.ahead, taken by its `begin`.
-
-    requests: its documents as they will most likely be asked for; skeleton_of and refused are by their numbers. block:
-    the pieces of those that have a skeleton, all of them ordered by request; the runs of `texts` are open until the
-    texts are encoded: each is that of the key which `key_of` says. rendered: those that have none.
-    """
-
-    batch: ConversationBatch
-    requests: Requests
-    skeleton_of: IntArray  # [R], -1 for none
-    refused: Mapping[int, Refusal]
-    block: PieceBlock
-    texts: IntArray  # pieces that are texts
-    key_of: IntArray  # of each of them
-    keys: IntArray  # [K, 1 + slots], no two alike
-    rendered: Rendered
-    groups: Sequence[Texts]  # of the keys, and of the pieces of what is rendered, which are numbered from K on
-    encoded: Sequence[Future[tuple[NDArray[np.int32], IntArray]]]  # of each group
-
-    def with_runs(self, runs: IntArray) -> Ahead:
-        """The same with the runs of the keys put in."""
-        run = self.block.run.copy()
-        run[self.texts] = runs[self.key_of]
-        return replace(self, block=replace(self.block, run=run))
-
-    def places(self, requests: Requests) -> IntArray:
-        """Of each request, the number of the one here that is laid out alike; -1 where there is none."""
-        columns = ("conversation", "head", "lo", "hi")
-        here, asked = (
-            np.stack([getattr(of, name) for name in columns], axis=1, dtype=np.int64)
-            for of in (self.requests, requests)
-        )
-        if np.array_equal(here, asked):
-            return np.arange(len(asked))
-        numbers, firsts = distinct(np.concatenate([here, asked]))
-        places = firsts[numbers[len(here) :]]
-        return np.where(places < len(here), places, -1)
-
-
-def distinct(rows: IntArray) -> tuple[IntArray, IntArray]:
-    """Numbers of equal rows, in the order in which they first come, int[n]; and where each number first comes.
-
-    By hashes: a quarter of the time that sorting rows takes.
+    Example:
+        >>> numbers, firsts = number_rows(np.array([[3, 1], [2, 2], [3, 1]]))
+        >>> numbers.tolist(), firsts.tolist()
+        ([0, 1, 0], [0, 1])
     """
     width = rows.shape[1] * rows.itemsize
     column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(rows)])
@@ -186,7 +91,7 @@ def distinct(rows: IntArray) -> tuple[IntArray, IntArray]:
     return numbers, firsts
 
 
-def pad(matrix: IntArray, width: int) -> IntArray:
-    """More columns of -1 on the right."""
+def pad_columns(matrix: IntArray, width: int) -> IntArray:
+    """Append columns of -1 up to `width` columns."""
     missing = width - matrix.shape[1]
     return np.pad(matrix, ((0, 0), (0, missing)), constant_values=-1) if missing else matrix

@@ -1,4 +1,4 @@
-"""Documents to packed rows: the columns of a shard's record batch.
+"""Documents to packed sequences: the columns of a shard's record batch.
 
 Shape legend: R rows (sequences), T = seq_len, D documents, S spans.
 """
@@ -11,31 +11,42 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ismdata.arrays import ragged_arange
-from ismdata.masks import END, START, block_table, tile, tiled_intervals, tiled_positions, tiled_targets
-from ismdata.pack.conversation_batch import IntArray
-from ismdata.pack.spool import Gathered
+from ismdata.arrays import IntArray, ragged_arange
+from ismdata.masks import END, START, TRAIN, block_table, tile, tiled_intervals, tiled_positions, tiled_targets
+from ismdata.pack.spool import SpooledDocuments
 
 
-def sequences(
-    documents: Gathered, row_documents: IntArray, schema: pa.Schema, *, seq_len: int, mask: str, pad_id: int
+def build_sequences(
+    documents: SpooledDocuments, row_documents: IntArray, schema: pa.Schema, *, seq_len: int, mask: str, pad_id: int
 ) -> pa.RecordBatch:
-    """Documents as packed rows: R = len(row_documents) rows of T tokens."""
+    """Lay documents end to end in sequences and compute the columns of a shard.
+
+    Args:
+        documents: D documents, in the order of the sequences.
+        row_documents: int64[R], documents per sequence.
+        schema: The shard's schema, from `packed_schema`.
+        seq_len: T, tokens per sequence.
+        mask: The mask that targets and block tables are for.
+        pad_id: The token after the last document of a sequence.
+
+    Returns:
+        R rows.
+    """
     rows = len(row_documents)
     row_of_document = np.repeat(np.arange(rows), row_documents)
     before = np.cumsum(documents.lengths) - documents.lengths
     first = np.cumsum(row_documents) - row_documents
     in_row = before - before[first][row_of_document]
 
-    # Documents of a row lie end to end already: rows are cut out of them whole, not token by token.
+    # The documents of a row are already end to end: rows are sliced, not indexed token by token.
     row_tokens = np.add.reduceat(documents.lengths, first)
     ends = np.cumsum(row_tokens)
     padding = np.full(seq_len, pad_id, np.int32)
     input_ids = np.concatenate(
         [
             part
-            for end, taken in zip(ends.tolist(), row_tokens.tolist(), strict=True)
-            for part in (documents.input_ids[end - taken : end], padding[taken:])
+            for end, tokens in zip(ends.tolist(), row_tokens.tolist(), strict=True)
+            for part in (documents.input_ids[end - tokens : end], padding[tokens:])
         ]
     )
     spans = documents.spans.copy()
@@ -46,7 +57,7 @@ def sequences(
 
     tiling = tile(row_documents, documents.lengths, row_spans, spans, seq_len=seq_len)
     doc_start, kv_end = (x.reshape(rows, seq_len) for x in tiled_intervals(tiling, mask=mask))
-    # From here on counted in each row, in place: fresh memory takes longer than the sums.
+    # Offsets within the row, computed in place: allocating takes longer than subtracting.
     base = np.arange(0, rows * seq_len, seq_len, dtype=doc_start.dtype)[:, None]
     doc_start -= base
     kv_end -= base
@@ -75,17 +86,20 @@ def sequences(
 
 
 def _fixed(schema: pa.Schema, name: str, values: NDArray[Any]) -> pa.Array:
+    """A column of fixed-size lists."""
     type_ = schema.field(name).type
     flat = pa.array(np.ascontiguousarray(values.reshape(-1)), type_.value_type)
     return pa.FixedSizeListArray.from_arrays(flat, type=type_)
 
 
 def _ragged(schema: pa.Schema, name: str, counts: IntArray, values: pa.Array) -> pa.Array:
+    """A column of lists with `counts` values each."""
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     return pa.ListArray.from_arrays(offsets, values, type=schema.field(name).type)
 
 
 def _span_array(schema: pa.Schema, spans: NDArray[np.int32]) -> pa.StructArray:
+    """Spans, int32[S, 4], as structs."""
     type_ = schema.field("spans").type.value_type
-    columns = [pa.array(spans[:, k].astype(bool) if k == 3 else spans[:, k], type_.field(k).type) for k in range(4)]
+    columns = [pa.array(spans[:, k].astype(bool) if k == TRAIN else spans[:, k], type_.field(k).type) for k in range(4)]
     return pa.StructArray.from_arrays(columns, fields=[type_.field(k) for k in range(4)])

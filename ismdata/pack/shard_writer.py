@@ -14,7 +14,7 @@ from ismdata.concurrency import BackgroundThread, map_on_two_threads
 from ismdata.data import GrowingFile, Journal, ShardFile, packed_schema, sync_path
 from ismdata.pack.job import PackJob
 from ismdata.pack.planning.plan import Plan
-from ismdata.pack.sequences import sequences
+from ismdata.pack.sequences import build_sequences
 from ismdata.pack.spool import Spool
 
 #: Tokens per shard, and per record batch inside it. One record batch is built, written and hashed at a time.
@@ -46,7 +46,7 @@ def write_shards(job: PackJob, spool: Spool, plan: Plan, *, weighted: bool) -> l
 
     def gather(rows: tuple[int, int]) -> pa.RecordBatch:
         start, end = rows
-        return sequences(
+        return build_sequences(
             spool.gather(plan.order[offsets[start] : offsets[end]].astype(np.int64)),
             row_documents[start:end],
             schema,

@@ -1,45 +1,55 @@
-"""Documents that are longer than a sequence: split at turn borders, dropped, truncated, or an error.
+"""Splitting documents that are longer than a sequence.
 
-A turn here is an answer with the context before it. A piece of a split conversation repeats the system prompt, holds
-consecutive turns, ends with an answer and keeps as much history as fits; each answer is a target in exactly one piece.
+A turn here is an answer with the context before it. Each part of a split document repeats the system prompt, consists
+of consecutive turns, ends with an answer and keeps as much history as fits. Each answer is a target in one part only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ismdata.arrays import IntArray
 from ismdata.conversation import USER, Refusal
 from ismdata.masks import PROMPT
-from ismdata.pack.conversation_batch import ConversationBatch, IntArray
-from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.batch_encoder import BatchEncoder
+from ismdata.pack.conversation_batch import ConversationBatch
 from ismdata.pack.requests import PieceTable, Requests
 
-#: Laying a split out again settles after two or three rounds; this bounds a template that never settles.
-_MOST_ROUNDS = 8
+#: Rounds of laying parts out and splitting again. Two or three suffice; the bound stops a template that never settles.
+_MAX_ROUNDS = 8
+
+#: From this round on, a split that fits is accepted even if its parts could be a little longer.
+_LAST_EXACT_ROUND = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The turns of one document, by tokens; lists have length K. `prefix` is what every piece repeats.
+    """The turns of one document; all tuples have length K.
 
-    `opens`: the turn begins with a user's message, so that a piece may begin with it. A tool's result without the call
-    that it answers, or an answer without its question, makes no document.
+    Attributes:
+        head: Number of system messages at the beginning.
+        prefix: Tokens that each part repeats.
+        lengths: Tokens of each turn.
+        answers: Message number of each answer, within the conversation.
+        targets: Whether each answer is trained.
+        opens: Whether each turn begins with a user's message, so that a part may begin with it. A tool result without
+            the call it answers, or an answer without its question, does not make a document.
     """
 
     head: int
     prefix: int
     lengths: tuple[int, ...]
-    answers: tuple[int, ...]  # message numbers within the conversation
+    answers: tuple[int, ...]
     targets: tuple[bool, ...]
     opens: tuple[bool, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnRange:
-    """Turns `first` to `last` (inclusive); those from `target` on are trained here, those before are history."""
+    """Turns `first` to `last` (inclusive); those from `target` on are trained, earlier ones are history."""
 
     first: int
     last: int
@@ -49,146 +59,162 @@ class TurnRange:
 def split_turns(
     lengths: Sequence[int], targets: Sequence[bool], *, prefix: int, seq_len: int, extra: int = 0
 ) -> list[TurnRange] | int:
-    """Pieces that cover each target turn once, or the number of a target turn that does not fit by itself.
+    """Split turns so that each target turn is trained in exactly one part.
 
-    lengths: tokens of each turn. prefix: tokens repeated in each piece. extra: tokens that a piece needs on top when
-    it does not begin with the first turn. Each piece takes as many new turns as fit, then as much history as fits.
+    Each part takes as many new turns as fit, then as much history as fits.
 
-    >>> split_turns([4, 4, 4, 4], [True] * 4, prefix=2, seq_len=10)
-    [TurnRange(first=0, last=1, target=0), TurnRange(first=2, last=3, target=2)]
-    >>> split_turns([4, 4, 4], [True] * 3, prefix=2, seq_len=10)[-1]
-    TurnRange(first=1, last=2, target=2)
+    Args:
+        lengths: Tokens of each turn.
+        targets: Whether each turn is trained.
+        prefix: Tokens that each part repeats.
+        seq_len: The most tokens of a part.
+        extra: Further tokens of a part that does not begin with the first turn.
+
+    Returns:
+        The parts, or the number of a target turn that does not fit into a part of its own.
+
+    Example:
+        >>> split_turns([4, 4, 4, 4], [True] * 4, prefix=2, seq_len=10)
+        [TurnRange(first=0, last=1, target=0), TurnRange(first=2, last=3, target=2)]
+        >>> split_turns([4, 4, 4], [True] * 3, prefix=2, seq_len=10)[-1]
+        TurnRange(first=1, last=2, target=2)
     """
-    pieces: list[TurnRange] = []
+    parts: list[TurnRange] = []
     turn = next((k for k, target in enumerate(targets) if target), None)
     while turn is not None:
         room = seq_len - prefix - (extra if turn else 0) - lengths[turn]
         if room < 0:
             return turn
-        last, ahead, left = turn, turn + 1, room
-        while ahead < len(lengths) and lengths[ahead] <= left:
-            left -= lengths[ahead]
-            if targets[ahead]:
-                last, room = ahead, left
-            ahead += 1
+        last, following, left = turn, turn + 1, room
+        while following < len(lengths) and lengths[following] <= left:
+            left -= lengths[following]
+            if targets[following]:
+                last, room = following, left
+            following += 1
         first = turn
         while first > 0 and lengths[first - 1] <= room + (extra if first == 1 else 0):
             first -= 1
             room -= lengths[first]
-        pieces.append(TurnRange(first=first, last=last, target=turn))
+        parts.append(TurnRange(first=first, last=last, target=turn))
         turn = next((k for k in range(last + 1, len(targets)) if targets[k]), None)
-    return pieces
+    return parts
 
 
 def split_at_questions(turns: Turns, *, seq_len: int, extra: int = 0) -> list[TurnRange] | int:
-    """As `split_turns`, with pieces that begin with a user's message, where every such stretch fits; else at any
-    turn.
-    """
+    """Split like `split_turns`, but only before users' messages; at any turn if what is between two is too long."""
     starts = [k for k, opens in enumerate(turns.opens) if opens or k == 0]
     ends = [*starts[1:], len(turns.lengths)]
     groups = list(zip(starts, ends, strict=True))
-    pieces = split_turns(
+    parts = split_turns(
         [sum(turns.lengths[a:b]) for a, b in groups],
         [any(turns.targets[a:b]) for a, b in groups],
         prefix=turns.prefix,
         seq_len=seq_len,
         extra=extra,
     )
-    if isinstance(pieces, int):
+    if isinstance(parts, int):
         return split_turns(turns.lengths, turns.targets, prefix=turns.prefix, seq_len=seq_len, extra=extra)
-    whole = []
-    for piece in pieces:
-        first_target, last = groups[piece.target][0], groups[piece.last][1] - 1
+    ranges = []
+    for part in parts:
+        first_target, last = groups[part.target][0], groups[part.last][1] - 1
         target = next(k for k in range(first_target, last + 1) if turns.targets[k])
         last = max(k for k in range(target, last + 1) if turns.targets[k])
-        whole.append(TurnRange(first=groups[piece.first][0], last=last, target=target))
-    return whole
+        ranges.append(TurnRange(first=groups[part.first][0], last=last, target=target))
+    return ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What came of splitting: documents that fit, which of the asked-for ones each came from, and what could not be."""
+    """Documents that were split.
+
+    Attributes:
+        requests: The parts.
+        parents: int64, for each part the request it comes from.
+        refused: Documents that cannot be split, by request.
+    """
 
     requests: Requests
     parents: IntArray
     refused: dict[int, Refusal]
 
 
-def split(
-    encoder: DocumentEncoder,
-    batch: ConversationBatch,
-    requests: Requests,
-    layout: PieceTable,
-    over: IntArray,
-    seq_len: int,
-) -> Split:
-    """Split the requests numbered in `over` so that every piece fits.
+def split(encoder: BatchEncoder, requests: Requests, table: PieceTable, over: IntArray, seq_len: int) -> Split:
+    """Split documents so that every part fits.
 
-    How long a piece is, its own rendering says; turns only give a first guess, off by what the template writes
-    otherwise at the beginning of a conversation. So pieces are laid out, and cut anew with the difference, until all
-    fit.
+    The lengths of turns only estimate the length of a part, because a template may write something else at the
+    beginning of a conversation. So parts are laid out to learn their exact lengths, and split again with the difference
+    until all fit.
+
+    Args:
+        encoder: The encoder of the batch.
+        requests: The documents of the batch.
+        table: Their pieces.
+        over: The requests to split.
+        seq_len: The most tokens of a part.
+
+    Returns:
+        The parts, and the documents that cannot be split.
     """
-    turns = {r: _turns(batch, requests, layout, r) for r in over.tolist()}
+    turns = {r: _turns(encoder.batch, requests, table, r) for r in over.tolist()}
     extra = dict.fromkeys(turns, 0)
     refused: dict[int, Refusal] = {}
-    done: list[tuple[Requests, IntArray]] = []
+    done: list[tuple[Requests, IntArray]] = [(requests.take(over[:0]), over[:0])]
     pending = list(turns)
-    for round_ in range(_MOST_ROUNDS):
-        pieces: dict[int, list[TurnRange]] = {}
+    for round_ in range(_MAX_ROUNDS):
+        ranges: dict[int, list[TurnRange]] = {}
         for r in pending:
-            cut = split_at_questions(turns[r], seq_len=seq_len, extra=extra[r])
-            if isinstance(cut, int):
-                refused[r] = _too_long(turns[r], cut, seq_len)
+            found = split_at_questions(turns[r], seq_len=seq_len, extra=extra[r])
+            if isinstance(found, int):
+                refused[r] = _too_long(turns[r], found, seq_len)
             else:
-                pieces[r] = cut
-        if not pieces:
+                ranges[r] = found
+        if not ranges:
+            pending = []
             break
-        asked, parents = _as_requests(requests, turns, pieces, cut=encoder.history == "append")
-        laid_out = encoder.lay_out(asked)
+        parts, parents = _part_requests(requests, turns, ranges, cut=encoder.cache.encoding.history == "append")
+        laid_out = encoder.lay_out(parts)
         refused |= {int(parents[k]): refusal for k, refusal in laid_out.refused.items()}
-        lengths = laid_out.document_lengths(len(asked))
+        lengths = laid_out.document_lengths(len(parts))
         settled = []
         at = 0
-        for r, ranges in pieces.items():
-            exact = lengths[at : at + len(ranges)]
-            at += len(ranges)
-            guess = [turns[r].prefix + sum(turns[r].lengths[p.first : p.last + 1]) for p in ranges]
-            off = [int(e) - g for e, g, p in zip(exact, guess, ranges, strict=True) if p.first > 0]
-            needed = max(off, default=0)
-            fits = bool((exact <= seq_len).all())
+        for r, parts_of_r in ranges.items():
+            exact = lengths[at : at + len(parts_of_r)]
+            at += len(parts_of_r)
             if r in refused:
                 continue
-            if fits and (needed == extra[r] or round_ >= 2 or not off):
+            needed = _needed_extra(turns[r], parts_of_r, exact)
+            fits = bool((exact <= seq_len).all())
+            is_exact = round_ < _LAST_EXACT_ROUND and needed is not None
+            if fits and (needed == extra[r] or not is_exact):
                 settled.append(r)
             else:
-                extra[r] = max(needed, extra[r] + 1) if round_ >= 2 or not off else needed
-        if settled:
-            chosen = np.isin(parents, settled)
-            done.append((asked.take(chosen), parents[chosen]))
-        pending = [r for r in pieces if r not in refused and r not in set(settled)]
+                extra[r] = (needed or 0) if is_exact else max(needed or 0, extra[r] + 1)
+        chosen = np.isin(parents, settled)
+        done.append((parts.take(chosen), parents[chosen]))
+        pending = [r for r in ranges if r not in refused and r not in settled]
         if not pending:
             break
     for r in pending:
-        if r not in refused:
-            refused[r] = Refusal(reason="over_long", detail=f"no split into pieces of {seq_len} tokens settled")
-    empty = requests.take(np.empty(0, np.int64))
-    parts = [part for part, _ in done]
+        refused[r] = Refusal(reason="over_long", detail=f"found no split into parts of at most {seq_len} tokens")
     return Split(
-        requests=Requests(
-            **{
-                name: np.concatenate([getattr(part, name) for part in [empty, *parts]])
-                for name in Requests.__dataclass_fields__
-            }
-        ),
-        parents=np.concatenate([np.empty(0, np.int64), *(parents for _, parents in done)]),
+        requests=Requests.concatenate([part for part, _ in done]),
+        parents=np.concatenate([parents for _, parents in done]),
         refused=refused,
     )
 
 
-def _turns(batch: ConversationBatch, requests: Requests, layout: PieceTable, r: int) -> Turns:
-    begin, end = np.searchsorted(layout.request, [r, r + 1])
-    span, message = layout.span[begin:end], layout.message[begin:end]
-    kind, length = layout.kind[begin:end], layout.length[begin:end]
+def _needed_extra(turns: Turns, ranges: Sequence[TurnRange], exact: IntArray) -> int | None:
+    """The most tokens by which parts are longer than their turns; None if all parts begin with the first turn."""
+    estimate = [turns.prefix + sum(turns.lengths[part.first : part.last + 1]) for part in ranges]
+    more = [int(e) - g for e, g, part in zip(exact, estimate, ranges, strict=True) if part.first > 0]
+    return max(more, default=None)
+
+
+def _turns(batch: ConversationBatch, requests: Requests, table: PieceTable, r: int) -> Turns:
+    """The turns of request r."""
+    begin, end = np.searchsorted(table.request, [r, r + 1])
+    span, message = table.span[begin:end], table.message[begin:end]
+    kind, length = table.kind[begin:end], table.length[begin:end]
     answers = message >= 0
     answer_spans, first = np.unique(span[answers], return_index=True)
     in_batch = message[answers][first]
@@ -209,26 +235,28 @@ def _turns(batch: ConversationBatch, requests: Requests, layout: PieceTable, r: 
 
 
 def _too_long(turns: Turns, turn: int, seq_len: int) -> Refusal:
+    """The refusal of a document with a turn that does not fit into a part of its own."""
     needed = turns.prefix + turns.lengths[turn]
     return Refusal(
         reason="over_long",
-        detail=f"message {turns.answers[turn] + 1} needs {needed} tokens with what precedes it and the system prompt; "
+        detail=f"message {turns.answers[turn] + 1} needs {needed} tokens with its context and the system prompt; "
         f"expected at most {seq_len}. Raise --seq-len, or choose --over-long truncate",
     )
 
 
-def _as_requests(
-    requests: Requests, turns: dict[int, Turns], pieces: dict[int, list[TurnRange]], *, cut: bool
+def _part_requests(
+    requests: Requests, turns: Mapping[int, Turns], ranges: Mapping[int, Sequence[TurnRange]], *, cut: bool
 ) -> tuple[Requests, IntArray]:
+    """Parts as requests, and the request that each comes from."""
     rows: list[tuple[int, ...]] = []
-    for r, ranges in pieces.items():
+    for r, parts in ranges.items():
         answers, head = turns[r].answers, turns[r].head
-        for piece in ranges:
-            lo = answers[piece.first - 1] + 1 if piece.first else head
-            rows.append((r, head, lo, answers[piece.last] + 1, answers[piece.target]))
+        for part in parts:
+            lo = answers[part.first - 1] + 1 if part.first else head
+            rows.append((r, head, lo, answers[part.last] + 1, answers[part.target]))
     table = np.array(rows, np.int64).reshape(-1, 5)
     parents = table[:, 0]
-    asked = Requests(
+    made = Requests(
         conversation=requests.conversation[parents],
         head=table[:, 1],
         lo=table[:, 2],
@@ -236,4 +264,4 @@ def _as_requests(
         target_from=table[:, 4],
         cut=np.full(len(table), cut),
     )
-    return asked, parents
+    return made, parents

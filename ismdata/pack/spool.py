@@ -1,6 +1,6 @@
-"""TokenizedDocuments on their way from tokenizing to packing: on disk, in flat files that are read back in any order.
+"""Tokenized documents on disk, between tokenizing and writing: flat files that are read back in any order.
 
-Nothing of a document stays in memory, and what an interrupted run spooled is gone on with.
+No document stays in memory. After an interruption, spooling resumes after the last recorded document.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from ismdata.arrays import IntArray
 from ismdata.data import ColumnFile
-from ismdata.pack.conversation_batch import IntArray
 from ismdata.pack.requests import TokenizedDocuments
 
-#: The files: rows of what type and width. `*_starts` are offsets in rows of the files that documents have many rows of.
+#: The files, with the type and width of their rows. `*_starts` are each document's first row in the file named.
 _FILES: dict[str, tuple[Any, int]] = {
     "input_ids": (np.int32, 1),
     "spans": (np.int32, 4),
@@ -32,14 +32,19 @@ _FILES: dict[str, tuple[Any, int]] = {
     "name_starts": (np.int64, 1),
 }
 
-#: Of these there is one row a document: they alone are mapped.
+#: Files with one row per document. Only these are memory-mapped.
 _MAPPED = ("lengths", "span_counts", "name_lengths", "id_starts", "span_starts", "name_starts")
 
 
 class Spool:
-    """TokenizedDocuments in the order in which they were made. `append` while tokenizing, then `seal`, then `gather`.
+    """Tokenized documents in the order in which they were appended: `append`, then `seal`, then `gather`.
 
-    keep: the `rows` that an interrupted run recorded, to go on after them. Raises DataError where files have fewer.
+    Args:
+        folder: The folder of the files.
+        keep: The `rows` that an interrupted run recorded; what it wrote after them is discarded.
+
+    Raises:
+        DataError: If a file has fewer rows than recorded.
     """
 
     def __init__(self, folder: Path, *, keep: Mapping[str, int] | None = None) -> None:
@@ -56,11 +61,11 @@ class Spool:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows each file has."""
+        """Number of rows in each file."""
         return {name: column.rows for name, column in self._columns.items()}
 
     def append(self, documents: TokenizedDocuments, names: list[str]) -> None:
-        """Add documents and the conversation ids to write beside them."""
+        """Append documents and their conversation ids."""
         encoded = [name.encode() for name in names]
         name_lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         added: dict[str, NDArray[Any]] = {
@@ -79,28 +84,29 @@ class Spool:
             self._columns[name].append(values)
 
     def _starts(self, name: str, lengths: IntArray) -> IntArray:
-        """Where the rows of each document to add will start in a file."""
+        """The first row in a file of each document to append."""
         return np.cumsum(lengths, dtype=np.int64) - lengths + self._columns[name].rows
 
     def close(self) -> None:
+        """Close all files."""
         for column in self._columns.values():
             column.close()
 
     def seal(self) -> NDArray[np.int32]:
-        """End writing; the lengths of all documents, int32[D], memory-mapped."""
+        """End writing; return the lengths of all documents, int32[D], memory-mapped."""
         self.close()
         self._maps = {name: self._columns[name].map() for name in _MAPPED}
         return self._maps["lengths"]
 
-    def gather(self, documents: IntArray) -> Gathered:
-        """The documents numbered, in that order: copies, so that no memory stays taken by the files."""
+    def gather(self, documents: IntArray) -> SpooledDocuments:
+        """Return copies of the documents of these numbers, in that order. The pages of the files are released."""
         lengths, span_counts, name_lengths = (
             self._maps[name][documents].astype(np.int64) for name in ("lengths", "span_counts", "name_lengths")
         )
         span_starts = self._maps["span_starts"][documents]
         names = self._columns["conversation_ids"].read(self._maps["name_starts"][documents], name_lengths)
         offsets = np.concatenate([[0], np.cumsum(name_lengths)]).astype(np.int32)
-        gathered = Gathered(
+        gathered = SpooledDocuments(
             input_ids=self._columns["input_ids"].read(self._maps["id_starts"][documents], lengths),
             lengths=lengths,
             span_counts=span_counts,
@@ -114,8 +120,8 @@ class Spool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gathered:
-    """TokenizedDocuments read back from the spool: the columns of tokens.Documents, and their conversation ids."""
+class SpooledDocuments:
+    """Documents read back from the spool: the columns of `TokenizedDocuments`, and `names`, their conversation ids."""
 
     input_ids: NDArray[np.int32]
     lengths: IntArray

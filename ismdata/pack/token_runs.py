@@ -1,4 +1,4 @@
-"""Runs of tokens end to end: many short arrays in one flat one, by number or by where they start."""
+"""Runs of tokens: many short arrays stored end to end and addressed by number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ismdata.arrays import IntArray
 
 
 class RunTable:
-    """Runs of tokens end to end, by number."""
+    """Token runs stored end to end, numbered in the order in which they were added."""
 
     def __init__(self) -> None:
         self._pools: list[NDArray[np.int32]] = []
@@ -20,16 +20,16 @@ class RunTable:
         self._shared: dict[tuple[int, ...], int] = {}
         self._count = 0
 
-    def add(self, flat: NDArray[np.int32], lengths: IntArray) -> IntArray:
-        """Add runs, end to end in `flat`; their numbers."""
+    def add(self, tokens: NDArray[np.int32], lengths: IntArray) -> IntArray:
+        """Add the runs that `tokens` holds end to end; return their numbers."""
         numbers = np.arange(self._count, self._count + len(lengths))
-        self._pools.append(flat)
+        self._pools.append(tokens)
         self._lengths.append(lengths)
         self._count += len(lengths)
         return numbers
 
     def share(self, ids: tuple[int, ...]) -> int:
-        """The number of a run that is kept once."""
+        """Return the number of a run that is stored once, however often it is shared."""
         if ids not in self._shared:
             self._shared[ids] = int(self.add(np.array(ids, np.int32), np.array([len(ids)], np.int64))[0])
         return self._shared[ids]
@@ -37,43 +37,68 @@ class RunTable:
     def __len__(self) -> int:
         return self._count
 
-    def all_lengths(self) -> IntArray:
-        """Tokens of every run, int64[runs + 1]: one empty run at the end, so that -1 is a valid number."""
-        return np.append(self.lengths(), 0)
-
     def lengths(self) -> IntArray:
-        """Tokens of every run, int64[runs]."""
-        self._lengths = _one(self._lengths, np.int64)
+        """Return the number of tokens in each run, int64[runs]."""
+        self._lengths = _merged(self._lengths, np.int64)
         return self._lengths[0]
 
-    def pool(self) -> NDArray[np.int32]:
-        """The tokens of all runs."""
-        self._pools = _one(self._pools, np.int32)
+    def tokens(self) -> NDArray[np.int32]:
+        """Return the tokens of all runs, end to end."""
+        self._pools = _merged(self._pools, np.int32)
         return self._pools[0]
 
 
-def _one(parts: list[NDArray[Any]], dtype: type) -> list[NDArray[Any]]:
-    """The parts end to end in a single one: copied only where there are more."""
+def _merged(parts: list[NDArray[Any]], dtype: type) -> list[NDArray[Any]]:
+    """The parts as a list of one array; copies only if there are several."""
     return parts if len(parts) == 1 else [np.concatenate([np.empty(0, dtype), *parts])]
 
 
-def as_runs(pool: NDArray[np.int32], lengths: IntArray) -> pa.LargeBinaryArray:
-    """Runs of these lengths, which lie end to end in a pool, for `taken_runs`."""
+class BatchRuns:
+    """The token runs of a batch: runs shared by the corpus, numbered 0, 1, …, and its own, numbered -1, -2, …"""
+
+    def __init__(self, shared: RunTable) -> None:
+        self._shared = shared
+        self._own = RunTable()
+        self._joined = as_runs(np.empty(0, np.int32), np.empty(0, np.int64))
+        self._joined_counts = (0, 0)
+
+    def add(self, tokens: NDArray[np.int32], lengths: IntArray) -> IntArray:
+        """Add runs of this batch, stored end to end in `tokens`; return their (negative) numbers."""
+        return -1 - self._own.add(tokens, lengths)
+
+    def lengths_of(self, numbers: IntArray) -> IntArray:
+        """Return the number of tokens in each of these runs."""
+        shared, own = (np.append(table.lengths(), 0) for table in (self._shared, self._own))  # -1 is a valid index
+        return np.where(numbers >= 0, shared[np.maximum(numbers, -1)], own[np.maximum(-1 - numbers, -1)])
+
+    def tokens_of(self, numbers: IntArray) -> NDArray[np.int32]:
+        """Return the tokens of these runs, end to end."""
+        counts = len(self._shared), len(self._own)
+        if self._joined_counts != counts:
+            tokens = np.concatenate([self._shared.tokens(), self._own.tokens()])
+            self._joined = as_runs(tokens, np.concatenate([self._shared.lengths(), self._own.lengths()]))
+            self._joined_counts = counts
+        return take_runs(self._joined, np.where(numbers < 0, counts[0] - 1 - numbers, numbers))
+
+
+def as_runs(tokens: NDArray[np.int32], lengths: IntArray) -> pa.LargeBinaryArray:
+    """Wrap runs that are stored end to end, for `take_runs`, without copying them."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths * pool.itemsize, out=offsets[1:])
+    np.cumsum(lengths * tokens.itemsize, out=offsets[1:])
     return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(pool))]
+        pa.large_binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(tokens))]
     )
 
 
-def taken_runs(runs: pa.LargeBinaryArray, numbers: IntArray) -> NDArray[np.int32]:
-    """The tokens of runs in the order of their numbers; read-only.
+def take_runs(runs: pa.LargeBinaryArray, numbers: IntArray) -> NDArray[np.int32]:
+    """Concatenate the runs of these numbers; the result is read-only.
 
-    Copied by Arrow, run by run: an index for each token takes several times as long.
+    Arrow copies run by run. Indexing token by token takes several times as long.
 
-    >>> runs = as_runs(np.array([7, 8, 9], np.int32), np.array([1, 2]))
-    >>> taken_runs(runs, np.array([1, 0, 1])).tolist()
-    [8, 9, 7, 8, 9]
+    Example:
+        >>> runs = as_runs(np.array([7, 8, 9], np.int32), np.array([1, 2]))
+        >>> take_runs(runs, np.array([1, 0, 1])).tolist()
+        [8, 9, 7, 8, 9]
     """
     data = runs.take(pa.array(numbers)).buffers()[2]
     return np.frombuffer(data, np.int32) if data is not None and data.size else np.empty(0, np.int32)

@@ -1,4 +1,4 @@
-"""The first stage of `pack`: converted folders to spooled documents, batch by batch, recorded on the way."""
+"""The first stage of `pack`: tokenize conversations in batches and spool the documents, recorded in the journal."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ from ismdata.data import SCRATCH_NAME, ConvertedFolder, Quarantine
 from ismdata.errors import DataError
 from ismdata.memory import give_back
 from ismdata.pack import template_check
-from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
-from ismdata.pack.document_encoder import DocumentEncoder
-from ismdata.pack.documents import BatchResult, make_documents, wanted
+from ismdata.pack.batch_encoder import BatchEncoder, PrefetchedBatch, prefetch
+from ismdata.pack.conversation_batch import ConversationBatch
+from ismdata.pack.documents import BatchResult, make_documents, requests_for
 from ismdata.pack.job import PackJob
-from ismdata.pack.options import PackOptions
-from ismdata.pack.pieces import Ahead
 from ismdata.pack.report import Tally
 from ismdata.pack.requests import Requests
+from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.pack.spool import Spool
+from ismdata.pack.template_check import LATER_SAMPLE, SAMPLE, SkeletonMismatch
 from ismdata.rendering import (
     BackendDiffers,
     BackendError,
-    Encoding,
     TokenizerEngine,
     choose_backend,
     disagreement,
@@ -96,7 +95,7 @@ def tokenize(
             note(f"gigatoken is not used ({found}). Tokenizing starts again with tokenizers, which is slower.")
             backend = reference
             skeletons = (journal.state or {}).get("skeletons", True)
-        except template_check.ColumnsDiffer as found:
+        except SkeletonMismatch as found:
             if not (journal.state or {}).get("skeletons", True):
                 raise DataError(
                     f"{found}: two renderings of the conversation differ; expected the same text each time. The "
@@ -132,7 +131,7 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
 def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callable[[], None]) -> TokenizedCorpus:
     """Tokenize from where the journal is to the end.
 
-    Raises ColumnsDiffer if skeletons do not fit the template, BackendError if the backend fails.
+    Raises SkeletonMismatch if skeletons do not fit the template, BackendError if the backend fails.
     """
     encoding, options, journal = job.encoding, job.options, job.journal
     state = journal.state or {}
@@ -147,45 +146,36 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
         journal.record(state, [*spool.columns, *quarantine.files()])
         give_back()  # otherwise fragmented free memory grows with the corpus
 
-    encoder = DocumentEncoder(
-        encoding.renderer,
-        encoding.tokenizer,
-        options.history,
-        use_skeletons=skeletons,
-        backend=backend,
-        glm=encoding.glm,
-        without_reasoning=options.train_on == "content",
+    cache = SkeletonCache(
+        encoding, backend=backend, use_skeletons=skeletons, without_reasoning=options.train_on == "content"
     )
     rows = _batches_from(job.sources, done)
-    samples = chain(
-        [template_check.LATER_SAMPLE if done else template_check.SAMPLE], repeat(template_check.LATER_SAMPLE)
-    )
-    with ThreadPoolExecutor(2) as threads, ThreadPoolExecutor(1) as ahead_thread:
+    samples = chain([LATER_SAMPLE if done else SAMPLE], repeat(LATER_SAMPLE))
+    with ThreadPoolExecutor(2) as checking, ThreadPoolExecutor(1) as prefetching:
 
-        def begun(rows: pa.RecordBatch) -> Ahead:
-            batch = conversation_batch(rows, encoding.sensitivity, options.train_on)
-            return encoder.ahead(batch, wanted(batch, options), ahead_thread)
+        def start(rows: pa.RecordBatch) -> PrefetchedBatch:
+            batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
+            return prefetch(cache, batch, requests_for(batch, options), prefetching)
 
-        def made(ahead: Ahead) -> _Unchecked:
+        def make(prefetched: PrefetchedBatch) -> _MadeBatch:
             while_waiting()
-            encoder.begin(ahead)
-            requests = _sampled_requests(ahead.batch, options, next(samples))
-            with _finding_out_why(encoding, encoder, ahead.batch, requests):
-                law_5 = threads.submit(template_check.comparison(encoding, encoder, ahead.batch, requests).check)
-                documents = make_documents(encoder, ahead.batch, options)
-            checks = law_5, threads.submit(backend.compare)
-            return _Unchecked(batch=ahead.batch, requests=requests, made=documents, checks=checks)
+            sample = _sample(prefetched, next(samples))
+            encoder = BatchEncoder(cache, prefetched.batch, prefetched)
+            with _blame(encoder, sample):
+                comparison = checking.submit(template_check.prepare_comparison(encoder, sample).check)
+                result = make_documents(encoder, options)
+            checks = comparison, checking.submit(backend.compare)
+            return _MadeBatch(encoder=encoder, sample=sample, result=result, checks=checks)
 
-        # A batch is compared with the reference while the next one is worked on, and spooled when that is done.
-        for unchecked in delay_by_one(map(made, delay_by_one(map(begun, rows)))):
-            batch, documents = unchecked.batch, unchecked.made
-            with _finding_out_why(encoding, encoder, batch, unchecked.requests):
-                for check in unchecked.checks:
-                    check.result()
+        # The texts of the next batch are encoded while this one is laid out. The checks of a batch run while the next
+        # one is made; it is spooled when they have passed.
+        for made in delay_by_one(map(make, delay_by_one(map(start, rows)))):
+            made.wait_for_checks()
+            batch, result = made.encoder.batch, made.result
             tally.weighted |= batch.weight is not None
-            spool.append(documents.documents, documents.names)
-            quarantine.add(_quarantined(batch, documents.refused))
-            tally.add(documents, conversations=len(batch) - len(documents.refused))
+            spool.append(result.documents, result.names)
+            quarantine.add(_quarantined(batch, result.refused))
+            tally.add(result, conversations=len(batch) - len(result.refused))
             done += len(batch)
             if journal.due():
                 record()
@@ -206,13 +196,19 @@ def _quarantined(batch: ConversationBatch, refused: Mapping[int, Refusal]) -> It
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Unchecked:
-    """The documents of a batch, and comparisons with the reference that may not be over: law 5, and the backend's."""
+class _MadeBatch:
+    """The documents of a batch, and the checks of them that run in other threads."""
 
-    batch: ConversationBatch
-    requests: Requests
-    made: BatchResult
+    encoder: BatchEncoder
+    sample: Requests
+    result: BatchResult
     checks: Sequence[Future[Any]]
+
+    def wait_for_checks(self) -> None:
+        """Wait for the checks. Raises SkeletonMismatch, BackendError."""
+        with _blame(self.encoder, self.sample):
+            for check in self.checks:
+                check.result()
 
 
 def _batches_from(sources: Sequence[ConvertedFolder], start: int) -> Iterator[pa.RecordBatch]:
@@ -222,31 +218,24 @@ def _batches_from(sources: Sequence[ConvertedFolder], start: int) -> Iterator[pa
         start = max(0, start - source.rows)
 
 
-def _sampled_requests(batch: ConversationBatch, options: PackOptions, count: int) -> Requests:
-    """The documents of some conversations of the batch, for law 5."""
-    requests = wanted(batch, options)
-    chosen = np.flatnonzero(np.isin(requests.conversation, template_check.sample(batch, count)))[: 2 * count]
-    return requests.take(chosen)
+def _sample(prefetched: PrefetchedBatch, conversations: int) -> Requests:
+    """The documents of some conversations, at most two per conversation."""
+    requests = prefetched.requests
+    sample = template_check.sample_conversations(prefetched.batch, conversations)
+    return requests.take(np.flatnonzero(np.isin(requests.conversation, sample))[: 2 * conversations])
 
 
 @contextmanager
-def _finding_out_why(
-    encoding: Encoding, encoder: DocumentEncoder, batch: ConversationBatch, requests: Requests
-) -> Iterator[None]:
-    """Where law 5 does not hold, tell the backend's fault (BackendDiffers) from the template's (ColumnsDiffer)."""
+def _blame(encoder: BatchEncoder, sample: Requests) -> Iterator[None]:
+    """Turn a SkeletonMismatch into BackendDiffers if the reference tokenizer gives no mismatch for the same sample."""
     try:
         yield
-    except template_check.ColumnsDiffer as found:
-        if encoder.backend is None or encoder.backend.name == "hf":
+    except SkeletonMismatch as found:
+        cache = encoder.cache
+        if cache.backend.name == "hf":
             raise
-        by_reference = DocumentEncoder(
-            encoding.renderer,
-            encoding.tokenizer,
-            encoder.history,
-            use_skeletons=encoder.use_skeletons,
-            glm=encoding.glm,
-            without_reasoning=encoder.without_reasoning,
+        by_reference = SkeletonCache(
+            cache.encoding, use_skeletons=cache.use_skeletons, without_reasoning=cache.without_reasoning
         )
-        by_reference.begin(batch)
-        template_check.comparison(encoding, by_reference, batch, requests).check()
+        template_check.prepare_comparison(BatchEncoder(by_reference, encoder.batch), sample).check()
         raise BackendDiffers(str(found)) from found

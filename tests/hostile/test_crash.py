@@ -35,7 +35,7 @@ from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
 from ismdata.pack.report import PackReport
-from ismdata.pack.template_check import ColumnsDiffer, Comparison
+from ismdata.pack.template_check import Comparison, SkeletonMismatch
 from ismdata.rendering.encoding import load_encoding
 from tests.pack.test_pack import bytes_tokenizer as bytes_tokenizer
 from tests.support.reporters import Recorder
@@ -253,17 +253,17 @@ def test_the_decision_to_render_one_by_one_is_kept(
 ) -> None:
     """A template that needs it is found out once; the run goes on without skeletons after a crash."""
     output = tmp_path / "out" / "packed"
-    comparison, used = ismdata.pack.tokenize.template_check.comparison, []
+    prepare, used = ismdata.pack.tokenize.template_check.prepare_comparison, []
 
-    def differs(encoding: Any, encoder: Any, batch: Any, requests: Any) -> Comparison:
-        used.append(encoder.use_skeletons)
-        if encoder.use_skeletons and len(used) == 3:
-            raise ColumnsDiffer("chats.jsonl:40")
+    def differs(encoder: Any, requests: Any) -> Comparison:
+        used.append(encoder.cache.use_skeletons)
+        if encoder.cache.use_skeletons and len(used) == 3:
+            raise SkeletonMismatch("chats.jsonl:40")
         if len(used) == 6:
             raise Death
-        return comparison(encoding, encoder, batch, requests)
+        return prepare(encoder, requests)
 
-    monkeypatch.setattr(ismdata.pack.tokenize.template_check, "comparison", differs)
+    monkeypatch.setattr(ismdata.pack.tokenize.template_check, "prepare_comparison", differs)
     with pytest.raises(Death):
         packed(converted, output)
     packed(converted, output)

@@ -25,8 +25,9 @@ from ismdata.attention.model_folder import load
 from ismdata.attention.models.loading import pretrained
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.errors import DataError
-from ismdata.pack.conversation_batch import conversation_batch
-from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.batch_encoder import BatchEncoder
+from ismdata.pack.conversation_batch import ConversationBatch
+from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.rendering import chat_template as templates
 from ismdata.rendering import renderer
 from ismdata.rendering.chat_template import ChatTemplate, built_in
@@ -37,7 +38,7 @@ from ismdata.rendering.sandbox import limited
 from ismdata.rendering.template_probe import profile
 from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import encoding, template_named
-from tests.pack.test_document_encoder import whole
+from tests.pack.test_batch_encoder import whole
 from tests.support.tiny import tiny_model
 
 # ---- templates ----
@@ -299,10 +300,9 @@ PLACES = {
 
 def controls_of(with_: Encoding, conversations: list[dict[str, Any]]) -> list[list[int]]:
     """The control tokens of each conversation's document, both roads agreeing about all of its tokens."""
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     rows = pa.RecordBatch.from_pylist(conversations, schema=CONVERSATION_SCHEMA)
-    batch = conversation_batch(rows, with_.sensitivity)
-    encoder.begin(batch)
+    batch = ConversationBatch.from_rows(rows, with_.sensitivity)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
     requests = whole(batch)
     layout = encoder.lay_out(requests)
     assert layout.refused == {}
@@ -456,12 +456,11 @@ def test_a_conversation_too_long_to_render_by_itself_is_refused(smollm2: Path, m
     """By columns any length goes; rendered one answer at a time, the time would grow with its square."""
     monkeypatch.setattr(renderer, "MOST_MESSAGES", 30)
     with_ = encoding(smollm2)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     long = [{"role": ("user", "assistant")[k % 2], "content": f"word {k}"} for k in range(40)]
     named = [{**long[0], "name": "Bo"}, *long[1:]]
     rows = [{"id": str(k), "source": "t", "messages": messages} for k, messages in enumerate((long, named, named[:30]))]
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    encoder.begin(batch)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
     refused = encoder.lay_out(whole(batch)).refused
     assert {r: refusal.reason for r, refusal in refused.items()} == {1: "too_many_messages"}
     assert refused[1].detail.startswith("40 messages, which the template can only render one answer at a time")

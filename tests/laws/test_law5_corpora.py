@@ -20,9 +20,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ismdata.convert.pipeline import convert
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack.conversation_batch import conversation_batch
-from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.batch_encoder import BatchEncoder
+from ismdata.pack.conversation_batch import ConversationBatch
 from ismdata.pack.requests import Requests
+from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
 from tests.conftest import DATA, TEMPLATES, encoding, needs_data
@@ -152,10 +153,9 @@ def test_law_5_on_real_conversations(
 ) -> None:
     with_ = encoding({"smollm2": smollm2, "deepseek": deepseek}[name], template, history, markers=markers)
     theirs = Transformers(with_)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, history)
-    batch = conversation_batch(rows, with_.sensitivity)
+    batch = ConversationBatch.from_rows(rows, with_.sensitivity)
     requests = request_all(batch, history)
-    encoder.begin(batch)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
     layout = encoder.lay_out(requests)
     documents = encoder.documents(layout, requests)
     assert encoder.stray_controls(layout, documents).size == 0

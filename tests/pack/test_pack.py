@@ -21,7 +21,7 @@ from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import note_resumed, pack
 from ismdata.pack.report import PackReport
-from ismdata.pack.template_check import ColumnsDiffer
+from ismdata.pack.template_check import SkeletonMismatch
 from ismdata.rendering.sensitivity import Sensitivity
 from tests.conftest import template_named
 from tests.support.byte_tokenizer import save_tokenizer
@@ -280,9 +280,9 @@ def test_law_5_that_holds_in_no_way_is_an_error(
 
     def never_alike(*arguments: Any) -> None:
         asked.append(arguments)
-        raise ColumnsDiffer("c.jsonl:1")
+        raise SkeletonMismatch("c.jsonl:1")
 
-    monkeypatch.setattr("ismdata.pack.tokenize.template_check.comparison", never_alike)
+    monkeypatch.setattr("ismdata.pack.tokenize.template_check.prepare_comparison", never_alike)
     with pytest.raises(DataError, match=r"c\.jsonl:1: two renderings of the conversation differ"):
         packed(tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, tokenizer_backend="hf")
     assert len(asked) == 2

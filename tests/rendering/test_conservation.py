@@ -16,16 +16,17 @@ import pytest
 
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack import template_check as parity
-from ismdata.pack.conversation_batch import conversation_batch
-from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.batch_encoder import BatchEncoder
+from ismdata.pack.conversation_batch import ConversationBatch
+from ismdata.pack.skeleton_cache import SkeletonCache
+from ismdata.pack.template_check import SkeletonMismatch, prepare_comparison
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.refusals import CannotRender, HistoryRewritten, InvalidArguments, NotRendered, TextLost
 from ismdata.rendering.renderer import Chunk
 from tests.conftest import encoding
-from tests.pack.test_document_encoder import whole
+from tests.pack.test_batch_encoder import whole
 
 CALL_TOOLS = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -212,10 +213,9 @@ def test_f5_a_name_changes_no_border(made: Any) -> None:
     talk = [u("one?"), a("<think>\nhm\n</think>\n\n1."), u("two?"), a("2.")]
     named = [{**talk[0], "name": "ann"}, *talk[1:]]
     rows = [{"id": str(k), "source": f"t:{k}", "messages": messages} for k, messages in enumerate((talk, named))]
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    assert batch.by_itself.tolist() == [False, True]
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
-    encoder.begin(batch)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    assert batch.individual.tolist() == [False, True]
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
     documents = encoder.documents(encoder.lay_out(whole(batch)), whole(batch))
     first = int(documents.lengths[0])
     assert documents.input_ids[:first].tolist() == documents.input_ids[first:].tolist()
@@ -230,14 +230,13 @@ def test_f5_the_roads_are_compared_by_spans(made: Any) -> None:
     """The same tokens with a border elsewhere are a difference."""
     with_ = made(OPENS_REASONING)
     rows = [{"id": "0", "source": "t:0", "messages": TALK}]
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
-    encoder.begin(batch)
-    comparison = parity.comparison(with_, encoder, batch, whole(batch))
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
+    comparison = prepare_comparison(encoder, whole(batch))
     assert comparison.check() == 1
     [(first, second, *others)] = comparison.spans
     moved = [(first[0] + 1, first[1]), (second[0] - 1, second[1]), *others]
-    with pytest.raises(parity.ColumnsDiffer, match="other spans"):
+    with pytest.raises(SkeletonMismatch, match="different spans"):
         dataclasses.replace(comparison, spans=[moved]).check()
 
 

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from ismdata.conversation import CONVERSATION_SCHEMA
 from ismdata.masks.intervals import ANSWER
-from ismdata.pack.conversation_batch import ConversationBatch, conversation_batch
-from ismdata.pack.document_encoder import DocumentEncoder
+from ismdata.pack.batch_encoder import BatchEncoder, prefetch
+from ismdata.pack.conversation_batch import ConversationBatch
+from ismdata.pack.documents import make_documents
+from ismdata.pack.options import PackOptions
 from ismdata.pack.requests import Requests
+from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.pack.splitting import TurnRange, split, split_turns
-from ismdata.pack.token_runs import as_runs, taken_runs
+from ismdata.pack.token_runs import as_runs, take_runs
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.refusals import CannotRender
@@ -107,7 +110,7 @@ def reference(
     return ids, spans
 
 
-def check(with_: Encoding, batch: Any, requests: Requests, encoder: DocumentEncoder) -> int:
+def check(with_: Encoding, batch: Any, requests: Requests, encoder: BatchEncoder) -> int:
     layout = encoder.lay_out(requests)
     documents = encoder.documents(layout, requests)
     assert encoder.stray_controls(layout, documents).size == 0
@@ -139,21 +142,21 @@ TEMPLATES = ["chatml", "qwen3", "llama3", "gemma3", "phi3", "glm4moe", "smolvlm"
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    cache = SkeletonCache(with_)
     compared = 0
 
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(conversations(), min_size=1, max_size=5))
     def run(rows: list[dict[str, Any]]) -> None:
         nonlocal compared
-        batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-        encoder.begin(batch)
-        compared += check(with_, batch, whole(batch), encoder)
+        batch = ConversationBatch.from_rows(
+            pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity
+        )
+        compared += check(with_, batch, whole(batch), BatchEncoder(cache, batch))
         with ThreadPoolExecutor(1) as thread:
-            ahead = encoder.ahead(batch, whole(batch), thread)
-            encoder.ahead(batch, whole(batch).take(np.arange(1)), thread)  # another one is begun before it is its turn
-            encoder.begin(ahead)
-            compared += check(with_, batch, whole(batch), encoder)
+            prefetched = prefetch(cache, batch, whole(batch), thread)
+            prefetch(cache, batch, whole(batch).take(np.arange(1)), thread)  # the next batch, before this one is used
+            compared += check(with_, batch, whole(batch), BatchEncoder(cache, batch, prefetched))
 
     run()
     assert compared > 20
@@ -163,7 +166,7 @@ def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
 def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
     """Documents that repeat the system prompt and begin in the middle, one an answer, cut behind it or not."""
     with_ = encoding(smollm2, template_named("qwen3"), history, markers=True)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, history)
+    cache = SkeletonCache(with_)
     rows = []
     for k in range(4):
         head = [{"role": "system", "content": "Be brief."}] if k % 2 else []
@@ -171,7 +174,7 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
             {"role": ("user", "assistant")[n % 2], "content": f"{n} of {k} {'</think>' * (k == 3)}"} for n in range(8)
         ]
         rows.append({"id": str(k), "source": f"t:{k}", "messages": head + talk})
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
     table = [
         (c, head, head + 2 * a, head + 2 * b + 2, head + 2 * b + 1)
         for c in range(4)
@@ -188,11 +191,10 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
         target_from=columns[4],
         cut=np.full(len(table), history == "append"),
     )
-    encoder.begin(batch)
-    assert check(with_, batch, requests, encoder) == len(table)
-    with ThreadPoolExecutor(1) as thread:  # the texts of some documents encoded ahead, the others as they are asked for
+    assert check(with_, batch, requests, BatchEncoder(cache, batch)) == len(table)
+    with ThreadPoolExecutor(1) as thread:  # the texts of some documents are prefetched, the others encoded on request
         begun = np.arange(0, len(table), 3)
-        encoder.begin(encoder.ahead(batch, requests.take(begun), thread))
+        encoder = BatchEncoder(cache, batch, prefetch(cache, batch, requests.take(begun), thread))
         assert check(with_, batch, requests, encoder) == len(table)
         for asked in (begun, begun[::-1], np.array([begun[2], 1, begun[2], begun[0]]), begun[:0]):
             assert check(with_, batch, requests.take(asked), encoder) == len(asked)
@@ -203,21 +205,18 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
 def test_long_conversations(name: str, smollm2: Path) -> None:
     """Those of many turns are cut in one rendering; the answers are the same as with one rendering an answer."""
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     rows = []
     for k, shape in enumerate(["ua" * 20, "s" + "ua" * 20, "ua" * 20 + "u", "a" + "ua" * 20, "uua" * 14, "uaa" * 14]):
         roles = {"s": "system", "u": "user", "a": "assistant"}
         talk = [{"role": roles[letter], "content": f"{n} \n"} for n, letter in enumerate(shape)]
         rows.append({"id": str(k), "source": f"t:{k}", "messages": talk})
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    encoder.begin(batch)
-    assert check(with_, batch, whole(batch), encoder) >= 3
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    assert check(with_, batch, whole(batch), BatchEncoder(SkeletonCache(with_), batch)) >= 3
 
 
 def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K documents of one conversation do not cost K times its text."""
     with_ = encoding(smollm2)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     rows = [
         {
             "id": "0",
@@ -225,19 +224,21 @@ def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyP
             "messages": [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(12)],
         }
     ]
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
     answers = np.arange(1, 12, 2)
     nothing = np.zeros(6, np.int64)
     requests = Requests(
         conversation=nothing, head=nothing, lo=nothing, hi=answers + 1, target_from=answers, cut=nothing == 0
     )
-    encoder.begin(batch)
-    encoder.lay_out(requests)  # skeletons are made here
-    encoder.begin(batch)
+    cache = SkeletonCache(with_)
+    BatchEncoder(cache, batch).lay_out(requests)  # skeletons are built here
+    encoder = BatchEncoder(cache, batch)
     encoded: list[str] = []
-    original = with_.tokenizer.encode_flat
+    original = cache.backend.encode
     monkeypatch.setattr(
-        with_.tokenizer, "encode_flat", lambda texts, opening=False: (encoded.extend(texts), original(texts))[1]
+        cache.backend,
+        "encode",
+        lambda texts, opening: (encoded.extend(texts), original(texts, opening=opening))[1],
     )
     encoder.lay_out(requests)
     encoder.lay_out(requests.take(np.arange(6)[::-1]))
@@ -257,18 +258,16 @@ def test_messages_without_text(name: str, rendered: int, smollm2: Path) -> None:
             talk = [{"role": ("user", "assistant")[n % 2], "content": f"{n}."} for n in range(6)]
             talk[at]["content"] = talk[-at]["content"] = blank
             rows.append({"id": f"{k} {at}", "source": "t:0", "messages": talk})
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    assert set(batch.by_itself.tolist()) == {bool(rendered)}
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
-    encoder.begin(batch)
-    assert check(with_, batch, whole(batch), encoder) == len(rows)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    assert set(batch.individual.tolist()) == {bool(rendered)}
+    assert check(with_, batch, whole(batch), BatchEncoder(SkeletonCache(with_), batch)) == len(rows)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6), st.data())
-def test_taken_runs(runs: list[list[int]], data: st.DataObject) -> None:
+def test_take_runs(runs: list[list[int]], data: st.DataObject) -> None:
     numbers = data.draw(st.lists(st.integers(0, len(runs) - 1), max_size=12)) if runs else []
     pool = np.array([id for run in runs for id in run], np.int32)
-    found = taken_runs(as_runs(pool, np.array([len(run) for run in runs], np.int64)), np.array(numbers, np.int64))
+    found = take_runs(as_runs(pool, np.array([len(run) for run in runs], np.int64)), np.array(numbers, np.int64))
     assert found.tolist() == [id for number in numbers for id in runs[number]]
 
 
@@ -284,43 +283,63 @@ def test_documents_of_runs_that_came_later(smollm2: Path) -> None:
             [*pair, {**pair[0], "role": "tool"}],
         ]
         rows = [{"id": f"{name}{k}", "source": f"t:{k}", "messages": talk} for k, talk in enumerate(talks)]
-        return conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+        return ConversationBatch.from_rows(
+            pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity
+        )
 
-    def ids(encoder: DocumentEncoder, batch: ConversationBatch, row: int) -> list[int]:
+    def ids(encoder: BatchEncoder, batch: ConversationBatch, row: int) -> list[int]:
         requests = whole(batch).take(np.array([row]))
         return encoder.documents(encoder.lay_out(requests), requests).input_ids.tolist()
 
-    used = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    cache = SkeletonCache(with_)
     for name in ("Ada", "Bob"):
         batch = batch_of(name)
-        used.begin(batch)
+        used = BatchEncoder(cache, batch)
         for row in (0, 1, 2, 0):
-            fresh = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
-            fresh.begin(batch)
+            fresh = BatchEncoder(SkeletonCache(with_), batch)
             assert ids(used, batch, row) == ids(fresh, batch, row)
 
 
 def test_known_pieces_are_not_looked_up_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is laid out as it was begun ahead, or asked for twice, costs neither skeletons nor keys."""
+    """Documents that were prefetched need neither skeletons nor keys when they are laid out."""
     with_ = encoding(smollm2)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
+    cache = SkeletonCache(with_)
     talk = [{"role": ("user", "assistant")[n % 2], "content": f"text {n}"} for n in range(4)]
     rows = [{"id": str(k), "source": f"t:{k}", "messages": talk[: 2 + 2 * (k % 2)]} for k in range(6)]
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
     requests = whole(batch)
     with ThreadPoolExecutor(1) as thread:
-        ahead = encoder.ahead(batch, requests, thread)
+        prefetched = prefetch(cache, batch, requests, thread)
     matched: list[int] = []
-    match = encoder._match
-    monkeypatch.setattr(encoder, "_match", lambda requests: (matched.append(len(requests)), match(requests))[1])
-    encoder.begin(ahead)
-    assert encoder.lay_out(requests) is encoder.lay_out(whole(batch))
+    match = cache.match
+    monkeypatch.setattr(
+        cache, "match", lambda batch, requests: (matched.append(len(requests)), match(batch, requests))[1]
+    )
+    encoder = BatchEncoder(cache, batch, prefetched)
+    encoder.lay_out(requests)
     encoder.lay_out(requests.take(np.array([4, 1])))
     assert matched == []
     shorter = requests.take(np.array([0, 1]))
     shorter.hi[1] = 2
     encoder.lay_out(shorter)
     assert matched == [1]
+
+
+@pytest.mark.parametrize(("seq_len", "times"), [(1024, 1), (128, 2)])
+def test_documents_are_laid_out_again_only_where_some_changed(
+    seq_len: int, times: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ = encoding(smollm2)
+    talk = [{"role": ("user", "assistant")[n % 2], "content": "word " * 60} for n in range(4)]
+    rows = [{"id": "0", "source": "t:0", "messages": talk}]
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
+    laid_out: list[int] = []
+    lay_out = encoder.lay_out
+    monkeypatch.setattr(encoder, "lay_out", lambda requests: (laid_out.append(len(requests)), lay_out(requests))[1])
+    result = make_documents(encoder, PackOptions(tokenizer="", seq_len=seq_len, over_long="drop"))
+    assert len(laid_out) == times
+    assert len(result.names) == 2 - times
 
 
 turn_lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -359,7 +378,6 @@ def test_split_turns_leaves_long_untrained_turns_out() -> None:
 def test_split_pieces_fit_and_are_as_long_as_they_can_be(name: str, smollm2: Path) -> None:
     """What a piece's own rendering costs decides, not what its turns cost inside the conversation."""
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
-    encoder = DocumentEncoder(with_.renderer, with_.tokenizer, "append")
     rng = np.random.default_rng(0)
     rows = []
     for k in range(12):
@@ -369,14 +387,14 @@ def test_split_pieces_fit_and_are_as_long_as_they_can_be(name: str, smollm2: Pat
         ]
         head = [{"role": "system", "content": "Be brief."}] if k % 2 else []
         rows.append({"id": str(k), "source": f"t:{k}", "messages": head + talk})
-    batch = conversation_batch(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
-    encoder.begin(batch)
+    batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
+    encoder = BatchEncoder(SkeletonCache(with_), batch)
     requests = whole(batch)
     layout = encoder.lay_out(requests)
     seq_len = 160
     over = np.flatnonzero(layout.document_lengths(12) > seq_len)
     assert len(over) >= 10
-    parts = split(encoder, batch, requests, layout, over, seq_len)
+    parts = split(encoder, requests, layout, over, seq_len)
     assert not parts.refused
     lengths = encoder.lay_out(parts.requests).document_lengths(len(parts.requests))
     assert lengths.max() <= seq_len
