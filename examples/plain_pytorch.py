@@ -1,4 +1,4 @@
-"""Train on packed shards with nothing but PyTorch: python examples/plain_pytorch.py PACKED MODEL OUTPUT [STEPS]"""
+"""Train on packed shards in a plain PyTorch loop: python examples/plain_pytorch.py PACKED MODEL OUTPUT [STEPS]"""
 
 from __future__ import annotations
 

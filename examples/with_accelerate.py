@@ -1,7 +1,7 @@
-"""The same loop on any number of devices: accelerate launch examples/with_accelerate.py PACKED MODEL OUTPUT [STEPS]
+"""Train on any number of devices: accelerate launch examples/with_accelerate.py PACKED MODEL OUTPUT [STEPS]
 
-The loss is the mean over all targets of a step, whatever process they are on: each process sums its own, and the
-gradients, which accelerate averages, are scaled back.
+The loss of a step is the mean over the targets of all processes. Each process divides the sum over its own targets by
+their total, and multiplies by the number of processes, over which accelerate averages the gradients.
 """
 
 from __future__ import annotations

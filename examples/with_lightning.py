@@ -1,4 +1,4 @@
-"""Packed shards under Lightning: python examples/with_lightning.py PACKED MODEL OUTPUT [STEPS]"""
+"""Train on packed shards with Lightning: python examples/with_lightning.py PACKED MODEL OUTPUT [STEPS]"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Packed shards under TRL's SFTTrainer: python examples/with_trl.py PACKED MODEL OUTPUT [STEPS]
+"""Train on packed shards with TRL's SFTTrainer: python examples/with_trl.py PACKED MODEL OUTPUT [STEPS]
 
-The shards hold tokens, targets and positions already, so the trainer is told to prepare nothing and to drop no column.
-SFTTrainer takes the datasets of Hugging Face alone: it gets row numbers, and the collator looks the rows up.
+The shards have tokens, targets and positions already, so the trainer must prepare nothing and keep all columns. It
+accepts Hugging Face datasets only, so it gets a dataset of row numbers, and the collator reads the rows.
 """
 
 from __future__ import annotations
