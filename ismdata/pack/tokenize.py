@@ -24,6 +24,7 @@ from ismdata.pack.batch_encoder import BatchEncoder, PrefetchedBatch, prefetch
 from ismdata.pack.conversation_batch import ConversationBatch
 from ismdata.pack.documents import BatchResult, make_documents, requests_for
 from ismdata.pack.job import PackJob
+from ismdata.pack.options import PackOptions
 from ismdata.pack.report import Tally
 from ismdata.pack.requests import Requests
 from ismdata.pack.skeleton_cache import SkeletonCache
@@ -32,6 +33,7 @@ from ismdata.pack.template_check import LATER_SAMPLE, SAMPLE, SkeletonMismatch
 from ismdata.rendering import (
     BackendDiffers,
     BackendError,
+    Encoding,
     TokenizerEngine,
     choose_backend,
     disagreement,
@@ -126,6 +128,32 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
             taken.append(texts.take(pa.array(stratified(texts))))
         done += source.rows
     return pa.concat_arrays(taken)
+
+
+def tokenizer_texts(
+    sources: Sequence[ConvertedFolder], encoding: Encoding, options: PackOptions
+) -> Iterator[pa.LargeStringArray]:
+    """Yield the texts that `pack` gives its tokenizer: those of messages, with what the template writes around them.
+
+    Benchmarks measure the tokenizer alone on them.
+
+    Args:
+        sources: Converted folders.
+        encoding: The tokenizer and its chat template.
+        options: As for `pack`.
+
+    Yields:
+        Texts, batch by batch, each as often as it is encoded. Texts of documents that are split are not included.
+
+    Raises:
+        DataError: If a source cannot be read.
+    """
+    cache = SkeletonCache(encoding)
+    with ThreadPoolExecutor(1) as thread:
+        for rows in _batches_from(sources, 0):
+            batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
+            for group in prefetch(cache, batch, requests_for(batch, options), thread).groups:
+                yield group.texts
 
 
 def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callable[[], None]) -> TokenizedCorpus:

