@@ -49,7 +49,7 @@ class Alpaca(CorpusFormat):
         texts = {name: take_text(fields, name) for name in _TEXTS}
         messages: list[dict[str, Any]] = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
         for pair in _history_pairs(fields.pop("history", None)):
-            messages += to_messages(("user", "assistant"), pair)
+            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         parts = [text for text in (texts["instruction"], texts["input"]) if text]
         prompt = "\n".join(parts) if parts else texts["instruction"]
         earlier = split_prompt(prompt) if isinstance(prompt, str) else []

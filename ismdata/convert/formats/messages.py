@@ -235,7 +235,7 @@ class MessageLists(CorpusFormat):
         return columns_of_records(block, self.parse_plain) if found is None else found
 
     def _columns_of_wide_table(self, block: TableBlock) -> Columns | None:
-        """The columns of a table with more columns than messages; None if its messages are no plain lists."""
+        """The columns of a table with columns beside its messages; None if the messages are no plain lists."""
         names = [name for name in (self.messages, *self.also) if name in block.rows.column_names]
         significant = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"})}
         parts = (

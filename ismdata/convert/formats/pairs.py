@@ -8,7 +8,6 @@ from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.fields import missing_field, take_text
-from ismdata.convert.formats.speakers import to_messages
 from ismdata.convert.formats.utterances import UTTERANCES
 from ismdata.errors import Refused, shown
 
@@ -125,7 +124,7 @@ def pair_messages(listed: Any, name: str, ignored: list[str] | None = None) -> l
                     f"{name}[].{other}" for other, value in pair.items() if other not in names and value is not None
                 ]
             pair = [pair[one] for one in names]
-        messages += to_messages(("user", "assistant"), pair)
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return messages
 
 

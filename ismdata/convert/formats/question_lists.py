@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.speakers import to_messages
 from ismdata.errors import Refused
 
 _STORIES = ("story", "context", "passage")
@@ -37,8 +36,8 @@ class QuestionLists(CorpusFormat):
         if story is not None and not isinstance(story, str):
             raise Refused("invalid_field", f"{name} is {kind_of(story)}; expected a string")
         messages = [{"role": "system", "content": story}] if story else []
-        for exchange in zip(questions, answers, strict=True):
-            messages += to_messages(("user", "assistant"), exchange)
+        for question, answer in zip(questions, answers, strict=True):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [Draft(messages=messages, id=take_id(fields), extra=fields)]
 
 

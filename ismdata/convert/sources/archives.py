@@ -222,7 +222,7 @@ def parts_of(
     packed: Position,
     also: Container[str] = (),
 ) -> Generator[Part, None, list[str]]:
-    """The parts of a stream, which may be compressed, and a tar or a zip archive.
+    """The parts of a stream, which may be compressed and may be a tar or a zip archive.
 
     Args:
         stream: The bytes.

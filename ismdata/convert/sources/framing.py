@@ -284,8 +284,8 @@ def _array_block(
         record = number + int(np.searchsorted(borders, structure.broken))
         place = queue.offset + structure.broken + 1
         raise DataError(
-            f"{name}:record {record}: found a line break inside a string at byte {place}; expected it written as \\n, "
-            "or a missing quote before it. Repair the file"
+            f"{name}:record {record}: found a line break inside a string at byte {place}; expected \\n instead. "
+            "Or a quote is missing before it: repair the file"
         )
     lines = buffer.copy()
     lines[structure.places[(structure.bytes == _LINE_BREAK) & (structure.places < len(lines))]] = _SPACE
@@ -387,7 +387,7 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
         if 0 <= structure.broken < ends[-1]:
             raise DataError(
                 f"{queue.name}: found a line break inside a string at byte {queue.offset + structure.broken + 1}; "
-                "expected it written as \\n, or a missing quote before it. Repair the file"
+                "expected \\n instead. Or a quote is missing before it: repair the file"
             )
         borders = [0, *ends.tolist()]
         texts = [queue.data[start:end].strip(WHITESPACE).replace(b"\n", b" ") for start, end in pairwise(borders)]

@@ -80,6 +80,12 @@ def test_the_documented_records_are_of_their_formats():
             assert detect(body.partition("\n")[0]) == name
 
 
+def test_every_format_is_in_the_table_of_formats():
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8")
+    cells = re.findall(r"^\| \[(`.+?`)\]\(#", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == set(FORMATS)
+
+
 def test_the_documented_roles_are_those_of_the_table():
     text = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("\n## Roles")[2]
     rows = re.findall(r"^\| `(system|user|assistant|tool)` \| (`.*`) \|$", text, re.MULTILINE)
