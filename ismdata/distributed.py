@@ -1,4 +1,4 @@
-"""Several processes of one run, as `torchrun` starts them: the first one speaks and writes, and all fail together."""
+"""Runs on several processes, as `torchrun` starts them: the first reports and writes, and all fail together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ Result = TypeVar("Result")
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run: it is alone, or the first of those that torchrun started."""
+    """Whether this process reports and writes for the run.
+
+    Returns:
+        True if it is the only process, or the first that torchrun started (RANK 0).
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Do the same work on every process, and raise on all of them what any of them raised.
+    """Call `work` on every process, and raise on all of them if it raised on any.
 
-    A process that fails by itself would leave the others waiting for it. Each raises its own error where it has one,
-    else that of the first process that has.
+    If only one process raised, the others would wait for it forever.
+
+    Args:
+        work: The function to call. Every process must call `together`.
+
+    Returns:
+        What `work` returned on this process.
+
+    Raises:
+        BaseException: What `work` raised on this process, otherwise what it raised on the first process that failed.
     """
     import torch.distributed as dist
 
@@ -26,7 +38,7 @@ def together(work: Callable[[], Result]) -> Result:
     results: list[Result] = []
     try:
         results.append(work())
-    except Exception as raised:  # whatever it is, it is raised again below
+    except Exception as raised:  # raised again below
         error = raised
     if dist.is_initialized() and dist.get_world_size() > 1:
         errors: list[BaseException | None] = [None] * dist.get_world_size()
@@ -38,5 +50,12 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def on_first_process(work: Callable[[], Result]) -> Result | None:
-    """Do work on the first process alone, the others waiting; what it raises is raised on all of them."""
+    """Call `work` on the first process while the others wait, and raise on all of them if it raised.
+
+    Args:
+        work: The function to call. Every process must call `on_first_process`.
+
+    Returns:
+        What `work` returned on the first process, None on the others.
+    """
     return together(lambda: work() if is_first_process() else None)

@@ -1,4 +1,4 @@
-"""Where Arrow's memory comes from, and when it goes back to the system."""
+"""How Arrow and the C library allocate memory, and when freed memory returns to the system."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import numpy as np
 import pyarrow as pa
 
-#: The largest block that glibc keeps when it is freed (DEFAULT_MMAP_THRESHOLD_MAX of mallopt(3)), less its header.
+#: The largest block that glibc keeps when it is freed (DEFAULT_MMAP_THRESHOLD_MAX in mallopt(3)), minus its header.
 _LARGEST_KEPT_BYTES = (32 << 20) - 8192
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Arrow's buffers come from the C library while the body runs, which keeps what is freed for the next ones.
+    """Make Arrow allocate from the C library inside the `with` block, which reuses freed blocks.
 
-    Arrow's own pool hands the pages of a large buffer back as soon as it is free, and the system clears every page that
-    it hands out again: some tenth of the time of `pack`, whose batches are some megabytes each.
+    Arrow's own pool returns the pages of a large buffer to the system when it is freed, and the system zeroes them
+    again for the next buffer. This takes about a tenth of the time of `pack`, whose batches have a few megabytes each.
     """
     before = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
@@ -29,20 +29,18 @@ def kept_memory() -> Iterator[None]:
 
 
 def keep_freed_blocks() -> None:
-    """Have the C library keep blocks of up to 32 MiB when they are freed, for the next ones of their size.
+    """Make the C library keep freed blocks of up to 32 MiB, for later blocks of their size.
 
-    glibc gives the pages of a large block back at once, and the system clears them anew for the next: half the time of
-    work that takes and frees arrays of some 100 KB. What counts as large grows with the blocks that were freed
-    (mallopt(3), M_MMAP_THRESHOLD), so one is freed here, untouched. Other C libraries do not mind.
+    By default, glibc returns the pages of a large block to the system, which zeroes them again for the next block. This
+    takes half the time of work that allocates and frees arrays of about 100 KB. The size from which a block counts as
+    large grows with the blocks that are freed (M_MMAP_THRESHOLD in mallopt(3)), so this function frees a large block
+    that was never written. Other C libraries are not affected.
     """
     np.empty(_LARGEST_KEPT_BYTES, np.uint8)
 
 
 def give_back() -> None:
-    """Return memory that nothing uses any more to the system: allocators keep it, in pieces, and it counts as taken.
-
-    That of Arrow's pool and, where the C library can do that (glibc), of the process.
-    """
+    """Return freed memory, which allocators keep, from Arrow's pool and from the C library (glibc) to the system."""
     pa.default_memory_pool().release_unused()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

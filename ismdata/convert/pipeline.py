@@ -41,7 +41,7 @@ from ismdata.convert.read_block import read_block
 from ismdata.convert.sources.arguments import expand, with_unique_stems
 from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.convert.worker_pool import WorkerPool
-from ismdata.data import Journal, open_output
+from ismdata.data import Journal, JournaledLeftovers, open_output
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.memory import kept_memory
@@ -117,7 +117,7 @@ def convert(
     _check_given(sources)
     format, rules = _reading(options)
     with (
-        open_output(output, overwrite=overwrite, inputs=sources, resumable=True) as folder,
+        open_output(output, overwrite=overwrite, inputs=sources, leftovers=JournaledLeftovers()) as folder,
         WorkerPool(options.workers or os.cpu_count() or 1, processes=options.processes) as pool,
         kept_memory(),
     ):

@@ -16,13 +16,12 @@ from .index import load_index as load_index
 from .index import read_index as read_index
 from .index import write_index as write_index
 from .journal import Journal as Journal
-from .lock import locked as locked
+from .journal import run_difference as run_difference
 from .output_folder import QUARANTINE_NAME as QUARANTINE_NAME
 from .output_folder import SCRATCH_NAME as SCRATCH_NAME
-from .output_folder import check_output as check_output
-from .output_folder import make_partial as make_partial
+from .output_folder import JournaledLeftovers as JournaledLeftovers
 from .output_folder import open_output as open_output
-from .output_folder import put_in_place as put_in_place
+from .output_folder import partial_folder as partial_folder
 from .output_folder import sync_path as sync_path
 from .problems import Problems as Problems
 from .quarantine import Quarantine as Quarantine

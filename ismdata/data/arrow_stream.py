@@ -41,7 +41,7 @@ def read_batches(
             if not stream.schema.equals(schema):
                 raise DataError(
                     f"{path}: columns are {_describe(stream.schema)}; expected {_describe(schema)}. "
-                    "Create the folder again"
+                    "Make the folder again"
                 )
             for batch in stream:
                 if validate:
@@ -50,9 +50,9 @@ def read_batches(
                 row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         place = f" after row {row - 1}" if row else ""
-        raise DataError(f"{path}: not a readable Arrow stream{place} ({error}). Create the folder again") from error
+        raise DataError(f"{path}: not a readable Arrow stream{place} ({error}). Make the folder again") from error
     if row != file.rows:
-        raise DataError(f"{path}: {row} rows; expected {file.rows} ({INDEX_NAME}). Create the folder again")
+        raise DataError(f"{path}: {row} rows; expected {file.rows} ({INDEX_NAME}). Make the folder again")
 
 
 def map_sparsely(path: str) -> pa.BufferReader:

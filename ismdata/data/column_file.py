@@ -1,5 +1,4 @@
-"""Flat files of fixed-size rows: written end to end, cut back to where an interrupted run was, read back by rows or as
-memory maps."""
+"""Flat files of fixed-size rows: appended to, resumed after an interruption, read by rows or memory-mapped."""
 
 from __future__ import annotations
 
@@ -16,10 +15,28 @@ from ismdata.errors import DataError
 
 
 class ColumnFile:
-    """One flat file of rows, each `width` values of `dtype`. `append` in order, then `close`, then `map` or `read`.
+    """A flat file of rows, each `width` values of one dtype: `append` to it, `close` it, then `map` or `read` it.
 
-    keep: rows of an existing file to go on after; what follows them is cut off. Raises DataError where the file has
-    fewer.
+    Args:
+        path: The file.
+        dtype: The dtype of its values.
+        width: Values per row.
+        keep: Rows of an existing file to keep; later rows are cut off. With 0 the file starts empty.
+
+    Attributes:
+        rows: How many rows the file has.
+
+    Raises:
+        DataError: If the file has fewer than `keep` rows.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     column = ColumnFile(Path(folder) / "lengths", np.int32)
+        ...     column.append([3, 5])
+        ...     column.close()
+        ...     column.read(np.array([1]), np.array([1])).tolist()
+        [5]
     """
 
     def __init__(self, path: Path, dtype: DTypeLike, width: int = 1, *, keep: int = 0) -> None:
@@ -33,7 +50,7 @@ class ColumnFile:
         return self.dtype.itemsize * self.width
 
     def append(self, values: ArrayLike) -> None:
-        """Write rows: values of shape (n,), or (n, width) where the width is above 1."""
+        """Write rows: values of shape (n,), or (n, width) if width > 1."""
         rows = np.ascontiguousarray(values, self.dtype)
         if rows.size % self.width:
             raise ValueError(f"{self.path.name}: {rows.size} values; expected whole rows of {self.width}")
@@ -41,15 +58,16 @@ class ColumnFile:
         self.rows += rows.size // self.width
 
     def sync(self) -> None:
-        """Return when all rows are on the disk."""
+        """Wait until all rows are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Finish writing."""
         self._file.close()
 
     def map(self) -> NDArray[Any]:
-        """All rows, memory-mapped, read-only: shape (rows,), or (rows, width) where the width is above 1."""
+        """All rows as a read-only memory map of shape (rows,), or (rows, width) if width > 1."""
         shape = (self.rows, self.width) if self.width > 1 else (self.rows,)
         if not self.rows:  # an empty file cannot be mapped
             return np.empty(shape, self.dtype)
@@ -58,8 +76,10 @@ class ColumnFile:
         return np.frombuffer(self._map, self.dtype).reshape(shape)
 
     def read(self, starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[Any]:
-        """Rows from each start on, so many, end to end. They are read and not mapped, so that they take no more memory
-        than what is returned. Raises DataError where the file has become shorter.
+        """Read the rows [start, start + count) for each start and count, int64[N] each, end to end.
+
+        The file is not mapped for it, so that no memory but the result is used. Raises DataError if the file has become
+        shorter.
         """
         total = int(counts.sum())
         rows = np.empty((total, self.width) if self.width > 1 else total, self.dtype)
@@ -76,12 +96,12 @@ class ColumnFile:
                     if not found:
                         raise DataError(
                             f"{self.path}: ends at byte {offset}; expected {end - at} bytes more. "
-                            "It was changed since it was written: run the same command again"
+                            "The file has changed since it was written: run the same command again"
                         )
                     at, offset = at + found, offset + found
         return rows
 
     def release(self) -> None:
-        """Let go of the memory that reading the map took: it stays readable, and what is read again is mapped again."""
+        """Free the memory of the map's pages. The map stays valid; pages are read again when they are used."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)

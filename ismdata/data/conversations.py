@@ -19,20 +19,27 @@ from ismdata.data.arrow_stream import map_sparsely, read_batches
 from ismdata.data.index import ShardFile, describe_file, read_index
 from ismdata.data.output_folder import reopen, sync_path
 
-#: Conversations and bytes of text that are tokenised at a time.
-_BATCH_CONVERSATIONS = 4096
+#: The most conversations, and about the most bytes of text, of a batch that ConvertedFolder yields.
+_BATCH_CONVERSATIONS, _BATCH_BYTES = 4096, 8 << 20
 
-_BATCH_BYTES = 8 << 20
-
-
-#: A shard is closed once it holds this much.
+#: A shard is closed when it has this many bytes.
 SHARD_BYTES = 256 << 20
-#: Ends an Arrow IPC stream: the mark of a message and a length of none.
+
+#: Ends an Arrow IPC stream: the continuation marker, and 0 as the length of the next message.
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 class ConversationWriter:
-    """Conversations in, `conversations-00000.arrow …` out. `state` is what an earlier writer left."""
+    """Writes conversations to `conversations-00000.arrow`, `conversations-00001.arrow` and so on.
+
+    Args:
+        folder: Where to write.
+        state: What `state` returned when the interrupted run recorded it; rows written later are cut off. None starts
+            with the first shard.
+
+    Raises:
+        DataError: If a file is shorter than `state` says.
+    """
 
     def __init__(self, folder: Path, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"shards": [], "rows": 0, "bytes": 0, "length": 0}
@@ -48,14 +55,14 @@ class ConversationWriter:
         return sum(shard.rows for shard in self.shards) + self._rows
 
     def write(self, rows: pa.Table) -> None:
-        """Add rows of CONVERSATION_SCHEMA; each chunk becomes a record batch."""
+        """Write rows of CONVERSATION_SCHEMA; each chunk becomes a record batch."""
         for batch in rows.to_batches():
             if not len(batch):
                 continue
             if self._file is None:
                 self._file = self._path().open("wb")
                 self._file.write(CONVERSATION_SCHEMA.serialize())
-            # Message by message, so that a stream can be gone on with: Arrow's own writer only begins them.
+            # Arrow's own writer cannot append to an existing stream, so its messages are written individually.
             self._file.write(batch.serialize())
             self._rows += len(batch)
             self._bytes += batch.nbytes
@@ -63,7 +70,7 @@ class ConversationWriter:
                 self.close()
 
     def close(self) -> None:
-        """Close the shard that is open; more rows open another."""
+        """Finish the open shard; rows written afterwards start another."""
         if self._file is not None:
             self._file.write(_END_OF_STREAM)
             self._file.close()
@@ -72,17 +79,17 @@ class ConversationWriter:
             self._file, self._rows, self._bytes = None, 0, 0
 
     def state(self) -> dict[str, Any]:
-        """What a later writer needs to go on from here."""
+        """What a later run needs to resume here, as JSON: valid once `files` are synced."""
         length = self._file.tell() if self._file is not None else 0
         shards = [asdict(shard) for shard in self.shards]
         return {"shards": shards, "rows": self._rows, "bytes": self._bytes, "length": length}
 
     def files(self) -> list[IO[bytes]]:
-        """What must reach the disk for `state` to hold; shards that are closed have done so."""
+        """The files to sync before `state` is recorded; closed shards are synced already."""
         return [] if self._file is None else [self._file]
 
     def read_back(self) -> Iterator[pa.Table]:
-        """The rows of all closed shards, a batch at a time."""
+        """Yield the rows of all closed shards, one record batch at a time."""
         for shard in self.shards:
             for _, batch in read_batches(self.folder, shard, CONVERSATION_SCHEMA):
                 yield pa.Table.from_batches([batch])

@@ -1,4 +1,4 @@
-"""A packed folder as a map-style PyTorch dataset: memory-mapped, random access, at home in DataLoader workers."""
+"""A packed folder as a map-style PyTorch dataset: memory-mapped, with random access, for DataLoader workers too."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from ismdata.data.shards import PackedSequence, PackedShards
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sequence and the mask that its folder was packed for, which the Collator must know to build or refuse one."""
+    """One sequence, and the mask that its folder was packed for, from which the Collator derives its mask."""
 
     sequence: PackedSequence
     mask: str
 
 
 class PackedDataset(Dataset[Sample]):
-    """The sequences of a folder that `ismdata pack` wrote.
+    """The sequences of a packed folder. Rows are read from memory-mapped files, which each worker process maps itself.
 
-    Rows stay in memory-mapped files until they are read, and a worker process maps them anew, whether it was forked or
-    spawned. Raises DataError when the folder is not a packed one or a shard is missing.
+    Args:
+        folder: A folder that `ismdata pack` wrote.
+
+    Raises:
+        DataError: If the folder is not a packed one, or a shard is missing or has another size than its index says.
+
+    Example:
+        >>> loader = DataLoader(PackedDataset("packed"), batch_size=4, collate_fn=Collator())  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -35,17 +41,19 @@ class PackedDataset(Dataset[Sample]):
 
     @property
     def layout(self) -> str:
-        """`plain`, or `glm`: two tokens before answers and two positions (`rendering/glm_tokens.py`)."""
+        """`plain`, or `glm`: [MASK] and [START] before each answer and two positions per token (Figure 2 b of the ISM
+        paper).
+        """
         return self.shards.layout
 
     @property
     def seq_len(self) -> int:
-        """T: tokens in every sequence, padding included."""
+        """Tokens per sequence, padding included."""
         return self.shards.seq_len
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, row: int) -> Sample:
-        """PackedSequence `row` as numpy views. Raises IndexError beyond the folder's sequences."""
+        """The sequence of a row as numpy views. Raises IndexError if there is no such row."""
         return Sample(sequence=self.shards[row], mask=self.mask)

@@ -1,10 +1,15 @@
-"""index.json: what a folder holds, file by file, and how it is written and read."""
+"""`index.json`: the files of a folder with their sizes and SHA-256, and what the folder holds.
+
+The last key of an index is its own SHA-256, computed with 64 zeros in its place, so that a change anywhere in the
+folder shows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,24 +18,29 @@ from ismdata.errors import DataError
 
 INDEX_NAME = "index.json"
 
-#: Format identifier of the index beside the parts of a split, each of them a converted folder.
+#: Format identifier of the index beside the parts of a split, each of which is a converted folder.
 SPLIT_FORMAT = "ismdata.split/1"
 
-#: What readers of an index rely on.
-_REQUIRED = {
-    "ismdata.conversations": ("shards",),
-    "ismdata.packed": ("shards", "seq_len", "mask", "weighted"),
-}
+#: Stands for an index's own SHA-256 while that is computed.
+_NO_HASH = "0" * 64
 
-#: Where an index's own hash will stand, and all that may follow it.
-_UNSEALED = "0" * 64
+#: The end of each index.
+_OWN_HASH = re.compile(rb'"sha256": "[^"\n]{64}"\n}\n\Z')
 
-_SEAL = re.compile(rb'"sha256": "[^"\n]{64}"\n}\n\Z')
+#: Stands for the value of a key that is not there.
+_ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One file of a folder as its index describes it."""
+    """One file of a folder as its index lists it.
+
+    Attributes:
+        name: Its path inside the folder.
+        rows: Rows of a shard, lines of a quarantine, 0 for other files.
+        bytes: Its size.
+        sha256: The SHA-256 of its content.
+    """
 
     name: str
     rows: int
@@ -38,7 +48,7 @@ class ShardFile:
     sha256: str
 
     def check_size(self, folder: Path) -> None:
-        """Raise DataError unless the file is there and as long as the index says."""
+        """Raise DataError unless the file is there and has its size."""
         path = folder / self.name
         if not path.is_file():
             raise DataError(f"{path}: missing; {INDEX_NAME} lists it. Restore it or make the folder again")
@@ -47,7 +57,7 @@ class ShardFile:
             raise DataError(f"{path}: {size} bytes; expected {self.bytes} ({INDEX_NAME}). Make the folder again")
 
     def check_hash(self, folder: Path) -> None:
-        """Raise DataError unless the file's content has the SHA-256 of the index."""
+        """Raise DataError unless the file's content has its SHA-256."""
         with (folder / self.name).open("rb") as file:
             found = (
                 hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
@@ -67,7 +77,7 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 class GrowingFile:
-    """A file that someone writes, hashed as it grows: what is new is read while the system still holds it."""
+    """Computes the SHA-256 of a file while it is written, so that its pages are still in the system's cache."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +85,7 @@ class GrowingFile:
         self._bytes = 0
 
     def follow(self) -> None:
-        """Hash what was written since."""
+        """Hash what was written since the last call."""
         with self.path.open("rb") as file:
             file.seek(self._bytes)
             while chunk := file.read(1 << 20):
@@ -83,18 +93,65 @@ class GrowingFile:
                 self._bytes += len(chunk)
 
     def describe(self, rows: int) -> ShardFile:
-        """Size and hash of the file, now that it is complete."""
+        """The entry of the file, which must be complete and has `rows` rows."""
         self.follow()
         return ShardFile(name=self.path.name, rows=rows, bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
 def describe_file(path: Path, rows: int) -> ShardFile:
-    """Size and hash of a file that was just written."""
+    """Read a complete file and compute its entry for an index.
+
+    Args:
+        path: The file.
+        rows: How many rows it has.
+
+    Returns:
+        Its name, rows, size and SHA-256.
+    """
     return GrowingFile(path).describe(rows)
 
 
+def entries(files: list[ShardFile]) -> list[dict[str, Any]]:
+    """Files as an index lists them.
+
+    Args:
+        files: The files, in order.
+
+    Returns:
+        One JSON object per file.
+    """
+    return [asdict(file) for file in files]
+
+
+#: What readers of a folder need of its index, by format without version, as `layout_faults` takes it.
+_NEEDED: dict[str, Any] = {
+    "ismdata.conversations": {"shards": [ShardFile]},
+    "ismdata.packed": {"shards": [ShardFile], "seq_len": int, "mask": str, "weighted": bool},
+}
+
+_TYPE_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "an integer of at least 0",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    ShardFile: "name, rows, bytes and sha256 of a file",
+}
+
+
 def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
-    """The index of a converted or packed folder. Raises DataError when it is absent, broken or of another format."""
+    """Read the index of a converted or packed folder.
+
+    Args:
+        folder: The folder.
+        expected_format: The format that its index must have.
+
+    Returns:
+        The index. Keys that readers need are there and have their types, and `shards` lists files inside the folder.
+
+    Raises:
+        DataError: If the index is absent, broken, changed, or of another format.
+    """
     path = folder / INDEX_NAME
     command = "ismdata convert" if expected_format.startswith("ismdata.conversations") else "ismdata pack"
     if not folder.is_dir():
@@ -109,17 +166,29 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         raise DataError(f"{folder}: holds the parts of a split; expected one folder of conversations. Name {parts}")
     if found_format != expected_format:
         raise DataError(f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes")
-    missing = [key for key in _REQUIRED[expected_format.partition("/")[0]] if key not in index]
-    if missing:
-        raise DataError(
-            f"{path}: lacks {', '.join(missing)}; the file was changed. Make the folder again with `{command}`"
-        )
-    _check_listed(path, index["shards"])
+    fault = next(layout_faults(index, _NEEDED[expected_format.partition("/")[0]]), None)
+    if fault is not None:
+        raise DataError(f"{path}: {fault}. Make the folder again with `{command}`")
+    for entry in index["shards"]:
+        if leaves_folder(entry["name"]):
+            raise DataError(
+                f"{path}: lists {entry['name']!r}; expected a name inside the folder. Make the folder again"
+            )
     return index
 
 
 def load_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder, whatever it says, as long as it is what was written. Raises DataError."""
+    """Read the index of any folder, and check it against its own SHA-256.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The index, whatever keys it has.
+
+    Raises:
+        DataError: If the index is absent, broken or changed.
+    """
     path = folder / INDEX_NAME
     try:
         data = path.read_bytes()
@@ -133,61 +202,73 @@ def load_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not valid JSON ({error}). Make the folder again") from error
     if not isinstance(index, dict) or not index:
         found = "an empty object" if index == {} else type(index).__name__
-        raise DataError(f"{path}: holds {found}; expected what ismdata writes. Make the folder again")
+        raise DataError(f"{path}: holds {found}; expected an index that ismdata wrote. Make the folder again")
     if "sha256" not in index:
         raise DataError(
-            f"{path}: holds no SHA-256 of itself; expected one as its last key. "
-            "An older version of ismdata wrote it, or it was changed; make the folder again"
+            f"{path}: has no SHA-256 of its own; expected one as its last key. "
+            "An older version of ismdata wrote it, or it has changed; make the folder again"
         )
-    if sealed(data) != data:
+    if with_own_hash(data) != data:
         raise DataError(
-            f"{path}: its own SHA-256 does not fit its content; expected both as they were written. "
+            f"{path}: its own SHA-256 does not match its content; expected the index as it was written. "
             "The file has changed since; make the folder again"
         )
     return index
 
 
-def _check_listed(path: Path, listed: Any) -> None:
-    """Raise DataError unless an index lists files as `ShardFile` describes them, by names inside the folder."""
-    kinds = {"name": str, "rows": int, "bytes": int, "sha256": str}
-    for at, entry in enumerate(listed if isinstance(listed, list) else [listed]):
-        fits = isinstance(entry, dict) and entry.keys() == kinds.keys()
-        if not fits or not all(type(entry[name]) is kind and entry[name] >= kind() for name, kind in kinds.items()):
-            raise DataError(
-                f"{path}: shards[{at}] is {json.dumps(entry)[:80]}; expected name, rows, bytes and sha256 of a file. "
-                "Make the folder again"
-            )
-        if leaves_folder(entry["name"]):
-            raise DataError(
-                f"{path}: lists {entry['name']!r}; expected a name inside the folder. Make the folder again"
-            )
+def layout_faults(value: Any, layout: Any, place: str = "") -> Iterator[str]:
+    """Yield one sentence per part of an index that is missing or has another type than `layout` says.
+
+    Args:
+        value: The index, or a part of it.
+        layout: A type; or a dict with the layouts of keys that must be there; or a list with the layout of all items.
+        place: Where the part is in the index, such as `totals.tokens`.
+    """
+    kind = layout if isinstance(layout, type) else type(layout)
+    if kind is ShardFile:
+        types = {"name": str, "rows": int, "bytes": int, "sha256": str}
+        fits = isinstance(value, dict) and value.keys() == types.keys() and not [*layout_faults(value, types)]
+    elif kind is int:
+        fits = type(value) is int and value >= 0
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        found = "missing" if value is _ABSENT else json.dumps(value)[:80]
+        yield f"{place or 'the index'} is {found}; expected {_TYPE_NAMES[kind]}"
+    elif isinstance(layout, dict):
+        for key, inner in layout.items():
+            yield from layout_faults(value.get(key, _ABSENT), inner, f"{place}.{key}".lstrip("."))
+    elif isinstance(layout, list):
+        for number, item in enumerate(value):
+            yield from layout_faults(item, layout[0], f"{place}[{number}]")
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a file's name in an index leads out of the folder, or to nothing at all."""
+    """Whether a file name in an index is empty or leads out of the folder."""
     path = PurePath(name)
     return not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write `index.json`, its own SHA-256 last. Names that are not UTF-8 keep their bytes as `\\udcXX` escapes."""
-    unsealed = {key: value for key, value in index.items() if key != "sha256"} | {"sha256": _UNSEALED}
-    text = json.dumps(unsealed, indent=2, ensure_ascii=False) + "\n"
-    (folder / INDEX_NAME).write_bytes(sealed(text.encode("utf-8", "backslashreplace")))
+    """Write `index.json` with its own SHA-256 as the last key.
 
-
-def sealed(data: bytes) -> bytes:
-    """The bytes of an index with its own SHA-256 filled in: that of the same bytes with 64 zeros in its place.
-
-    An index that is as it was written stays as it is. Nothing else does: what does not end in a hash comes back empty.
+    Args:
+        folder: The folder, which must be complete.
+        index: What to write. Names that are not UTF-8 keep their bytes as `\\udcXX` escapes.
     """
-    place = _SEAL.search(data, max(0, len(data) - 80))
-    if place is None:
+    content = {key: value for key, value in index.items() if key != "sha256"} | {"sha256": _NO_HASH}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / INDEX_NAME).write_bytes(with_own_hash(text.encode("utf-8", "backslashreplace")))
+
+
+def with_own_hash(data: bytes) -> bytes:
+    """The bytes of an index with its own SHA-256: that of the same bytes with 64 zeros in its place.
+
+    An unchanged index stays as it is. The result is empty if the bytes do not end like an index.
+    """
+    found = _OWN_HASH.search(data, max(0, len(data) - 80))
+    if found is None:
         return b""
-    at = place.start() + len(b'"sha256": "')
-    unsealed = data[:at] + _UNSEALED.encode() + data[at + 64 :]
-    return data[:at] + hashlib.sha256(unsealed).hexdigest().encode() + data[at + 64 :]
-
-
-def entries(files: list[ShardFile]) -> list[dict[str, Any]]:
-    return [asdict(file) for file in files]
+    at = found.start() + len(b'"sha256": "')
+    unhashed = data[:at] + _NO_HASH.encode() + data[at + 64 :]
+    return data[:at] + hashlib.sha256(unhashed).hexdigest().encode() + data[at + 64 :]

@@ -1,10 +1,12 @@
-"""The invariants of packed rows, held against whole runs of rows at a time.
+"""The invariants of packed rows, checked for many rows at a time.
 
-Spans tile documents; from them alone follow position_ids, loss_mask and block_table, which are made again and compared.
-Padding is padding, ids are in the vocabulary, weights are on targets, and no target is seen by the token that predicts
-it. Each problem names row and token, what was found and what was expected.
+- Spans tile documents. position_ids, loss_mask and block_table follow from them; they are computed again and compared.
+- Token ids are in the vocabulary, padding has the pad id, and loss weights are on targets only.
+- No token sees the target that it predicts.
 
-Shape legend: R rows (sequences) looked at together, T = seq_len, D documents, S spans, B = block size.
+Each problem names the row and the token, what was found and what was expected.
+
+Shape legend: R rows (sequences) checked together, T = seq_len, D documents, S spans, B = block size.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ismdata.arrays import ragged_arange
 from ismdata.data import shards
 from ismdata.data.problems import Problems
 from ismdata.errors import DataError
@@ -33,13 +36,13 @@ from ismdata.masks import (
     tiled_targets,
 )
 
-#: What rows add to the totals of an index.
+#: The totals of an index that are sums over rows.
 ROW_TOTALS = ("documents", "sequences", "tokens", "target_tokens", "padding_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a packed folder's index lays down for every row of it."""
+    """What a packed folder's index says about each of its rows."""
 
     seq_len: int
     mask: str
@@ -52,7 +55,7 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """R rows of a shard as flat arrays; `first` is the number of the first of them in its shard."""
+    """R rows of a shard as flat arrays; `first` is the number of the first row in its shard."""
 
     first: int
     input_ids: NDArray[np.int32]  # [R * T]
@@ -69,6 +72,8 @@ class Rows:
 
     @classmethod
     def of(cls, batch: pa.RecordBatch, first: int, terms: Terms) -> Rows:
+        """The rows of a record batch, without copying where Arrow allows it."""
+
         def flat(name: str) -> NDArray[Any]:
             values: NDArray[Any] = batch.column(name).flatten().to_numpy()
             return values
@@ -96,7 +101,7 @@ class Rows:
         return len(self.row_documents)
 
     def halves(self, terms: Terms) -> Iterator[Rows]:
-        """The first and the second half of the rows."""
+        """Yield the first and the second half of the rows."""
         middle = len(self) // 2
         for start, stop in ((0, middle), (middle, len(self))):
             tokens = slice(start * terms.seq_len, stop * terms.seq_len)
@@ -118,6 +123,7 @@ class Rows:
             )
 
     def totals(self, terms: Terms) -> dict[str, int]:
+        """ROW_TOTALS of these rows."""
         tokens = int(self.seq_lens.sum(dtype=np.int64))
         return {
             "documents": len(self.seq_lens),
@@ -129,7 +135,11 @@ class Rows:
 
 
 def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None:
-    """Hold rows to the contract. Rows whose spans do not tile their documents are told apart from the others."""
+    """Add a problem for each invariant that rows violate.
+
+    If spans do not tile their documents, the rows are halved until the faulty ones are found; only these are left
+    unchecked.
+    """
     try:
         tiling = tile(
             rows.row_documents, rows.seq_lens, rows.row_spans, rows.spans, seq_len=terms.seq_len, first_row=rows.first
@@ -143,7 +153,7 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
         return
 
     def report(kind: str, bad: NDArray[np.bool_], found: Callable[[int], str]) -> None:
-        """A problem for the tokens (bool[R * T]) that are bad."""
+        """Add a problem if any token is bad, bool[R * T]; `found` describes the token at an offset."""
         at = np.flatnonzero(bad)
         if len(at):
             row, token = divmod(int(at[0]), terms.seq_len)
@@ -161,7 +171,8 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
         _check_glm(rows, tiling, terms.glm, report)
     shape = (len(rows), terms.seq_len)
     expected = block_table(doc_start.reshape(shape), kv_end.reshape(shape))
-    # Offsets count from the first row; a table counts from its own. int16 wraps, so the difference is right anyway.
+    # Offsets count from the first of the R rows, those of a table from its own row. int16 wraps around, and so does the
+    # subtraction, which makes the result right.
     expected -= (np.arange(len(rows)) * (terms.seq_len // BLOCK_SIZE)).astype(np.int16)[:, None, None]
     if not np.array_equal(rows.block_table, expected):
         at = np.argwhere(rows.block_table != expected)
@@ -176,7 +187,7 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
     if len(odd):
         row = int(odd[0])
         sentence = f"row {rows.first + row}: {rows.row_ids[row]} conversation_ids; expected {rows.row_documents[row]}, "
-        problems.add_rows(path, "conversation_ids", sentence + "one for each document", len(odd))
+        problems.add_rows(path, "conversation_ids", sentence + "one per document", len(odd))
     empty = np.flatnonzero(rows.row_documents == 0)
     if len(empty):
         problems.add_rows(path, "empty", f"row {rows.first + empty[0]}: no document; expected at least one", len(empty))
@@ -191,7 +202,7 @@ def _check_positions(name: str, found: NDArray[Any], expected: NDArray[Any], rep
 
 
 def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Report) -> None:
-    """Both positions, and before each answer `[MASK]` and an untrained span that is `[START]`."""
+    """Check both positions, and that each answer follows `[MASK]` and starts with `[START]` as an untrained span."""
     first, second = tiled_positions(tiling)
     _check_positions("position_ids", rows.position_ids, first, report)
     assert rows.position_ids_2 is not None
@@ -212,14 +223,14 @@ def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Rep
         "glm_tokens",
         bad,
         lambda at: (
-            f"an answer begins here with {ids[at]} after {ids[at - 1]}; expected [START] ({start_id}) as an untrained "
-            f"span of its own after [MASK] ({mask_id})"
+            f"an answer starts with token {ids[at]} after token {ids[at - 1]}; expected [START] ({start_id}) as an "
+            f"untrained span of one token, after [MASK] ({mask_id})"
         ),
     )
 
 
 def _check_ids(rows: Rows, tiling: Tiling, terms: Terms, report: _Report) -> None:
-    """Token ids within the vocabulary; the pad id, and no target, on padding."""
+    """Check that token ids are in the vocabulary, and that padding has the pad id."""
     ids = rows.input_ids
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= terms.vocab_size):
         report(
@@ -229,21 +240,14 @@ def _check_ids(rows: Rows, tiling: Tiling, terms: Terms, report: _Report) -> Non
         )
     padding = tiling.kind < 0
     if padding.any():
-        places = _places(tiling, padding)
+        tokens = ragged_arange(tiling.start[padding], tiling.length[padding])
         wrong = np.zeros(len(ids), bool)
-        wrong[places] = ids[places] != terms.pad_id
+        wrong[tokens] = ids[tokens] != terms.pad_id
         report("padding", wrong, lambda at: f"input_ids is {ids[at]} on padding; expected the pad id {terms.pad_id}")
 
 
-def _places(tiling: Tiling, pieces: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The tokens of the chosen pieces, int64[...]."""
-    start, length = tiling.start[pieces], tiling.length[pieces]
-    places: NDArray[np.int64] = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(int(length.sum()))
-    return places
-
-
 def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Terms, report: _Report) -> None:
-    """Targets are those of the mask, none is seen by the token that predicts it, weights are on targets only."""
+    """Check that targets are those of the mask, that no token sees the target it predicts, and the loss weights."""
     loss_mask = rows.loss_mask
     expected = tiled_targets(tiling, mask=terms.mask)
     if not np.array_equal(loss_mask, expected):
@@ -261,7 +265,7 @@ def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Term
             "leak",
             leaks,
             lambda at: (
-                f"a target that token {at % terms.seq_len - 1}, which predicts it, sees: kv_end is "
+                f"a target that token {at % terms.seq_len - 1} predicts and sees: its kv_end is "
                 f"{kv_end[at - 1] - at // terms.seq_len * terms.seq_len}; expected at most {at % terms.seq_len}"
             ),
         )
@@ -271,6 +275,6 @@ def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Term
             "loss_weight",
             ~np.isfinite(weight) | (weight < 0) | ((weight != 0) & (loss_mask == 0)),
             lambda at: (
-                f"loss_weight is {weight[at]}; expected 0 off targets, and a finite number of at least 0 on them"
+                f"loss_weight is {weight[at]}; expected a finite number of at least 0 on targets, and 0 elsewhere"
             ),
         )

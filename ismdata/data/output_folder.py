@@ -1,37 +1,161 @@
-"""Output folders that are complete or absent, and the index files inside them.
+"""Output folders that are complete or absent, written by one run at a time.
 
-A folder is written beside its final name, as `.NAME.partial`, and renamed last. Files in it are counted and hashed as
-they are written, and the index names each with its size and SHA-256. Last in the index stands its own SHA-256, taken
-with that hash as 64 zeros, so that a change anywhere in the folder shows.
+`open_output` writes a folder as `.NAME.partial` beside its final name and renames it last. While it does, it holds a
+lock on `.NAME.lock`, which the system releases when the process ends. What an interrupted run leaves in `.NAME.partial`
+is kept or removed as the command's `Leftovers` decide.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from ismdata.data.index import INDEX_NAME
-from ismdata.data.lock import locked
+from ismdata.display import note
 from ismdata.errors import DataError, Terminated, UsageError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 
-#: In a folder that is being written: what of it is finished (see journal.py), and a folder of what is needed until
-#: then. Neither is in the folder that comes of it.
+#: In a partial folder only: the record of what is finished (journal.py), and files needed until the folder is complete.
 JOURNAL_NAME = "journal.jsonl"
 SCRATCH_NAME = "scratch"
 
+#: Error numbers of flock on file systems without locks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class Leftovers(Protocol):
+    """What a command keeps of an unfinished output folder, so that its next run can resume."""
+
+    def can_resume(self, partial: Path) -> bool:
+        """Called at the start: whether this run may resume from `partial`. If not, `partial` is emptied first."""
+
+    def keeps(self, partial: Path, error: BaseException) -> bool:
+        """Called when the run ends with an error: whether to keep `partial` for the next run."""
+
+    def describe(self, partial: Path) -> str:
+        """Called when writing failed: a sentence that says what is left and what to do."""
+
+
+class NoLeftovers:
+    """Nothing is kept: each run starts from an empty folder."""
+
+    def can_resume(self, partial: Path) -> bool:
+        """Never."""
+        return False
+
+    def keeps(self, partial: Path, error: BaseException) -> bool:
+        """Never."""
+        return False
+
+    def describe(self, partial: Path) -> str:
+        """That nothing was kept."""
+        return "Nothing was kept; make room or name another output"
+
+
+class JournaledLeftovers(NoLeftovers):
+    """For runs with a `Journal`, which decides whether to resume: a folder is kept if the process was killed or
+    terminated, or if the run was refused before it changed the folder of an earlier one.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[int, int, int] | None = None
+
+    def can_resume(self, partial: Path) -> bool:
+        """If there is a folder; `Journal.open` empties it if it holds nothing to resume."""
+        self._before = _stamp(partial / JOURNAL_NAME)
+        return partial.is_dir()
+
+    def keeps(self, partial: Path, error: BaseException) -> bool:
+        """If the process was ended from outside, or the journal is as this run found it."""
+        if not isinstance(error, (Exception, KeyboardInterrupt)):
+            return True
+        return self._before is not None and self._before == _stamp(partial / JOURNAL_NAME)
+
+
+@contextmanager
+def open_output(
+    final: Path,
+    *,
+    overwrite: bool,
+    marker: str = INDEX_NAME,
+    inputs: Sequence[str | Path] = (),
+    leftovers: Leftovers | None = None,
+) -> Iterator[Path]:
+    """Yield a folder to write into. On success it is renamed to `final`, on an error it is removed.
+
+    Args:
+        final: The output folder.
+        overwrite: Whether to replace an older output.
+        marker: A file that each such output has. A folder without it holds something else and is never replaced.
+        inputs: What the run reads; a folder that holds an input is never replaced.
+        leftovers: What to keep of an unfinished folder; nothing by default.
+
+    Yields:
+        The folder `.NAME.partial`.
+
+    Raises:
+        UsageError: As `check_output` does, or if another run is writing the folder.
+        DataError: If the disk is full or cannot be written.
+    """
+    leftovers = leftovers or NoLeftovers()
+    final = _with_name(final)
+    partial = partial_folder(final)
+    with locked(final):
+        _recover(partial, final)
+        check_output(final, overwrite=overwrite, marker=marker, inputs=inputs)
+        if not leftovers.can_resume(partial):
+            _make_empty(partial, final)
+        try:
+            yield partial
+            _sync(partial)
+            put_in_place(partial, final)
+        except BaseException as error:
+            if not leftovers.keeps(partial, error):
+                shutil.rmtree(partial, ignore_errors=True)
+                _recover(partial, final)
+            elif isinstance(error, Terminated):
+                error.kept = partial
+            if not isinstance(error, OSError):
+                raise
+            cause = os.strerror(error.errno) if error.errno else str(error)
+            raise DataError(f"{final}: writing failed ({cause}). {leftovers.describe(partial)}") from error
+
+
+def partial_folder(final: Path) -> Path:
+    """Where an output folder is written until it is complete.
+
+    Args:
+        final: The output folder.
+
+    Returns:
+        `.NAME.partial` beside it.
+    """
+    return _beside(_with_name(final), "partial")
+
+
+def _with_name(final: Path) -> Path:
+    """The same folder by a path that ends in its name, which `.` and `..` do not."""
+    return final.resolve() if final.name in ("", "..") else final
+
 
 def check_output(final: Path, *, overwrite: bool, marker: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Raise UsageError unless a folder may be written to `final`: an absent or empty one, or with `overwrite` an older
-    output.
+    """Check that a folder may be written to `final`: it is absent or empty, or an older output and `overwrite` is set.
 
-    marker: a file that such an output has; a folder without it holds something else and is never replaced. Neither is
-    the current folder, one above it, or one that holds an input.
+    Args:
+        final: The output folder.
+        overwrite: Whether to replace an older output.
+        marker: A file that each such output has. A folder without it holds something else and is never replaced.
+        inputs: What the run reads. The current folder, its parents and folders that hold an input are never replaced.
+
+    Raises:
+        UsageError: If it may not.
     """
     if final.exists() and not final.is_dir():
         raise UsageError(f"{final}: is a file; expected a folder to write into. Name another output")
@@ -55,8 +179,7 @@ def check_output(final: Path, *, overwrite: bool, marker: str, inputs: Sequence[
             raise UsageError(f"{final}: holds the input {source}; --overwrite does not replace it. Name another output")
 
 
-def make_partial(partial: Path, final: Path) -> None:
-    """An empty folder `partial`, to be renamed to `final`; what is there is removed. Raises DataError."""
+def _make_empty(partial: Path, final: Path) -> None:
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -66,8 +189,10 @@ def make_partial(partial: Path, final: Path) -> None:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Rename `partial`, without journal and scratch, to `final`; an older `final` is set aside first and removed last,
-    so that one of them is there. What a crash leaves in between, the next run puts right.
+    """Rename `partial`, without its journal and scratch files, to `final`.
+
+    An older `final` is moved aside first and removed last, so that one of the two is complete at each moment.
+    `_recover` repairs what a crash in between leaves.
     """
     for name in (SCRATCH_NAME, JOURNAL_NAME):
         if (partial / name).exists():
@@ -86,7 +211,7 @@ def put_in_place(partial: Path, final: Path) -> None:
 
 
 def _recover(partial: Path, final: Path) -> None:
-    """Put right what a crash inside `put_in_place` left: all of it is taken back, or what is left of it is done."""
+    """Repair what a crash inside `put_in_place` left: undo it, or finish it if the new folder has its name already."""
     aside = _beside(final, "replaced")
     if not final.exists() and aside.exists():
         aside.replace(final)
@@ -102,62 +227,15 @@ def _beside(final: Path, name: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a folder and all in it, where it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-@contextmanager
-def open_output(
-    final: Path,
-    *,
-    overwrite: bool,
-    marker: str = INDEX_NAME,
-    inputs: Sequence[str | Path] = (),
-    resumable: bool = False,
-) -> Iterator[Path]:
-    """Yield a folder to write into; on success rename it to `final`, on any error remove it.
-
-    resumable: what a run left that was killed or terminated is kept, for `Journal.open` to say whether this run goes on
-    with it; a run that is refused leaves it as it is. Otherwise it is removed first.
-
-    Raises UsageError as `check_output` does and where another run writes there, DataError when the disk is full or
-    refuses.
-    """
-    if final.name in ("", ".."):  # nothing can be written beside a name that is none
-        final = final.resolve()
-    partial = final.parent / f".{final.name}.partial"
-    with locked(final):
-        _recover(partial, final)
-        check_output(final, overwrite=overwrite, marker=marker, inputs=inputs)
-        if not (resumable and partial.is_dir()):
-            make_partial(partial, final)
-        before = _stamp(partial / JOURNAL_NAME)
-        try:
-            yield partial
-            _sync(partial)
-            put_in_place(partial, final)
-        except BaseException as error:
-            # An end from outside is like a crash; a run that was refused has not touched what another one left.
-            if resumable and not isinstance(error, (Exception, KeyboardInterrupt)):
-                if isinstance(error, Terminated):
-                    error.kept = partial
-                raise
-            if before is None or before != _stamp(partial / JOURNAL_NAME):
-                shutil.rmtree(partial, ignore_errors=True)
-                _recover(partial, final)
-            if not isinstance(error, OSError):
-                raise
-            cause = os.strerror(error.errno) if error.errno else str(error)
-            raise DataError(
-                f"{final}: writing failed ({cause}). Nothing was kept; make room or name another output"
-            ) from error
-
-
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes whenever the file does; None where there is none."""
+    """A value that changes whenever the file does; None if there is no file."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -166,7 +244,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _sync(folder: Path) -> None:
-    """Return when all that stays in the folder is on the disk; journal and scratch go, and are when they must be."""
+    """Sync all files that the complete folder has. Journal and scratch files sync when they are recorded."""
     for path in sorted(folder.rglob("*")):
         if path.relative_to(folder).parts[0] not in (JOURNAL_NAME, SCRATCH_NAME):
             sync_path(path)
@@ -199,9 +277,72 @@ def reopen(path: Path, length: int) -> IO[bytes]:
 
 
 def sync_path(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk (fsync).
+
+    Args:
+        path: The file or folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---- the lock ----
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, whose parent folders are created if they are absent.
+
+    Raises UsageError if another run holds it, DataError if nothing can be written there.
+    """
+    path = _beside(final, "lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, final)
+    except OSError as error:
+        raise DataError(f"{final}: cannot be written ({error.strerror}). Name another output folder") from error
+    try:
+        yield
+    finally:
+        try:
+            # Removed while it is held, so that nobody can lock a file that is about to be removed.
+            path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _acquire(path: Path, final: Path) -> int:
+    """Lock the file at `path`; its handle. Raises UsageError if another process holds the lock."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 32).decode(errors="replace").strip()
+            os.close(handle)
+            by = f"process {pid}" if pid else "another process"
+            raise UsageError(
+                f"{final}: {by} is writing it; expected one run at a time. Wait for it, or name another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            note(f"{final}: this file system has no locks ({error.strerror}). Make sure that no other run writes there")
+            return handle
+        if _is_at(handle, path):
+            os.truncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
+            return handle
+        os.close(handle)  # its former holder removed the file between our opening and locking it
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,7 +1,6 @@
-"""Packed shards on disk: the Arrow schema, the index, and reading rows back without copying.
+"""Packed shards: their Arrow schema, and reading their rows without copying.
 
-A shard is an Arrow IPC stream with one row a sequence. `index.json` beside the shards says what they hold; writing is
-in `pack/pipeline.py`, through `output_folder.py`, checking is in `verify.py`.
+A shard is an Arrow IPC stream with one row per sequence. `pack` writes shards; `verification.py` checks them.
 """
 
 from __future__ import annotations
@@ -34,8 +33,19 @@ SPAN_TYPE = pa.struct(
 
 
 def packed_schema(seq_len: int, *, weighted: bool, layout: str = "plain") -> pa.Schema:
-    """The columns of a shard for sequences of `seq_len` tokens (a multiple of 128); `weighted` adds `loss_weight`, the
-    layout `glm` adds `position_ids_2`.
+    """The columns of a shard.
+
+    Args:
+        seq_len: Tokens per sequence, a multiple of 128.
+        weighted: Whether there is a column `loss_weight`.
+        layout: `plain`, or `glm` with a column `position_ids_2`.
+
+    Returns:
+        The Arrow schema; no column is nullable.
+
+    Example:
+        >>> packed_schema(128, weighted=False).names[:3]
+        ['input_ids', 'position_ids', 'loss_mask']
     """
 
     def fixed(value: pa.DataType, size: int) -> pa.DataType:
@@ -62,7 +72,7 @@ def packed_schema(seq_len: int, *, weighted: bool, layout: str = "plain") -> pa.
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSequence:
-    """One packed row as numpy views into the memory map. T = seq_len, D documents, S spans."""
+    """One packed row as numpy views into the memory map: T = seq_len, D documents, S spans."""
 
     input_ids: NDArray[np.int32]  # [T]
     position_ids: NDArray[np.int32]  # [T]
@@ -71,14 +81,12 @@ class PackedSequence:
     spans: NDArray[np.int32]  # [S, 4]: start, end, kind, train
     block_table: NDArray[np.int16]  # [T / 128, 4]
     conversation_ids: list[str]  # [D]
-    loss_weight: NDArray[np.float32] | None  # [T], where any message had a weight
+    loss_weight: NDArray[np.float32] | None  # [T], if any message of the corpus has a weight
     position_ids_2: NDArray[np.int32] | None = None  # [T], in the GLM layout
 
 
 class _Batch:
-    """A record batch as numpy views, made once, so that reading a row is slicing. What is ragged is kept as values and
-    offsets.
-    """
+    """A record batch as numpy views, so that reading a row only slices; ragged columns as values and offsets."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self.rows = batch.num_rows
@@ -112,10 +120,15 @@ class _Batch:
 
 
 class PackedShards:
-    """A packed folder opened for reading: memory-mapped, random access by row, picklable (a worker reopens the maps).
+    """Reads the rows of a packed folder: memory-mapped, with random access. Picklable; each process maps the files.
 
-    Raises DataError when the folder is not a packed one, or a shard is missing or not of the size that the index says.
-    Contents are not hashed here: `ismdata verify` does that.
+    Files are checked for their size, not for their SHA-256; `ismdata verify` does that.
+
+    Args:
+        folder: A folder that `ismdata pack` wrote.
+
+    Raises:
+        DataError: If the folder is not a packed one, or a shard is missing or has another size than its index says.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -139,8 +152,9 @@ class PackedShards:
         return self.__dict__ | {"_tables": {}, "_batches": {}}
 
     def table(self, shard: int) -> pa.Table:
-        """Shard number `shard` as a memory-mapped table. Raises DataError when it is not an Arrow stream of our
-        schema.
+        """A shard by its number, as a memory-mapped table.
+
+        Raises DataError if it is not a readable Arrow stream with the columns and rows that its index says.
         """
         if shard not in self._tables:
             schema = packed_schema(self.seq_len, weighted=self.weighted, layout=self.layout)
@@ -149,6 +163,7 @@ class PackedShards:
         return self._tables[shard]
 
     def __getitem__(self, row: int) -> PackedSequence:
+        """The sequence of a row; negative rows count from the end. Raises IndexError, or DataError as `table` does."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {self.folder}; expected 0 to {len(self) - 1}")
         row %= len(self)
@@ -165,14 +180,16 @@ class PackedShards:
                 batches = [_Batch(batch) for batch in self.table(shard).to_batches()]
             except ValueError as error:  # Arrow's own errors are ValueErrors too
                 path = self.folder / self.files[shard].name
-                raise DataError(f"{path}: null where a value is expected ({error}). Pack the corpus again") from error
+                raise DataError(
+                    f"{path}: null; expected a value everywhere ({error}). Make the folder again"
+                ) from error
             ends = np.cumsum([batch.rows for batch in batches]).tolist()
             self._batches[shard] = ([end - batch.rows for end, batch in zip(ends, batches, strict=True)], batches)
         return self._batches[shard]
 
 
 def span_matrix(spans: pa.StructArray) -> NDArray[np.int32]:
-    """A struct array of spans as int32[S, 4]: start, end, kind, train."""
+    """A struct array of S spans as int32[S, 4]: start, end, kind, train."""
     matrix = np.empty((len(spans), 4), np.int32)
     for column, name in ((START, "start"), (END, "end"), (KIND, "kind")):
         matrix[:, column] = spans.field(name).to_numpy()

@@ -1,10 +1,9 @@
-"""Is a folder what its index says, and does every row obey the contract? For converted and for packed folders.
+"""Verify a converted or packed folder: that it is what its index says, and that every row is valid.
 
-Nothing is trusted: the index is checked against its own SHA-256 and for its layout, files for size and SHA-256, shards
-for their schema and for what Arrow itself demands, then the content, whole runs of rows at a time (`invariants.py` for
-packed rows). What has the wrong size or hash is not read further: a damaged index says nothing about its files, and
-Arrow is given no bytes but those that were written. Every problem is one sentence that names file, row and place, what
-was found and what was expected.
+The index is checked against its own SHA-256 and for its keys, files for their size and SHA-256, shards for their
+columns and as Arrow validates them, then the rows (those of packed folders in `invariants.py`). A file of the wrong
+size or hash is not read further, so that Arrow reads only bytes that ismdata wrote. Each problem is one sentence with
+the file, the row, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -24,40 +23,58 @@ from ismdata import conversation
 from ismdata.choices import LAYOUTS, MASKS
 from ismdata.data import shards
 from ismdata.data.arrow_stream import read_batches
-from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, leaves_folder, load_index
+from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, layout_faults, leaves_folder, load_index
 from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
-from ismdata.errors import DataError
+from ismdata.errors import DataError, shown
 from ismdata.masks import BLOCK_SIZE
 
-#: Rows are looked at together until they hold this many tokens: enough for numpy, few enough for the processor's cache.
+#: About how many tokens are checked at a time: enough to vectorise over, few enough for the processor's cache.
 _TOKENS_AT_ONCE = 1 << 19
 
-#: How the id of a conversation that was split goes on in its pieces but the first.
+#: The suffix of the conversation id in each piece of a split conversation but the first.
 _LATER_PIECE = "#([1-9][0-9]*)$"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found. `counts` holds what was counted in the files themselves, not what the index claims."""
+    """What `verify` found.
+
+    Attributes:
+        folder: The folder.
+        format: The format of its index; empty if it is unknown.
+        problems: One sentence per problem.
+        counts: What the files hold as they were counted, not as the index says.
+    """
 
     folder: Path
-    format: str  # the index's format, empty where it has none that is known
+    format: str
     problems: list[str]
     counts: dict[str, int]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no problem."""
         return not self.problems
 
 
 def verify(folder: str | Path) -> VerifyReport:
-    """Check a converted or a packed folder, which of the two its index says. Whatever is wrong is in the report.
+    """Check a folder that `convert` or `pack` wrote.
 
-    Nothing is raised for broken content: an unreadable index, a missing or damaged shard are problems too. Raises
-    DataError when there is no such folder.
+    Args:
+        folder: A converted folder, a folder with the parts of a split, or a packed folder, as its index says.
+
+    Returns:
+        All problems and counts. Broken content is a problem, never an exception: so are an unreadable index and a
+        missing shard.
+
+    Raises:
+        DataError: If there is no such folder.
+
+    Example:
+        >>> verify("packed").ok  # doctest: +SKIP
+        True
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -76,14 +93,16 @@ def verify(folder: str | Path) -> VerifyReport:
     elif index:
         problems.add(
             f"{folder / INDEX_NAME}: format is {format_!r}; expected {conversation.FORMAT} or {shards.FORMAT}. "
-            "Was the folder written by another version of ismdata?"
+            "If another version of ismdata wrote the folder, verify it with that version"
         )
         format_ = ""
     return VerifyReport(folder=folder, format=format_ or "", problems=problems.sentences(), counts=counts)
 
 
 def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
-    """Check each part of a split, and that together they hold what its index says."""
+    """Check each part of a split, and that it has as many conversations as the index of the split says."""
+    if not _has_layout(index, {"parts": {}}, folder / INDEX_NAME, problems):
+        return {}
     totals: Counter[str] = Counter()
     for name, rows in index["parts"].items():
         if not (folder / name).is_dir():
@@ -95,17 +114,16 @@ def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> di
         totals.update(report.counts)
         if report.ok and report.counts["conversations"] != rows:
             found = report.counts["conversations"]
-            problems.add(f"{folder / INDEX_NAME}: {name} has {rows} conversations; expected {found}, which it holds")
+            problems.add(f"{folder / INDEX_NAME}: parts.{name} is {rows}; expected {found}, its conversations")
     return dict(totals)
 
 
 # ---- the index and the files it lists ----
 
-_FILE_LAYOUT = {"name": str, "rows": int, "bytes": int, "sha256": str}
 _CONVERTED_LAYOUT = {
     "counts": {"read": int, "written": int, "quarantined": {}},
-    "shards": [_FILE_LAYOUT],
-    "quarantine": _FILE_LAYOUT,
+    "shards": [ShardFile],
+    "quarantine": ShardFile,
 }
 _PACKED_LAYOUT = {
     "seq_len": int,
@@ -117,14 +135,14 @@ _PACKED_LAYOUT = {
         ("conversations", *ROW_TOTALS, "lower_bound_sequences", "dropped", "split", "truncated"), int
     ),
     "tokenizer": {"vocab_size": int},
-    "shards": [_FILE_LAYOUT],
-    "quarantine": _FILE_LAYOUT,
-    "files": [_FILE_LAYOUT],
+    "shards": [ShardFile],
+    "quarantine": ShardFile,
+    "files": [ShardFile],
 }
 
 
 def _load_index(folder: Path, problems: Problems) -> dict[str, Any]:
-    """The index, empty where it is not what was written, which then is a problem."""
+    """The index; empty, and a problem, if it is unreadable or has changed."""
     try:
         return load_index(folder)
     except DataError as error:
@@ -132,37 +150,23 @@ def _load_index(folder: Path, problems: Problems) -> dict[str, Any]:
         return {}
 
 
-def _has_layout(value: Any, layout: Any, path: Path, place: str, problems: Problems) -> bool:
-    """Whether the index has every field that is needed, of its type; what is missing becomes a problem."""
-    if isinstance(layout, type):
-        fits = isinstance(value, layout) and (layout is bool or not isinstance(value, bool))
-        wanted = layout.__name__
-    else:
-        fits, wanted = isinstance(value, type(layout)), "object" if isinstance(layout, dict) else "list"
-    if fits and layout is int and value < 0:
-        fits, wanted = False, "an integer of at least 0"
-    if not fits:
-        problems.add(f"{path}: {place or 'the index'} is {json.dumps(value)[:80]}; expected {wanted}")
-        return False
-    if isinstance(layout, dict):
-        inner = [(value.get(name), of, f"{place}.{name}".lstrip(".")) for name, of in layout.items()]
-    elif isinstance(layout, list):
-        inner = [(item, layout[0], f"{place}[{at}]") for at, item in enumerate(value)]
-    else:
-        inner = []
-    sound = [_has_layout(item, of, path, at, problems) for item, of, at in inner]  # all are looked at, and told of
-    return all(sound)
+def _has_layout(index: dict[str, Any], layout: dict[str, Any], path: Path, problems: Problems) -> bool:
+    """Whether the index has all keys of the layout, with their types; what it lacks is a problem each."""
+    faults = list(layout_faults(index, layout))
+    for fault in faults:
+        problems.add(f"{path}: {fault}")
+    return not faults
 
 
 def _check_files(folder: Path, entries: list[dict[str, Any]], problems: Problems) -> list[ShardFile]:
-    """The listed files that are there, of the size and content that the index says. Files not listed are problems."""
+    """The listed files that have their size and content; all others are problems, and so are files not listed."""
     intact = []
     listed = {INDEX_NAME}
     for entry in entries:
-        file = ShardFile(**{name: entry[name] for name in _FILE_LAYOUT})
+        file = ShardFile(**entry)
         if file.name in listed or leaves_folder(file.name):
             problems.add(
-                f"{folder / INDEX_NAME}: lists {file.name!r}; expected each file once, by a name inside the folder"
+                f"{folder / INDEX_NAME}: lists {file.name!r}; expected each file once, with a name inside the folder"
             )
             continue
         listed.add(file.name)
@@ -177,18 +181,16 @@ def _check_files(folder: Path, entries: list[dict[str, Any]], problems: Problems
             intact.append(file)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and path.is_dir():
-            problems.add(
-                f"{path}: a link to another folder; expected a folder of its own. Put the files themselves here"
-            )
+            problems.add(f"{path}: is a link to a folder; expected a folder. Replace the link by the folder")
         elif not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
             problems.add(
-                f"{path}: {INDEX_NAME} does not list it; expected nothing else in the folder. Move it elsewhere"
+                f"{path}: {INDEX_NAME} does not list it; expected only listed files. Move it out of the folder"
             )
     return intact
 
 
 def _check_quarantine(folder: Path, index: dict[str, Any], intact: list[ShardFile], problems: Problems) -> None:
-    """Lines of the quarantine by reason against the index."""
+    """Check the lines of the quarantine, and their number per reason against the index."""
     path = folder / QUARANTINE_NAME
     if index["quarantine"]["name"] != QUARANTINE_NAME:
         problems.add(
@@ -202,13 +204,12 @@ def _check_quarantine(folder: Path, index: dict[str, Any], intact: list[ShardFil
         for number, line in enumerate(lines, 1):
             reason, fault = _quarantine_reason(line)
             if fault:
-                sentence = f"line {number}: {fault}; expected source, reason, detail and record"
-                problems.add_rows(path, "line", sentence, 1)
+                problems.add_rows(path, "line", f"line {number} {fault}", 1)
             else:
                 reasons[reason] += 1
     rows = index["quarantine"]["rows"]
     if sum(reasons.values()) != rows:
-        problems.add(f"{path}: {sum(reasons.values())} sound lines; expected {rows} ({INDEX_NAME})")
+        problems.add(f"{path}: {sum(reasons.values())} valid lines; expected {rows} ({INDEX_NAME})")
     claimed = index["counts"]["quarantined"]
     for reason in sorted(reasons.keys() | claimed.keys()):
         found, expected = reasons[reason], claimed.get(reason, 0)
@@ -217,19 +218,23 @@ def _check_quarantine(folder: Path, index: dict[str, Any], intact: list[ShardFil
 
 
 def _quarantine_reason(line: bytes) -> tuple[str, str]:
-    """The reason of a quarantine line, and what is wrong with the line, empty if nothing is."""
+    """The reason of a quarantine line, and what is wrong with the line: empty if nothing is."""
     try:
         refused = json.loads(line, parse_int=str)  # a refused record may hold numbers that are too long for an int
     except (ValueError, RecursionError) as error:
-        return "", f"not valid JSON ({error})"
-    if not isinstance(refused, dict) or not {"source", "reason", "detail", "record"} <= refused.keys():
-        return "", "a field is missing"
+        return "", f"is not valid JSON ({error}); expected an object"
+    if not isinstance(refused, dict):
+        return "", f"is {shown(refused)}; expected an object"
+    missing = [key for key in ("source", "reason", "detail", "record") if key not in refused]
+    if missing:
+        return "", f"lacks {', '.join(missing)}; expected source, reason, detail and record"
     if not isinstance(refused["reason"], str) or refused["reason"] not in conversation.REASONS:
-        return "", f"reason is {refused['reason']!r}, which is not known"
+        return "", f"has the reason {shown(refused['reason'])}; expected one that ismdata knows"
     return str(refused["reason"]), ""
 
 
 def _check_conservation(folder: Path, counts: dict[str, Any], kept: str, problems: Problems) -> None:
+    """Check that every record that was read is kept or quarantined; `kept` is the key of those that are kept."""
     quarantined = sum(n for n in counts["quarantined"].values() if isinstance(n, int))
     if counts["read"] != counts[kept] + quarantined:
         problems.add(
@@ -241,7 +246,7 @@ def _check_conservation(folder: Path, counts: dict[str, Any], kept: str, problem
 def _batches(
     folder: Path, file: ShardFile, schema: pa.Schema, problems: Problems
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches of a shard that Arrow finds sound, each with the number of its first row; what is wrong is a problem."""
+    """Batches of a shard that Arrow finds valid, each with the number of its first row; what is wrong is a problem."""
     try:
         yield from read_batches(folder, file, schema, validate=True)
     except DataError as error:
@@ -249,7 +254,7 @@ def _batches(
 
 
 def _nulls(array: pa.Array, field: pa.Field) -> Iterator[str]:
-    """Names of the fields, nested ones too, that hold null where the schema says they never do."""
+    """Yield the names of fields, nested ones too, that hold null although the schema forbids it."""
     if array.null_count and not field.nullable:
         yield field.name
     if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
@@ -265,7 +270,7 @@ def _nulls(array: pa.Array, field: pa.Field) -> Iterator[str]:
 
 
 def _verify_converted(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
-    if not _has_layout(index, _CONVERTED_LAYOUT, folder / INDEX_NAME, "", problems):
+    if not _has_layout(index, _CONVERTED_LAYOUT, folder / INDEX_NAME, problems):
         return {}
     intact = _check_files(folder, [*index["shards"], index["quarantine"], *_other_files(index)], problems)
     counts = {"conversations": 0, "messages": 0}
@@ -285,7 +290,7 @@ def _verify_converted(folder: Path, index: dict[str, Any], problems: Problems) -
 
 
 def _check_conversations(path: Path, first_row: int, batch: pa.RecordBatch, problems: Problems) -> int:
-    """Check the conversations of one batch; how many messages they hold."""
+    """Check the conversations of a batch; the number of their messages."""
     if _has_nulls(path, first_row, batch, problems):
         return 0
     messages = batch.column("messages").flatten()
@@ -313,7 +318,7 @@ def _check_conversations(path: Path, first_row: int, batch: pa.RecordBatch, prob
 
 
 def _has_nulls(path: Path, first_row: int, batch: pa.RecordBatch, problems: Problems) -> bool:
-    """Whether a column that must not has nulls, which then is a problem."""
+    """Whether any field holds null although the schema forbids it; each is a problem."""
     names = [name for column, field in zip(batch.columns, batch.schema, strict=True) for name in _nulls(column, field)]
     for name in names:
         rows = f"rows {first_row} to {first_row + batch.num_rows - 1}"
@@ -322,16 +327,19 @@ def _has_nulls(path: Path, first_row: int, batch: pa.RecordBatch, problems: Prob
 
 
 def _other_files(index: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of further files that an index may list."""
     files = index.get("files", [])
-    return [entry for entry in files if isinstance(entry, dict) and _FILE_LAYOUT.keys() <= entry.keys()]
+    return [entry for entry in files if not [*layout_faults(entry, ShardFile)]] if isinstance(files, list) else []
 
 
 def _shards(index: dict[str, Any], intact: list[ShardFile]) -> list[ShardFile]:
+    """The shards among intact files."""
     names = {entry["name"] for entry in index["shards"]}
     return [file for file in intact if file.name in names]
 
 
 def _all_read(index: dict[str, Any], intact: list[ShardFile]) -> bool:
+    """Whether all shards are intact, so that the totals of the index can be compared with theirs."""
     return len(_shards(index, intact)) == len(index["shards"])
 
 
@@ -339,7 +347,7 @@ def _all_read(index: dict[str, Any], intact: list[ShardFile]) -> bool:
 
 
 def _verify_packed(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
-    if not _has_layout(index, _PACKED_LAYOUT, folder / INDEX_NAME, "", problems):
+    if not _has_layout(index, _PACKED_LAYOUT, folder / INDEX_NAME, problems):
         return {}
     terms = _terms(folder, index, problems)
     intact = _check_files(folder, [*index["shards"], index["quarantine"], *index["files"]], problems)
@@ -377,6 +385,7 @@ def _expect_total(folder: Path, name: str, claimed: int, counted: int, problems:
 
 
 def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | None:
+    """What the index says about each row; None, and problems, if a value is impossible."""
     path, before = folder / INDEX_NAME, len(problems)
     if index["seq_len"] % BLOCK_SIZE or not index["seq_len"]:
         problems.add(f"{path}: seq_len is {index['seq_len']}; expected a multiple of {BLOCK_SIZE}")
@@ -387,12 +396,12 @@ def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | N
     tokenizer = index["tokenizer"]
     pad_id = tokenizer.get("pad_id") if tokenizer.get("pad_id") is not None else tokenizer.get("eos_id")
     if not isinstance(pad_id, int) or not 0 <= pad_id < tokenizer["vocab_size"]:
-        problems.add(f"{path}: tokenizer pads with {pad_id}; expected pad_id or eos_id within the vocabulary")
+        problems.add(f"{path}: the tokenizer pads with {pad_id}; expected a pad_id or eos_id in its vocabulary")
     layout, glm = index.get("layout", "plain"), index.get("glm_tokens")
     if layout not in LAYOUTS:
         problems.add(f"{path}: layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
     elif layout == "glm" and not _are_tokens(glm, tokenizer["vocab_size"]):
-        problems.add(f"{path}: glm_tokens is {json.dumps(glm)[:80]}; expected mask and start within the vocabulary")
+        problems.add(f"{path}: glm_tokens is {json.dumps(glm)[:80]}; expected mask and start, ids in the vocabulary")
     if len(problems) > before:
         return None
     return Terms(
@@ -407,12 +416,13 @@ def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | N
 
 
 def _are_tokens(glm: Any, vocab_size: int) -> bool:
+    """Whether these are the ids of [MASK] and [START]."""
     return isinstance(glm, dict) and all(
         type(glm.get(name)) is int and 0 <= glm[name] < vocab_size for name in ("mask", "start")
     )
 
 
 def _conversations(ids: pa.ListArray) -> int:
-    """Conversations behind the documents: whole ones, and the first pieces of split ones. Ids need not be distinct."""
+    """The number of conversations: documents that are not a later piece of one. Ids need not be distinct."""
     later_piece = pc.match_substring_regex(ids.flatten(), _LATER_PIECE)
     return len(later_piece) - int(pc.sum(later_piece).as_py() or 0)

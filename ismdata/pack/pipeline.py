@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import ismdata
-from ismdata.data import ConvertedFolder, Journal, Quarantine, open_output, write_index
+from ismdata.data import ConvertedFolder, Journal, JournaledLeftovers, Quarantine, open_output, write_index
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError
 from ismdata.memory import give_back, kept_memory
@@ -68,7 +68,7 @@ def pack(
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     sources = [ConvertedFolder(folder) for folder in converted]
     with (
-        open_output(output, overwrite=overwrite, inputs=converted, resumable=True) as folder,
+        open_output(output, overwrite=overwrite, inputs=converted, leftovers=JournaledLeftovers()) as folder,
         ThreadPoolExecutor(1) as reading,
         kept_memory(),
     ):

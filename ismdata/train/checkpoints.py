@@ -8,79 +8,62 @@ decides the run's course, and `checkpoints/checkpoint-N` holds the state after s
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ismdata.data import (
     INDEX_NAME,
     ShardFile,
-    check_output,
     describe_file,
     entries,
     load_index,
-    locked,
-    make_partial,
-    put_in_place,
+    open_output,
+    run_difference,
     sync_path,
     write_index,
 )
-from ismdata.errors import DataError, IsmdataError, Terminated, UsageError
+from ismdata.errors import DataError, UsageError
 from ismdata.train.metrics import METRICS_NAME
-from ismdata.train.options import flag
 
 RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
 CHECKPOINT_FORMAT = "ismdata.checkpoint/1"
 
-#: What decides a run's course and is no option, and how to speak of it where it has changed.
+#: Content that a run depends on, and what to say if it differs.
 _CONTENT = {
-    "data": "the shards of PACKED are others than they were",
-    "weights": "the model that it starts from is another than it was",
-    "sequences": "another number of sequences is to be seen in all (--steps or --epochs)",
+    "data": "the shards of PACKED have changed",
+    "weights": "the model that it starts from has changed",
 }
 
 
-@contextmanager
-def training_folder(final: Path, *, inputs: Sequence[Path], overwrite: bool) -> Iterator[Path]:
-    """Yield `.NAME.partial` to write into, alone; on success it is renamed to `final`.
-
-    What an earlier run left there is kept, for `go_on` to look at. On an error the folder stays where it holds a
-    checkpoint, else it is removed. Raises UsageError as `check_output` does and where another run writes there,
-    DataError where the disk refuses.
-    """
-    partial = partial_folder(final)
-    with locked(final):
-        check_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=inputs)
-        if not (partial / RUN_NAME).is_file():
-            if checkpoints(partial) and not overwrite:
-                raise UsageError(
-                    f"{partial}: holds checkpoints of a run, but no {RUN_NAME} that says of which; name another "
-                    "output, or pass --overwrite to replace it"
-                )
-            make_partial(partial, final)
-        try:
-            yield partial
-            for path in partial.iterdir():
-                if path.is_file():
-                    sync_path(path)
-            put_in_place(partial, final)
-        except BaseException as error:
-            if not checkpoints(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-            elif isinstance(error, Terminated):
-                error.kept = partial
-            if isinstance(error, OSError):
-                cause = os.strerror(error.errno) if error.errno else str(error)
-                raise DataError(f"{final}: writing failed ({cause}). {what_is_left(partial)}") from error
-            raise
+def training_folder(final: Path, *, inputs: Sequence[Path], overwrite: bool) -> AbstractContextManager[Path]:
+    """`open_output` for a training run: an unfinished folder is kept if it has a checkpoint, whatever ended the run."""
+    leftovers = _CheckpointLeftovers(overwrite=overwrite)
+    return open_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=inputs, leftovers=leftovers)
 
 
-def partial_folder(final: Path) -> Path:
-    return final.parent / f".{final.name}.partial"
+class _CheckpointLeftovers:
+    def __init__(self, *, overwrite: bool) -> None:
+        self._overwrite = overwrite
+
+    def can_resume(self, partial: Path) -> bool:
+        if (partial / RUN_NAME).is_file():
+            return True
+        if checkpoints(partial) and not self._overwrite:
+            raise UsageError(
+                f"{partial}: has checkpoints but no {RUN_NAME} that says of which run; expected both. Name another "
+                "output, or pass --overwrite to replace it"
+            )
+        return False
+
+    def keeps(self, partial: Path, error: BaseException) -> bool:
+        return bool(checkpoints(partial))
+
+    def describe(self, partial: Path) -> str:
+        return what_is_left(partial)
 
 
 def go_on(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tuple[Path | None, list[str]]:
@@ -100,11 +83,11 @@ def go_on(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tup
         good = path
         break
     if good is not None:
-        refusal = _refusal(partial, good, identity)
-        if refusal is not None and not overwrite:
-            raise refusal
-        if refusal is not None:
-            told.append(f"started anew, since --overwrite was given: {refusal}")
+        different = _difference(partial, good, identity)
+        if different is not None and not overwrite:
+            raise different
+        if different is not None:
+            told.append(f"started anew, since --overwrite was given: {different}")
             good = None
     for path in checkpoints(partial):
         if path != good and (good is None or step_of(path) > step_of(good)):
@@ -114,27 +97,19 @@ def go_on(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tup
     return good, told
 
 
-def _refusal(partial: Path, checkpoint: Path, identity: Mapping[str, Any]) -> IsmdataError | None:
-    """Why the run that left `checkpoint` is another than this one."""
+def _difference(partial: Path, checkpoint: Path, identity: Mapping[str, Any]) -> DataError | UsageError | None:
+    """In what the run that wrote `checkpoint` differs from this one."""
     former = json.loads((partial / RUN_NAME).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(dict(identity)))
-    changed = sorted(name for name in former.keys() | now.keys() if former.get(name) != now.get(name))
-    if not changed:
-        return None
-    options = [name for name in changed if name not in _CONTENT]
-    reasons = [_CONTENT[name] for name in changed if name in _CONTENT]
-    reasons += [f"{flag(name)} is {_shown(now.get(name))} and was {_shown(former.get(name))}" for name in options]
-    if changed == ["sequences"]:
-        options = changed
-    text = (
-        f"{partial}: the run that broke off there after step {step_of(checkpoint)} was another one: "
-        f"{'; '.join(reasons)}. Give what it had to go on, or pass --overwrite to begin anew"
-    )
-    return UsageError(text) if options else DataError(text)
+    name = f"{partial}: the run interrupted after step {step_of(checkpoint)}"
+    return run_difference(_as_run(former), _as_run(now), name=name, content=_CONTENT)
 
 
-def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
+def _as_run(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as `run_difference` takes it; all that is not content comes from options."""
+    options = {name: value for name, value in identity.items() if name not in (*_CONTENT, "sequences")}
+    content = {name: identity.get(name) for name in _CONTENT}
+    return {**content, "number of sequences (--steps, --epochs)": identity.get("sequences"), "options": options}
 
 
 def checkpoints(partial: Path) -> list[Path]:

@@ -37,11 +37,11 @@ from ismdata.attention import (
     tokenizer_files,
     weights_digest,
 )
-from ismdata.data import PackedDataset, check_serves
+from ismdata.data import PackedDataset, check_serves, partial_folder
 from ismdata.display import LOGGED, Reporter
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
-from ismdata.train.checkpoints import CHECKPOINTS_NAME, go_on, partial_folder, step_of, training_folder
+from ismdata.train.checkpoints import CHECKPOINTS_NAME, go_on, step_of, training_folder
 from ismdata.train.export import save_model, write_card
 from ismdata.train.lora import with_lora
 from ismdata.train.loss import TrainingCollator, compute_loss_at_targets

@@ -166,8 +166,8 @@ def test_an_index_that_lacks_keys_is_named(packed: Path, smollm2: Path, tmp_path
     (tmp_path / "broken").mkdir()
     for kind in ("conversations", "packed"):
         write_index(tmp_path / "broken", {"format": f"ismdata.{kind}/1"})
-        refused(run("inspect", tmp_path / "broken"), 1, "index.json: lacks shards")
-    refused(run("train", tmp_path / "broken", "--model", "tiny", "-o", tmp_path / "out"), 1, "lacks shards")
+        refused(run("inspect", tmp_path / "broken"), 1, "index.json: shards is missing; expected a list")
+    refused(run("train", tmp_path / "broken", "--model", "tiny", "-o", tmp_path / "out"), 1, "shards is missing")
 
 
 def test_compressed_sources(tmp_path: Path) -> None:

@@ -264,5 +264,5 @@ def test_nulls_in_a_shard_are_told(packed, tmp_path):
     del index["sha256"]
     (folder / "index.json").unlink()
     write_index(folder, index)
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: null where a value is expected"):
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: null; expected a value everywhere"):
         PackedDataset(folder)[0]

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ismdata.data import lock
+from ismdata.data import output_folder
 from ismdata.data.column_file import ColumnFile
-from ismdata.data.journal import Journal
-from ismdata.data.output_folder import JOURNAL_NAME, open_output, put_in_place
+from ismdata.data.journal import Journal, run_difference
+from ismdata.data.output_folder import JOURNAL_NAME, JournaledLeftovers, NoLeftovers, locked, open_output, put_in_place
 from ismdata.errors import DataError, UsageError
 
 RUN: dict[str, Any] = {
@@ -155,17 +155,22 @@ def test_what_is_no_journal_is_cleared(garbage: bytes, tmp_path: Path) -> None:
         (
             {"sources": [{"name": "a.jsonl", "bytes": 130, "mtime_ns": 2 * 10**9}, RUN["sources"][1]]},
             DataError,
-            ["a.jsonl: changed", "found 130 bytes, written at ", "expected 120 bytes, written at"],
+            ["a.jsonl has changed: it is 130 bytes, written at ", ", and was 120 bytes, written at"],
         ),
-        ({"sources": RUN["sources"][:1]}, UsageError, ["b.jsonl: is not given now"]),
-        ({"sources": [*RUN["sources"], {"name": "c"}]}, UsageError, ["c: was not given"]),
+        ({"sources": RUN["sources"][:1]}, UsageError, ["b.jsonl is not given now"]),
+        ({"sources": [*RUN["sources"], {"name": "c"}]}, UsageError, ["c was not given then"]),
         ({"sources": RUN["sources"][::-1]}, UsageError, ["another order"]),
-        ({"options": {"format": "auto", "seq_len": 512}}, UsageError, ["--seq-len is 512", "interrupted had 256"]),
-        ({"options": {"format": "auto"}}, UsageError, ["--seq-len is not given", "interrupted had 256"]),
-        ({"version": "2"}, UsageError, ['the version is "2"', 'interrupted had "1"']),
-        ({"command": "pack"}, UsageError, ['the command is "pack"']),
+        ({"options": {"format": "auto", "seq_len": 512}}, UsageError, ["--seq-len is 512 and was 256"]),
+        ({"options": {"format": "auto"}}, UsageError, ["--seq-len is not given and was 256"]),
+        ({"version": "2"}, UsageError, ["the version is 2 and was 1"]),
+        ({"command": "pack"}, UsageError, ["the command is pack and was convert"]),
+        (
+            {"sources": [{"name": "a.jsonl", "bytes": 1}, RUN["sources"][1]], "options": {"seq_len": 1, "format": "x"}},
+            UsageError,
+            ["a.jsonl has changed: it is 1 bytes", "; --seq-len is 1 and was 256; --format is x and was auto. "],
+        ),
     ],
-    ids=["content", "fewer", "more", "order", "option", "option-gone", "version", "command"],
+    ids=["content", "fewer", "more", "order", "option", "option-gone", "version", "command", "several"],
 )
 def test_another_run_is_refused_by_what_differs(
     change: dict[str, Any], error: type[Exception], parts: list[str], tmp_path: Path
@@ -176,12 +181,32 @@ def test_another_run_is_refused_by_what_differs(
     before = (tmp_path / JOURNAL_NAME).read_bytes()
     with pytest.raises(error) as caught:
         Journal.open(tmp_path, {**RUN, **change}, restart=False)
-    for part in [*parts, "Give the same files and options again", "--overwrite"]:
+    for part in [
+        "the interrupted run differs from this one: ",
+        *parts,
+        "Give the same files and options",
+        "--overwrite",
+    ]:
         assert part in str(caught.value)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     other = Journal.open(tmp_path, {**RUN, **change}, restart=True)
     assert other.state is None
     other.close()
+
+
+def test_of_many_differences_the_first_are_shown() -> None:
+    former = {"options": {f"option_{k}": k for k in range(20)}}
+    error = run_difference(former, {"options": {}}, name="out: the run")
+    assert isinstance(error, UsageError)
+    assert "--option-7 is not given and was 7; and 12 more differences. " in str(error)
+    assert run_difference(former, former, name="out: the run") is None
+
+
+def test_content_that_changed_is_told_in_words() -> None:
+    former = {"data": "0" * 64, "options": {"seed": 0}}
+    error = run_difference(former, {**former, "data": "1"}, name="x", content={"data": "the shards have changed"})
+    assert isinstance(error, DataError)
+    assert str(error).startswith("x differs from this one: the shards have changed. ")
 
 
 def test_it_is_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +240,7 @@ def test_it_is_due_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ismdata.data.lock import locked\n"
+        "import sys; from pathlib import Path; from ismdata.data.output_folder import locked\n"
         "with locked(Path(sys.argv[1])):\n  print('held', flush=True); sys.stdin.read()"
     )
     final = tmp_path / "deep" / "out"
@@ -224,20 +249,20 @@ def test_the_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=rf"out: process {holder.pid} is writing it"), lock.locked(final):
+        with pytest.raises(UsageError, match=rf"out: process {holder.pid} is writing it"), locked(final):
             pass
-        with lock.locked(tmp_path / "deep" / "other"):
+        with locked(tmp_path / "deep" / "other"):
             pass
         holder.kill()
     assert (final.parent / ".out.lock").exists()  # as a crash leaves it, and in nobody's way
-    with lock.locked(final), pytest.raises(UsageError, match=rf"process {os.getpid()}"), lock.locked(final):
+    with locked(final), pytest.raises(UsageError, match=rf"process {os.getpid()}"), locked(final):
         pass
     assert list(final.parent.iterdir()) == []
 
 
 def test_a_lock_that_its_holder_took_away_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The holder removes the file between our opening and our locking it."""
-    path, flock, opened = tmp_path / ".out.lock", lock.fcntl.flock, []
+    path, flock, opened = tmp_path / ".out.lock", output_folder.fcntl.flock, []
 
     def late(handle: int, how: int) -> None:
         if not opened:
@@ -245,8 +270,8 @@ def test_a_lock_that_its_holder_took_away_is_taken_anew(tmp_path: Path, monkeypa
         opened.append(handle)
         flock(handle, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
-    with lock.locked(tmp_path / "out"):
+    monkeypatch.setattr(output_folder.fcntl, "flock", late)
+    with locked(tmp_path / "out"):
         assert len(opened) == 2
         assert path.read_text() == f"{os.getpid()}\n"
 
@@ -255,10 +280,10 @@ def test_a_file_system_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none(handle: int, how: int) -> None:
-        raise OSError(lock.errno.ENOLCK, "No locks available")
+        raise OSError(output_folder.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.locked(tmp_path / "out"):
+    monkeypatch.setattr(output_folder.fcntl, "flock", none)
+    with locked(tmp_path / "out"):
         assert "out: this file system has no locks" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -301,7 +326,7 @@ def test_death_at_each_step_of_putting_in_place(
         died = False
         with monkeypatch.context() as patch:
             try:
-                with open_output(final, overwrite=True, resumable=True) as folder:
+                with open_output(final, overwrite=True, leftovers=JournaledLeftovers()) as folder:
                     Journal.open(folder, RUN, restart=True).close()
                     (folder / "index.json").write_text("new")
                     for name in ("replace", "unlink"):
@@ -316,7 +341,7 @@ def test_death_at_each_step_of_putting_in_place(
         if before and not (final / "index.json").exists():
             assert "old" in kept
         resumed = not (final / "index.json").exists() or (final / "index.json").read_text() == "old"
-        with open_output(final, overwrite=True, resumable=True) as folder:
+        with open_output(final, overwrite=True, leftovers=JournaledLeftovers()) as folder:
             assert ((folder / "index.json").exists() and (folder / JOURNAL_NAME).exists()) == resumed
             if before and resumed:
                 assert (final / "index.json").read_text() == "old"
@@ -347,10 +372,11 @@ def test_an_older_output_set_aside_twice(tmp_path: Path) -> None:
     ("error", "kept"), [(Death, True), (KeyboardInterrupt, False), (DataError, False), (OSError, False)]
 )
 def test_what_is_kept_after_each_end(error: type[BaseException], kept: bool, tmp_path: Path) -> None:
-    for resumable in (True, False):
+    for leftovers in (JournaledLeftovers, NoLeftovers):
+        resumable = leftovers is JournaledLeftovers
         with (
             pytest.raises(DataError if error is OSError else error),
-            open_output(tmp_path / "out", overwrite=False, resumable=resumable) as folder,
+            open_output(tmp_path / "out", overwrite=False, leftovers=leftovers()) as folder,
         ):
             Journal.open(folder, RUN, restart=False).close()
             raise error
@@ -359,18 +385,18 @@ def test_what_is_kept_after_each_end(error: type[BaseException], kept: bool, tmp
         if kept and resumable:  # a refusal leaves it alone, a run that takes over and fails does not
             with (
                 pytest.raises(UsageError, match="--format is not given"),
-                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, leftovers=JournaledLeftovers()) as folder,
             ):
                 Journal.open(folder, {**RUN, "options": {}}, restart=False)
             with (
                 pytest.raises(KeyboardInterrupt),
-                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, leftovers=JournaledLeftovers()) as folder,
             ):
                 raise KeyboardInterrupt
             assert (tmp_path / ".out.partial" / JOURNAL_NAME).exists()
             with (
                 pytest.raises(DataError, match="broken"),
-                open_output(tmp_path / "out", overwrite=False, resumable=True) as folder,
+                open_output(tmp_path / "out", overwrite=False, leftovers=JournaledLeftovers()) as folder,
             ):
                 Journal.open(folder, RUN, restart=False).close()
                 raise DataError("broken")

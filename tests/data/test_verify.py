@@ -84,7 +84,7 @@ BROKEN_CONTENT = [
     ),
     (
         put(0, 0, "loss_mask", 12, 1),
-        "shard-00000.arrow: row 0, token 12: a target that token 11, which predicts it, sees: kv_end is 30; "
+        "shard-00000.arrow: row 0, token 12: a target that token 11 predicts and sees: its kv_end is 30; "
         "expected at most 12",
     ),
     (put(0, 0, "loss_mask", 31, 0), "row 0, token 31: loss_mask is 0; expected 1 under the ism mask"),
@@ -106,7 +106,7 @@ BROKEN_CONTENT = [
     ),
     (
         lambda packed: packed.rows[1][0]["conversation_ids"].pop(),
-        "shard-00001.arrow: row 0: 2 conversation_ids; expected 3, one for each document",
+        "shard-00001.arrow: row 0: 2 conversation_ids; expected 3, one per document",
     ),
 ]
 
@@ -126,7 +126,7 @@ def test_broken_weights_are_named(tmp_path, at, weight):
     problems = break_and_verify(PackedFolder(tmp_path / "packed", weighted=True), put(0, 0, "loss_weight", at, weight))
     assert problems == [
         f"{tmp_path}/packed/shard-00000.arrow: row 0, token {at}: loss_weight is {weight}; "
-        "expected 0 off targets, and a finite number of at least 0 on them"
+        "expected a finite number of at least 0 on targets, and 0 elsewhere"
     ]
 
 
@@ -146,7 +146,7 @@ def test_one_bad_row_does_not_hide_another(tmp_path):
     path = packed.folder / "shard-00000.arrow"
     assert verify(packed.folder).problems == [
         f"{path}: row 2: a gap between spans at token 10; expected spans that tile each document",
-        f"{path}: row 3, token 1: position_ids is 7; expected 1 (2 more rows likewise)",
+        f"{path}: row 3, token 1: position_ids is 7; expected 1 (2 more rows have this problem)",
     ]
 
 
@@ -188,18 +188,18 @@ def test_lost_conversations_are_noticed(tmp_path):
 
 
 BROKEN_INDEX = [
-    (claim("seq_len", value="256"), 'seq_len is "256"; expected int'),
+    (claim("seq_len", value="256"), 'seq_len is "256"; expected an integer of at least 0'),
     (claim("seq_len", value=100), "seq_len is 100; expected a multiple of 128"),
     (claim("seq_len", value=0), "seq_len is 0; expected a multiple of 128"),
     (claim("seq_len", value=512), "columns are input_ids"),
     (claim("block_size", value=64), "block_size is 64; expected 128"),
     (claim("mask", value="full"), "mask is 'full'; expected one of ism, causal, prefix"),
-    (claim("weighted", value=1), "weighted is 1; expected bool"),
+    (claim("weighted", value=1), "weighted is 1; expected true or false"),
     (claim("weighted", value=True), "columns are input_ids"),
     (claim("totals", "tokens", value=-1), "totals.tokens is -1; expected an integer of at least 0"),
-    (claim("totals", value=[]), "totals is []; expected object"),
-    (lambda packed: packed.index.pop("counts"), "counts is null; expected object"),
-    (claim("tokenizer", "vocab_size", value=None), "tokenizer.vocab_size is null; expected int"),
+    (claim("totals", value=[]), "totals is []; expected an object"),
+    (lambda packed: packed.index.pop("counts"), "counts is missing; expected an object"),
+    (claim("tokenizer", "vocab_size", value=None), "tokenizer.vocab_size is null; expected an integer of at least 0"),
     (claim("tokenizer", "pad_id", value=100), "tokenizer pads with 100; expected pad_id or eos_id"),
     (claim("format", value="ismdata.packed/2"), "format is 'ismdata.packed/2'; expected ismdata.conversations/1 or"),
     (claim("counts", "quarantined", "no_target", value=2), "1 lines with reason no_target; expected 2"),
@@ -274,7 +274,7 @@ def test_rows_in_the_wrong_number_are_noticed(tmp_path):
     packed.index["shards"][0]["rows"] = 3
     write_index(packed.folder, packed.index)
     assert verify(packed.folder).problems == [
-        f"{packed.folder}/shard-00000.arrow: 2 rows; expected 3 (index.json). Create the folder again"
+        f"{packed.folder}/shard-00000.arrow: 2 rows; expected 3 (index.json). Make the folder again"
     ]
 
 
@@ -358,9 +358,13 @@ def test_converted_counts_must_add_up(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("{", "line 1: not valid JSON"),
-        ("[]", "line 1: a field is missing"),
-        (json.dumps({"source": "", "reason": "whim", "detail": "", "record": 1}), "line 1: reason is 'whim'"),
+        ("{", "line 1 is not valid JSON"),
+        ("[]", "line 1 is []; expected an object"),
+        ('{"source": "", "record": 1}', "line 1 lacks reason, detail; expected source, reason, detail and record"),
+        (
+            json.dumps({"source": "", "reason": "whim", "detail": "", "record": 1}),
+            "line 1 has the reason 'whim'; expected one that ismdata knows",
+        ),
     ],
 )
 def test_a_broken_quarantine_line_is_named(tmp_path, line, fault):

@@ -337,11 +337,13 @@ def test_convert_is_refused_a_source_that_changed(corpora: list[str], tmp_path: 
         patch.setattr("os.fsync", DeathAfter(12))
         convert(corpora, output)
     before = files_of(output.parent)
-    with pytest.raises(UsageError, match=r"b\.jsonl\.gz: is not given now"):
+    with pytest.raises(UsageError, match=r"b\.jsonl\.gz is not given now"):
         convert(corpora[:1], output)
     with Path(corpora[0]).open("a", encoding="utf-8") as file:
         file.write("{}\n")
-    with pytest.raises(DataError, match=r"a\.jsonl: changed since the run that was interrupted: found \d+ bytes"):
+    with pytest.raises(
+        DataError, match=r"the interrupted run differs from this one: .*a\.jsonl has changed: it is \d+ bytes"
+    ):
         convert(corpora, output)
     assert files_of(output.parent) == before
     convert(corpora, output, overwrite=True)
@@ -373,12 +375,12 @@ def test_another_call_is_refused_and_loses_nothing(
     output = tmp_path / "out" / "packed"
     with interrupted(converted, output, monkeypatch) as partial:
         before = files_of(partial)
-        with pytest.raises(UsageError, match=r"--seq-len is 512; the run that was interrupted had 256\. .*--overwrite"):
+        with pytest.raises(UsageError, match=r"--seq-len is 512 and was 256\. .*--overwrite"):
             packed(converted, output, seq_len=512)
         other = tmp_path / "other" / "converted"
         write_corpus(tmp_path / "other.jsonl", 61)
         convert([str(tmp_path / "other.jsonl")], other)
-        with pytest.raises(UsageError, match="was not given to the run that was interrupted"):
+        with pytest.raises(UsageError, match="was not given then"):
             packed(other, output)
         assert files_of(partial) == before
         packed(converted, output, overwrite=True)  # the same call: --overwrite goes on with it
@@ -406,14 +408,14 @@ def test_a_source_and_a_tokenizer_that_changed(
     with interrupted(converted, output, monkeypatch):
         write_corpus(tmp_path / "chats.jsonl", 31)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
-        with pytest.raises(DataError, match=r"converted: changed since the run that was interrupted: found rows 31"):
+        with pytest.raises(DataError, match=r"converted has changed: it is rows 31"):
             packed(converted, output)
         write_corpus(tmp_path / "chats.jsonl", 30)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
         loaded = ismdata.pack.pipeline.load_encoding("bytes")
         with monkeypatch.context() as patch:
             patch.setitem(loaded.tokenizer.__dict__, "sha256", "another")
-            with pytest.raises(UsageError, match=r"the tokenizer is .*another.*interrupted had"):
+            with pytest.raises(UsageError, match=r"the tokenizer is .*another.* and was "):
                 packed(converted, output)
         packed(converted, output)
     assert verify(output).ok

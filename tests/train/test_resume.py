@@ -187,7 +187,7 @@ CHANGES = {
     "the learning rate": ({"learning_rate": 1e-3}, r"--learning-rate is 0.001 and was 0.003"),
     "the schedule": ({"schedule": "linear"}, "--schedule is linear and was cosine"),
     "the warm-up": ({"warmup": 0}, "--warmup is 0 and was 2"),
-    "the steps": ({"steps": 8}, r"another number of sequences is to be seen in all \(--steps or --epochs\)"),
+    "the steps": ({"steps": 8}, r"the number of sequences \(--steps, --epochs\) is 16 and was 12"),
     "the global batch": ({"batch_size": 4, "steps": 3}, "--global-batch is 4 and was 2"),
     "the mask": ({"mask": "causal"}, "--mask is causal and was ism"),
     "the weighting": ({"loss_weighting": "answer"}, "--loss-weighting is answer and was token"),
@@ -200,14 +200,14 @@ def test_another_run_is_refused_and_told_why(packed, model, undisturbed, tmp_pat
     broken_off(packed, model, output, crash_after)
     before = sorted(path for path in partial_of(output).rglob("*"))
     for changes, reason in CHANGES.values():
-        with pytest.raises(UsageError, match=rf"\.model\.partial: .*after step 4 was another one: .*{reason}"):
+        with pytest.raises(UsageError, match=rf"\.model\.partial: .*after step 4 differs from this one: .*{reason}"):
             run(packed, output, model=model, **(OPTIONS | changes))
     changed = write_packed(tmp_path / "changed", copying_rows(8)[1:])
     word_tokenizer(changed / "tokenizer")
-    with pytest.raises(DataError, match="the shards of PACKED are others than they were"):
+    with pytest.raises(DataError, match="the shards of PACKED have changed"):
         run(changed, output, model=model, **OPTIONS)
     tiny_model(dtype=torch.float32, seed=1).save_pretrained(tmp_path / "another")
-    with pytest.raises(DataError, match="the model that it starts from is another"):
+    with pytest.raises(DataError, match="the model that it starts from has changed"):
         run(packed, output, model=str(tmp_path / "another"), **OPTIONS)
     assert sorted(path for path in partial_of(output).rglob("*")) == before
     run(packed, output, model=model, **OPTIONS)
@@ -237,7 +237,7 @@ def test_checkpoints_without_a_record_are_refused(packed, model, tmp_path, crash
     output = tmp_path / "model"
     broken_off(packed, model, output, crash_after)
     (partial_of(output) / "run.json").unlink()
-    with pytest.raises(UsageError, match=r"but no run\.json that says of which"):
+    with pytest.raises(UsageError, match=r"has checkpoints but no run\.json"):
         run(packed, output, model=model, **OPTIONS)
     run(packed, output, model=model, overwrite=True, **(OPTIONS | {"steps": 1}))
 
