@@ -20,8 +20,7 @@ from ismdata.rendering.encoding import Encoding, probe_encoding
 from ismdata.rendering.tokenizer import load_pretrained
 from tests.support.paths import SHARED
 
-#: The same examples on every machine, busy or not: what passes here passes there. HYPOTHESIS_PROFILE=default looks for
-#: new ones.
+#: The same examples on every machine and without time limits. HYPOTHESIS_PROFILE=default tries new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
@@ -31,14 +30,14 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real corpora are
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies; it is not imported, since only its data are wanted."""
+    """The folder of an installed package, which is not imported, since only its data files are used."""
     spec = find_spec(name)
     assert spec is not None, f"{name} is not installed; make test installs it"
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
 
 
-#: The chat templates that trl ships, training variants aside.
+#: The chat templates that trl ships, except its training variants.
 TEMPLATES = sorted(
     path for path in (package_folder("trl") / "chat_templates").glob("*.jinja") if not path.stem.endswith("_training")
 )
@@ -82,7 +81,7 @@ def pretrained(folder: Path) -> PreTrainedTokenizerFast:
 
 @functools.cache
 def encoding(folder: Path, template: Path | None = None, history: Any = "append", *, markers: bool = False) -> Encoding:
-    """The tokenizer under a template; with `markers` the template's own are special tokens, as in its model."""
+    """The tokenizer with a template; with `markers` the template's markers are special tokens, as in its model."""
     if history != "append":
         return dataclasses.replace(encoding(folder, template, markers=markers), history=history)
     tokenizer = pretrained(folder)

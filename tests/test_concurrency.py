@@ -1,21 +1,15 @@
-"""Background threads: results in order, few items in memory, errors raised where results are read; growing files."""
+"""Background threads: results in order, few items in memory, errors raised where results are read."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ismdata.concurrency import BackgroundThread, delay_by_one, map_on_two_threads, run_pieces
-from ismdata.data.index import GrowingFile, ShardFile, describe_file
 
 
 def test_results_come_in_order() -> None:
@@ -35,7 +29,7 @@ def test_results_come_in_order() -> None:
     assert list(map_on_two_threads(call, [])) == []
 
 
-def test_no_more_than_two_are_ahead() -> None:
+def test_at_most_two_results_are_computed_ahead() -> None:
     begun: list[int] = []
     with closing(map_on_two_threads(begun.append, range(9))) as results:
         for k, _ in enumerate(results):
@@ -45,7 +39,7 @@ def test_no_more_than_two_are_ahead() -> None:
     assert len(begun) <= 5  # closed: the rest is left out
 
 
-def test_what_a_call_raises_is_raised_in_its_turn() -> None:
+def test_a_call_that_raises_raises_in_its_turn() -> None:
     results = map_on_two_threads(lambda k: 1 // (2 - k), range(5))
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
@@ -54,7 +48,7 @@ def test_what_a_call_raises_is_raised_in_its_turn() -> None:
         next(results)
 
 
-def test_calls_are_done_one_after_the_other() -> None:
+def test_calls_run_one_after_the_other() -> None:
     done: list[int] = []
     with BackgroundThread() as thread:
         for k in range(20):
@@ -64,7 +58,7 @@ def test_calls_are_done_one_after_the_other() -> None:
         thread.submit(divmod, 1, 0)
 
 
-def test_items_come_one_later_and_those_before_a_failure_come() -> None:
+def test_items_come_one_step_late_and_those_before_a_failure_come() -> None:
     asked: list[int] = []
 
     def items(failing: bool) -> Iterator[int]:
@@ -91,19 +85,3 @@ def test_pieces_run_once_each_and_errors_are_raised() -> None:
         assert sorted(done) == list(range(100))
         with pytest.raises(ZeroDivisionError):
             run_pieces(lambda piece: 1 // (piece - 5), 10, executor=executor, threads=2)
-
-
-@given(st.lists(st.binary(max_size=20), max_size=5), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_a_growing_file_is_hashed_whole(written: list[bytes], followed: list[bool]) -> None:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        path.touch()
-        growing = GrowingFile(path)
-        for data, follow in zip(written, followed, strict=False):
-            with path.open("ab") as file:
-                file.write(data)
-            if follow:
-                growing.follow()
-        whole = b"".join(written)
-        expected = ShardFile(name="file", rows=3, bytes=len(whole), sha256=hashlib.sha256(whole).hexdigest())
-        assert growing.describe(3) == describe_file(path, 3) == expected

@@ -1,4 +1,4 @@
-"""That freed blocks are kept for the next ones of their size."""
+"""Freed blocks of memory are kept for later blocks of their size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-#: Counts the pages that the system hands out while arrays of a megabyte are filled and freed, eight at a time.
+#: Prints the number of page faults while arrays of one megabyte are filled and freed, eight at a time.
 FILL_AND_FREE = """
 import resource, sys
 import numpy as np
@@ -32,7 +32,7 @@ def pages(how):
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large blocks back at once")
-def test_pages_of_freed_blocks_serve_again():
+def test_pages_of_freed_blocks_are_used_again():
     once = (8 << 20) // resource.getpagesize()
     assert pages("kept") < 3 * once
     assert pages("as usual") > 10 * once

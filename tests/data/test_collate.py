@@ -1,4 +1,4 @@
-"""The Collator's tensors against the golden vectors and a token-by-token oracle; the dataset, in workers too."""
+"""The Collator's tensors against the stored vectors and a token-by-token oracle; the dataset, in workers too."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_batch_is_its_rows(data, mask, wanted):
         is_target = masks.targets(row.seq_lens, row.spans, seq_len=256, mask=wanted).astype(bool)
         assert batch["labels"][each].tolist() == np.where(is_target, row.input_ids, IGNORE_INDEX).tolist()
         assert batch["input_ids"][each].tolist() == row.input_ids.tolist()
-        # No leak: what predicts a target does not see it.
+        # No leak: the token that predicts a target does not see it.
         target = np.flatnonzero(is_target)
         assert (kv_end[target - 1] <= target).all()
 
@@ -107,7 +107,7 @@ def test_a_batch_is_its_rows(data, mask, wanted):
 DOCUMENT = [(PROMPT, 2), (QUERY, 3), (ANSWER, 4), (QUERY, 2), (ANSWER, 3)]
 
 
-def test_loss_weight_comes_along_only_where_there_is_one():
+def test_a_batch_has_loss_weights_only_if_the_shards_have_them():
     weight = np.linspace(0, 1, 128, dtype=np.float32)
     batch = Collator()([sample([DOCUMENT], loss_weight=weight)])
     assert batch["loss_weight"].dtype == torch.float32
@@ -116,8 +116,8 @@ def test_loss_weight_comes_along_only_where_there_is_one():
 
 
 @pytest.mark.parametrize("mask", masks.MASKS)
-def test_tables_come_along_only_where_they_are_asked_for(mask):
-    """They are those of the batch's own intervals, over all its samples."""
+def test_a_batch_has_tables_only_if_they_are_requested(mask):
+    """They are computed from the intervals of the batch, over all its samples."""
     samples = [sample([DOCUMENT] * n, mask=mask) for n in (1, 3)]
     batch = Collator(tables=True)(samples)
     expected = varlen_tables.tables(batch["doc_start"].numpy(), batch["kv_end"].numpy()).as_batch()
@@ -180,7 +180,7 @@ def test_the_dataset_reads_what_was_written(packed):
     rows_per_batch=st.integers(1, 5),
     weighted=st.booleans(),
 )
-def test_rows_wherever_they_lie(tmp_path_factory, rows, rows_per_shard, rows_per_batch, weighted):
+def test_rows_are_read_from_any_shard_and_batch(tmp_path_factory, rows, rows_per_shard, rows_per_batch, weighted):
     """Several shards of several record batches each, ragged columns among them, read in any order: the rows written."""
     weight = np.linspace(0, 1, 128, dtype=np.float32) if weighted else None
     samples = [sample([DOCUMENT] * n, seed=at, loss_weight=weight) for at, n in enumerate(rows)]
@@ -196,7 +196,7 @@ def test_rows_wherever_they_lie(tmp_path_factory, rows, rows_per_shard, rows_per
 
 
 def test_tokens_are_not_copied_before_the_batch(packed):
-    """A row's arrays of T are views into the memory map, which cannot be written to."""
+    """A row's arrays of T are read-only views into the memory map."""
     dataset = PackedDataset(packed[0])
     for name in ("input_ids", "position_ids", "loss_mask", "block_table"):
         first, again = (getattr(dataset[4].sequence, name) for _ in range(2))
@@ -204,8 +204,8 @@ def test_tokens_are_not_copied_before_the_batch(packed):
         assert not first.flags.writeable, name
 
 
-def test_a_batch_is_its_own(packed):
-    """Its tensors may be changed in place: neither the shards nor another batch see it."""
+def test_a_batch_owns_its_memory(packed):
+    """Its tensors can be changed in place without changing the shards or another batch."""
     dataset = PackedDataset(packed[0])
     first = Collator()([dataset[0], dataset[1]])
     expected = {name: tensor.clone() for name, tensor in first.items()}
@@ -248,8 +248,8 @@ def test_a_missing_shard_is_named(packed, tmp_path):
         PackedDataset(tmp_path / "absent")
 
 
-def test_nulls_in_a_shard_are_told(packed, tmp_path):
-    """The schema forbids them, but an Arrow stream can hold them all the same."""
+def test_nulls_in_a_shard_are_named(packed, tmp_path):
+    """The schema forbids them, but an Arrow stream can hold them."""
     folder = write_packed(tmp_path / "shards", packed[1][:1])
     path = folder / "shard-00000.arrow"
     with pa.ipc.open_stream(path.read_bytes()) as stream:

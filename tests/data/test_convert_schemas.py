@@ -1,4 +1,4 @@
-"""The published schemas against what `convert` writes and against the code: they may not part."""
+"""The published schemas match what `convert` writes and what the code defines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification: sound folders pass; each invariant, broken alone and signed again, is named with its place."""
+"""Verification: valid folders pass. Each invariant, broken alone and with new hashes, is named with its place."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_prefix_shards_do_not_pass_as_ism(tmp_path):
 
 
 def test_one_bad_row_does_not_hide_another(tmp_path):
-    """A row that cannot be tiled is set aside; others beside it are still checked, and of a kind the first is told."""
+    """If the spans of a row do not tile its documents, other rows are still checked."""
     packed = PackedFolder(tmp_path / "packed", packed=[[PACKED[0][0]] * 9])
     packed.rows[0][2]["spans"][0]["end"] = 9
     for row in (3, 5, 8):
@@ -200,7 +200,10 @@ BROKEN_INDEX = [
     (claim("totals", value=[]), "totals is []; expected an object"),
     (lambda packed: packed.index.pop("counts"), "counts is missing; expected an object"),
     (claim("tokenizer", "vocab_size", value=None), "tokenizer.vocab_size is null; expected an integer of at least 0"),
-    (claim("tokenizer", "pad_id", value=100), "tokenizer pads with 100; expected pad_id or eos_id"),
+    (
+        claim("tokenizer", "pad_id", value=100),
+        "the tokenizer pads with 100; expected a pad_id or eos_id in its vocabulary",
+    ),
     (claim("format", value="ismdata.packed/2"), "format is 'ismdata.packed/2'; expected ismdata.conversations/1 or"),
     (claim("counts", "quarantined", "no_target", value=2), "1 lines with reason no_target; expected 2"),
 ]
@@ -243,7 +246,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     assert problem.startswith(f"{packed.folder / name}: missing")
 
 
-def test_a_stray_file_is_named(tmp_path):
+def test_an_additional_file_is_named(tmp_path):
     packed = PackedFolder(tmp_path / "packed")
     (packed.folder / "tokenizer" / "extra.json").write_text("{}")
     [problem] = verify(packed.folder).problems
@@ -288,7 +291,7 @@ def test_a_truncated_shard_is_a_problem_even_when_signed(tmp_path, keep):
     assert len(problems) == 1
     assert "bytes; expected" in problems[0]
     packed.sign()
-    at_end = keep in (-8, -1)  # the end-of-stream marker: nothing is lost with it, Arrow reads on without
+    at_end = keep in (-8, -1)  # the end-of-stream marker, which Arrow does not need
     assert at_end or any(str(path) in problem for problem in verify(packed.folder).problems)
 
 
@@ -302,7 +305,7 @@ def test_a_null_where_none_may_be_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_flipped_bit_that_was_signed_raises_nothing(tmp_path):
-    """Nothing stands between the bit and the Arrow reader; what comes of it is a report."""
+    """The hashes match, so that Arrow reads the flipped bit; the result is a report."""
     packed = PackedFolder(tmp_path / "packed")
     path = packed.folder / "shard-00000.arrow"
     sound = path.read_bytes()
@@ -314,7 +317,7 @@ def test_a_flipped_bit_that_was_signed_raises_nothing(tmp_path):
         path.write_bytes(broken)
         packed.sign()
         reported += not verify(packed.folder).ok
-    assert reported > 20  # many bits are token ids, and another id in the vocabulary breaks no law
+    assert reported > 20  # many bits are in token ids, and another id in the vocabulary is valid
 
 
 # ---- converted folders ----

@@ -1,4 +1,4 @@
-"""Damage to finished folders: every single bit, every truncation, swaps, losses and strangers are all reported."""
+"""Damage to complete folders is reported: flipped bits, truncations, and swapped, missing or additional files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {"converted": ConvertedFolder, "packed": PackedFolder}
 
 
 def tiny(kind, parent):
-    """The smallest folder with all kinds of files in it: one shard of one row."""
+    """The smallest folder with all kinds of files: one shard of one row."""
     if kind == "packed":
         made = PackedFolder(parent / kind, packed=[[[("a", [(2, 1, 0), (3, 2, 1)])]]], seq_len=128)
         made.index["totals"]["split"] = 0
@@ -43,7 +43,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_single_flipped_bit_is_reported(tmp_path, kind):
-    """Every bit of every file. The sentence names the file that was damaged, and nothing is raised."""
+    """Every bit of every file. The problem names the damaged file, and nothing is raised."""
     folder = tiny(kind, tmp_path)
     flipped = 0
     for path in files_of(folder):
@@ -87,12 +87,12 @@ def test_every_missing_file_is_reported(tmp_path, kind):
     assert verify(folder).ok
 
 
-STRANGERS = ["shard-00002.arrow", "conversations-00002.arrow", "shard-00000.arrow.tmp", ".hidden", "deeper/x.arrow"]
+ADDITIONAL = ["shard-00002.arrow", "conversations-00002.arrow", "shard-00000.arrow.tmp", ".hidden", "deeper/x.arrow"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", STRANGERS)
-def test_every_stranger_is_reported(tmp_path, kind, name):
+@pytest.mark.parametrize("name", ADDITIONAL)
+def test_every_additional_file_is_reported(tmp_path, kind, name):
     folder = KINDS[kind](tmp_path / kind).folder
     (folder / name).parent.mkdir(exist_ok=True)
     shutil.copy(next(folder.glob("*.arrow")), folder / name)
@@ -102,7 +102,7 @@ def test_every_stranger_is_reported(tmp_path, kind, name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_of_another_folder_is_reported(tmp_path, kind):
-    """Sound files, every one of them signed by an index: not by this one."""
+    """A valid file, but of another folder with another index."""
     one, other = KINDS[kind](tmp_path / "one"), KINDS[kind](tmp_path / "other")
     row = other.rows[0][0]
     row["conversation_ids" if kind == "packed" else "id"] = (
@@ -124,7 +124,7 @@ def test_a_file_replaced_by_a_folder_or_a_link_is_reported(tmp_path):
     shard = folder / "shard-00000.arrow"
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
-    assert verify(folder).ok  # its content is what was written, wherever it lies
+    assert verify(folder).ok  # a link to a file with the listed content is valid
     shard.unlink()
     shard.symlink_to(tmp_path / "nowhere")
     assert verify(folder).problems == [f"{shard}: missing; index.json lists it. Restore it or make the folder again"]
@@ -136,7 +136,7 @@ def test_a_file_replaced_by_a_folder_or_a_link_is_reported(tmp_path):
     (folder / "tokenizer").rename(tmp_path / "tokenizer")
     (folder / "tokenizer").symlink_to(tmp_path / "tokenizer")
     [problem] = verify(folder).problems
-    assert problem.startswith(f"{folder / 'tokenizer'}: a link to another folder")
+    assert problem.startswith(f"{folder / 'tokenizer'}: is a link to a folder; expected a folder")
 
 
 # ---- the index ----
@@ -152,14 +152,14 @@ WRONG_INDEX = {
     "deep": b"[" * 100_000,
     "deep and closed": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
     "a huge number": b'{"shards": ' + b"9" * 10_000 + b"}",
-    "unsealed": b'{"format": "ismdata.packed/1", "shards": 5}',
-    "a seal of another kind": b'{"format": "ismdata.packed/1", "sha256": 5}',
-    "a seal too early": b'{"sha256": "' + b"0" * 64 + b'"\n, "shards": []}\n',
+    "no hash": b'{"format": "ismdata.packed/1", "shards": 5}',
+    "a hash of another type": b'{"format": "ismdata.packed/1", "sha256": 5}',
+    "a hash that is not last": b'{"sha256": "' + b"0" * 64 + b'"\n, "shards": []}\n',
 }
 
 
 @pytest.mark.parametrize("content", WRONG_INDEX.values(), ids=WRONG_INDEX)
-def test_an_index_that_was_not_written_by_us_is_a_sentence(tmp_path, content):
+def test_an_index_that_ismdata_did_not_write_is_a_problem(tmp_path, content):
     folder = PackedFolder(tmp_path / "packed").folder
     (folder / INDEX_NAME).write_bytes(content)
     [problem] = verify(folder).problems
@@ -171,22 +171,22 @@ def test_an_index_that_was_not_written_by_us_is_a_sentence(tmp_path, content):
 
 
 @pytest.mark.parametrize("upper", [False, True])
-def test_the_seal_is_the_hash_of_the_file_with_zeros_in_its_place(tmp_path, upper):
+def test_the_hash_of_an_index_is_that_of_the_file_with_zeros_in_its_place(tmp_path, upper):
     write_index(tmp_path, {"format": "x", "name": "é\udcff"})
     data = (tmp_path / INDEX_NAME).read_bytes()
-    seal = json.loads(data)["sha256"]
+    own_hash = json.loads(data)["sha256"]
     assert list(json.loads(data)) == ["format", "name", "sha256"]
     assert json.loads(data)["name"] == "é\udcff"
-    assert data.endswith(b'"sha256": "' + seal.encode() + b'"\n}\n')
-    assert hashlib.sha256(data.replace(seal.encode(), b"0" * 64)).hexdigest() == seal
+    assert data.endswith(b'"sha256": "' + own_hash.encode() + b'"\n}\n')
+    assert hashlib.sha256(data.replace(own_hash.encode(), b"0" * 64)).hexdigest() == own_hash
     assert with_own_hash(data) == data
     if upper:
-        (tmp_path / INDEX_NAME).write_bytes(data.replace(seal.encode(), seal.upper().encode()))
+        (tmp_path / INDEX_NAME).write_bytes(data.replace(own_hash.encode(), own_hash.upper().encode()))
         with pytest.raises(DataError, match="its own SHA-256 does not match"):
             load_index(tmp_path)
 
 
-def test_an_index_of_an_older_version_is_told_apart(tmp_path):
+def test_an_index_of_an_older_version_is_refused(tmp_path):
     folder = PackedFolder(tmp_path / "packed").folder
     index = load_index(folder)
     del index["sha256"]
@@ -215,7 +215,7 @@ LEAVING = ["../shard-00000.arrow", "a/../../b", "/etc/passwd", "", ".", "a\0b"]
 
 @pytest.mark.parametrize("name", LEAVING)
 def test_names_that_leave_the_folder_are_refused(tmp_path, name):
-    """Also where the index is sealed, as a hostile one would be."""
+    """Even if the hash of the index matches, as a hostile one would."""
     assert leaves_folder(name)
     packed = PackedFolder(tmp_path / "packed")
     packed.index["shards"][0]["name"] = name
@@ -237,7 +237,7 @@ WRONG_SHARDS = {
 
 
 @pytest.mark.parametrize("listed", WRONG_SHARDS.values(), ids=WRONG_SHARDS)
-def test_sealed_nonsense_is_a_sentence(tmp_path, listed):
+def test_wrong_shards_in_an_index_are_named(tmp_path, listed):
     packed = PackedFolder(tmp_path / "packed")
     write_index(packed.folder, packed.index | {"shards": listed})
     assert not verify(packed.folder).ok
@@ -258,7 +258,7 @@ def test_a_shard_with_other_rows_than_listed_is_refused_when_read(tmp_path):
 @pytest.mark.parametrize(
     "record", [b"[" * 100_000, b'{"a": ' * 3000, b"9" * 5000, b'"\\ud800"', b"1e999"], ids=range(5)
 )
-def test_hostile_quarantine_lines_are_read_or_told_of(tmp_path, record):
+def test_hostile_quarantine_lines_are_read_or_named(tmp_path, record):
     converted = ConvertedFolder(tmp_path / "converted")
     line = b'{"source": "a", "reason": "unknown_role", "detail": "so", "record": ' + record + b"}\n"
     (converted.folder / "quarantine.jsonl").write_bytes(line)

@@ -1,4 +1,4 @@
-"""Death at every step of a run, then the same command: the bytes of a run that nothing happened to."""
+"""A run that dies at any step and is started again writes the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ SEQ_LEN = 256
 
 
 class Death(BaseException):
-    """The end of a process, as far as a test can have it inside its own."""
+    """Stands for the end of the process."""
 
 
 class DeathAfter:
-    """Stands for os.fsync: dies when it is called once too often. What was not synced is not on the disk."""
+    """Replaces os.fsync: dies after a number of calls. What was not synced is lost."""
 
     def __init__(self, calls: int) -> None:
         self.left = calls
@@ -88,7 +88,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record after each batch, and no wait for the disk: what was written outlives a death inside the process."""
+    """Record after each batch, and do not wait for the disk: what was written survives a death inside the process."""
     monkeypatch.setattr(ismdata.data.journal, "_EVERY", 0.0)
     monkeypatch.setattr(ismdata.data.journal, "_SHARE", 0)
     monkeypatch.setattr("os.fsync", lambda handle: None)
@@ -106,7 +106,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
 
 
 def packed(converted: Path, output: Path, **options: Any) -> PackReport:
-    # The reference alone, whose batches are counted here; tests/rendering/test_tokenizer_backends.py has the others.
+    # The reference backend, whose batches are counted here; tests/rendering/test_tokenizer_backends.py has the others.
     options = {"tokenizer": "bytes", "seq_len": SEQ_LEN, "tokenizer_backend": "hf"} | options
     return pack([converted], output, **options)
 
@@ -134,7 +134,7 @@ def alone(folder: Path) -> bool:
 def test_death_at_every_sync(
     converted: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every record, part and rename syncs: before each, what is not on the disk yet is lost, too."""
+    """Every record, shard and rename syncs first: what was not synced before it is lost."""
     output = tmp_path / "out" / "packed"
     n, died = 0, True
     while died:
@@ -146,7 +146,7 @@ def test_death_at_every_sync(
             except Death:
                 assert not output.exists() or files_of(output) == expected
         if output.exists():
-            with pytest.raises(UsageError, match="is in use"):  # and what the crash left beside it goes
+            with pytest.raises(UsageError, match="is in use"):  # and removes what the crash left beside it
                 packed(converted, output)
         else:
             packed(converted, output)
@@ -159,7 +159,7 @@ def test_death_at_every_sync(
 
 @contextmanager
 def death_at_line(number: int) -> Iterator[list[int]]:
-    """Die at the n-th line run in the files that write; yields how many there were."""
+    """Die at the n-th executed line of the modules that write; yields the number of executed lines."""
     names = ["data/journal", "data/column_file", "data/output_folder", "data/conversations", "data/quarantine"]
     names += ["pack/pipeline", "pack/tokenize", "pack/spool", "convert/job", "convert/position", "convert/filters"]
     files = {str(Path(ismdata.__file__).parent / f"{name}.py") for name in names}
@@ -183,7 +183,7 @@ def death_at_line(number: int) -> Iterator[list[int]]:
 
 
 def test_death_after_death_at_any_line(converted: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Killed on and on at random lines, also while it goes on after a kill."""
+    """Killed at random lines again and again, also while it resumes."""
     with death_at_line(0) as count:
         packed(converted, tmp_path / "measured")
     lines = count[0]
@@ -251,7 +251,7 @@ def test_finished_work_is_not_done_again(
 def test_the_decision_to_render_one_by_one_is_kept(
     converted: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that needs it is found out once; the run goes on without skeletons after a crash."""
+    """A template that skeletons cannot render is detected once; after a crash the run resumes without skeletons."""
     output = tmp_path / "out" / "packed"
     prepare, used = ismdata.pack.tokenize.template_check.prepare_comparison, []
 
@@ -282,7 +282,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two sources with broken and repeated records, to be read in many blocks and written to many shards."""
+    """Two sources with broken and repeated records, which are read in many blocks and written to many shards."""
     monkeypatch.setattr(framing.ByteQueue.more, "__defaults__", (4000,))
     monkeypatch.setattr(ismdata.convert.job, "_BATCH_BYTES", 4000)
     monkeypatch.setattr(ismdata.data.conversations, "SHARD_BYTES", 8000)
@@ -356,7 +356,7 @@ def test_convert_is_refused_a_source_that_changed(corpora: list[str], tmp_path: 
 
 @contextmanager
 def interrupted(converted: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Path]:
-    """A folder that a killed run left."""
+    """A folder that an interrupted run left."""
 
     def die(*arguments: Any) -> None:
         raise Death
@@ -383,7 +383,7 @@ def test_another_call_is_refused_and_loses_nothing(
         with pytest.raises(UsageError, match="was not given then"):
             packed(other, output)
         assert files_of(partial) == before
-        packed(converted, output, overwrite=True)  # the same call: --overwrite goes on with it
+        packed(converted, output, overwrite=True)  # the same call: --overwrite resumes it
     assert files_of(output) == expected
     assert alone(output)
 
@@ -448,7 +448,7 @@ def test_an_interrupted_run_that_was_tampered_with(
 
 @contextmanager
 def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    # Only a real file system fills up as one does; where none can be mounted there is nothing to try.
+    # Only a real file system behaves like a full one.
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("mounting a small file system takes root on Linux")
     folder.mkdir()
@@ -461,9 +461,7 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up(converted: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Wherever it is full, while spooling, writing shards or saving the tokenizer: one error, nothing left, until all
-    of it fits.
-    """
+    """While spooling, writing shards or saving the tokenizer: one error, and nothing is left, until everything fits."""
     full = 0
     with small_disk(tmp_path / "small", "size=16k") as disk:
         while True:
@@ -490,7 +488,7 @@ def test_a_disk_that_cannot_be_written(converted: Path, tmp_path: Path, small_pa
 
 # ---- kill -9 and SIGTERM from outside ----
 
-#: The command, with many records and a rest after each.
+#: The command, with many records and a pause after each.
 SLOW = """
 import sys, time
 import ismdata.data.journal, ismdata.pack.tokenize
@@ -506,7 +504,7 @@ main()
 
 @contextmanager
 def running(*words: object) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own."""
+    """The command in its own process."""
     with subprocess.Popen(
         [sys.executable, "-c", SLOW, *map(str, words)], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

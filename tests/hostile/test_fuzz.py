@@ -1,7 +1,7 @@
-"""Random conversations as raw files of every format, layout and compression, sound and damaged, through the whole road.
+"""Random conversations as raw files of every format, layout and compression, valid or damaged, convert and pack.
 
-What is sound comes out word for word. What is damaged is read or refused, never lost, and never an unhandled exception.
-`benchmarks/fuzz.py` does the same for longer, led by coverage.
+Valid ones come out word for word. Damaged ones are read or refused; none is lost, and none raises an unhandled
+exception. `benchmarks/fuzz.py` does the same for longer, guided by code coverage.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tests.support.raw_corpora import (
 
 pytestmark = pytest.mark.slow  # draws damaged corpora
 
-#: The same examples in each run: what is new is for the benchmark to find.
+#: The same examples in each run; benchmarks/fuzz.py tries new ones.
 QUICK = settings(derandomize=True, deadline=None, database=None)
 
 AWKWARD = (
@@ -66,7 +66,7 @@ plain_texts = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=[
 
 @st.composite
 def talks(draw: Any) -> Talk:
-    """A conversation of any shape; the usual ones are the most frequent."""
+    """A conversation of any shape; common shapes are the most frequent."""
     words = draw(st.sampled_from([texts, plain_texts, plain_texts]))
     shape = draw(st.sampled_from(["pairs", "pairs", "pairs", "open", "any", "long"]))
     if shape == "any":
@@ -81,13 +81,13 @@ corpora = st.lists(talks(), min_size=2, max_size=8)
 
 
 def file_of(form: Format, corpus: list[Talk], layout: str, **how: Any) -> tuple[list[Talk], str, bytes]:
-    """The conversations that the format and the layout can hold, after one that all can; a file of them."""
+    """The conversations that the format and the layout can hold, and a file of them; the first suits all formats."""
     kept = [ANCHOR, *(talk for talk in corpus if form.holds(talk) and (layout in ESCAPING or is_unicode(talk)))]
     return kept, *written(form, kept, layout, **how)
 
 
 def converted(folder: Path, name: str, data: bytes, **options: Any) -> ConvertReport:
-    """Raises DataError, and nothing is left then."""
+    """Convert, or raise DataError and leave nothing."""
     folder.mkdir()
     (folder / name).write_bytes(data)
     try:
@@ -99,7 +99,7 @@ def converted(folder: Path, name: str, data: bytes, **options: Any) -> ConvertRe
 
 
 def rows_of(report: ConvertReport) -> list[dict[str, Any]]:
-    """The rows of a converted folder, in which nothing is wrong."""
+    """The rows of a converted folder, which must be valid."""
     checked = verify(report.output)
     assert checked.ok, checked.problems
     assert report.read == report.written + sum(report.quarantined.values())
@@ -144,7 +144,7 @@ def test_rows_of_a_parquet_file_are_grouped(name: str, tmp_path: Path) -> None:
 
 
 def _broken_parquet() -> bytes:
-    """A Parquet file with a text that is no UTF-8: writers do not look."""
+    """A Parquet file with a text that is not UTF-8, which writers do not check."""
     content = written(FORMATS["sharegpt"], [ANCHOR], "parquet")[1]
     return content.replace(b"Until six.", b"Until \xffix.")
 
@@ -166,7 +166,7 @@ def _zip_with_a_wrong_offset() -> bytes:
     ],
     ids=["parquet", "zip", "null", "blank lines", "deep"],
 )
-def test_what_the_fuzzer_found_is_refused_in_words(content: bytes, message: str, tmp_path: Path) -> None:
+def test_findings_of_the_fuzzer_are_errors(content: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         converted(tmp_path / "c", "x", content)
 
@@ -189,7 +189,7 @@ def test_a_member_without_a_name_is_read(tmp_path: Path) -> None:
 
 @st.composite
 def damaged(draw: Any, name: str) -> bytes:
-    """A file of a format with some damage: to the tree of its records, to its bytes, or to both."""
+    """A file of a format, damaged in its records, its bytes, or both."""
     form, rng = FORMATS[name], random.Random(draw(st.integers(0, 1 << 32)))
     layout = draw(st.sampled_from(form.layouts))
     _, _, content = file_of(form, draw(st.lists(talks(), max_size=3)), layout, escaped=draw(st.booleans()))
@@ -222,7 +222,7 @@ names = st.sampled_from(["x.jsonl", "x.csv", "x.yaml", "x"])
 @pytest.mark.parametrize("name", FORMATS)
 @settings(QUICK, max_examples=20)
 @given(data=st.data())
-def test_damaged_files_are_read_alike_on_both_roads_or_refused(name: str, data: Any) -> None:
+def test_both_parsers_read_damaged_files_alike(name: str, data: Any) -> None:
     content, choices, file = data.draw(damaged(name)), data.draw(st.sampled_from(CHOICES)), data.draw(names)
     for format in (name, "auto"):
         check_file(content, file, Reading(name=format, choices=choices), Rules(roles=ROLE_NAMES, join=True))
@@ -244,7 +244,7 @@ def test_damaged_files_are_converted_whole_or_leave_nothing(data: Any) -> None:
 
 @settings(QUICK, max_examples=60)
 @given(data=st.data())
-def test_explain_says_something_of_any_file(data: Any) -> None:
+def test_explain_describes_any_file(data: Any) -> None:
     content = data.draw(damaged(data.draw(st.sampled_from([*FORMATS]))))
     source: Any = Memory(data=content, name=data.draw(names))
     try:
@@ -260,7 +260,9 @@ def test_explain_says_something_of_any_file(data: Any) -> None:
 
 @settings(QUICK, max_examples=3)
 @given(corpus=st.lists(talks(), min_size=4, max_size=12), over_long=st.sampled_from(["split", "drop", "truncate"]))
-def test_whatever_comes_out_is_packed_or_refused(bytes_tokenizer: Path, corpus: list[Talk], over_long: Any) -> None:
+def test_converted_conversations_are_packed_or_quarantined(
+    bytes_tokenizer: Path, corpus: list[Talk], over_long: Any
+) -> None:
     _, ending, content = file_of(FORMATS["messages"], corpus, "lines")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

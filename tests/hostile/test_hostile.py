@@ -1,4 +1,4 @@
-"""Text, templates and files that someone made to do harm: no text steers a model, no template hangs, no code runs."""
+"""Hostile text, templates and files: no text becomes a control token, no template hangs, no code runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.support.tiny import tiny_model
 
 # ---- templates ----
 
-#: Each of these would run for hours, fill the memory, or print what is none of its business.
+#: Each of these would run for hours, fill the memory, or print internals.
 BOMBS = {
     "a loop in a loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a writing loop": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
@@ -76,7 +76,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
-def test_a_hostile_template_is_a_sentence(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "_SECONDS", 0.2)
     before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
     template = ChatTemplate(name="bad.jinja", source=source, special_tokens={}, arguments={})
@@ -101,7 +101,7 @@ def test_a_long_conversation_has_more_time_and_text() -> None:
 
 
 def test_no_module_runs_templates_with_jinja_itself() -> None:
-    """What the package takes from jinja2 reads a template's words or names its errors; rendering is transformers'."""
+    """The package uses jinja2 to parse templates and for its errors; transformers renders them."""
     taken, called = set(), set()
     for path in Path(ismdata.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -123,7 +123,7 @@ def spin() -> None:
         pass
 
 
-def test_limits_let_through_what_stays_within() -> None:
+def test_work_within_the_limits_is_not_stopped() -> None:
     assert limited(lambda: 5, seconds=10, memory=1 << 30) == 5
     with pytest.raises(KeyError):
         limited(lambda: {}["x"], seconds=10, memory=1 << 30)
@@ -156,7 +156,7 @@ def test_code_that_catches_every_error_is_stopped_too() -> None:
         limited(stubborn, seconds=0.05, memory=1 << 30)
 
 
-def test_an_alarm_of_the_caller_still_rings() -> None:
+def test_an_alarm_of_the_caller_still_fires() -> None:
     rung = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
     try:
@@ -215,7 +215,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("name", [*BROKEN, "auto_map", "a model of its own"])
-def test_a_broken_or_foreign_model_is_a_sentence(model_folder: Path, tmp_path: Path, load: Any, name: str) -> None:
+def test_a_broken_or_foreign_model_is_an_error(model_folder: Path, tmp_path: Path, load: Any, name: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
@@ -246,7 +246,7 @@ def test_a_broken_or_foreign_model_is_a_sentence(model_folder: Path, tmp_path: P
     ],
     ids=range(6),
 )
-def test_a_hostile_tokenizer_is_a_sentence(smollm2: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_a_hostile_tokenizer_is_an_error(smollm2: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
     folder = tmp_path / "tokenizer"
     shutil.copytree(smollm2, folder)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
@@ -274,9 +274,9 @@ def with_(request: pytest.FixtureRequest, smollm2: Path, deepseek: Path) -> Enco
 
 
 def every_token(with_: Encoding, *, few: bool = False) -> list[str]:
-    """All added tokens of the tokenizer, control tokens of ours or not, and the template's markers.
+    """All added tokens of the tokenizer and the markers of the template.
 
-    few: of those that differ in a number only, the first and the last.
+    few: of tokens that differ only in a number, take the first and the last.
     """
     added = [token.content for token in with_.tokenizer.pretrained.added_tokens_decoder.values()]
     tokens = sorted({*added, *with_.tokenizer.markers.tokens})
@@ -289,7 +289,7 @@ def every_token(with_: Encoding, *, few: bool = False) -> list[str]:
 
 PLACES = {
     "alone": lambda token: [token],
-    "glued": lambda token: [f"a{token}b"],
+    "adjacent": lambda token: [f"a{token}b"],
     "doubled": lambda token: [token * 2, token[0] + token, token + token[-1]],
     "nested": lambda token: [token[: len(token) // 2] + token + token[len(token) // 2 :]],
     "with joiners": lambda token: [f"\u200d{token}\u200d", "\u200d".join(token), f"{token}\u200c{token}"],
@@ -299,7 +299,7 @@ PLACES = {
 
 
 def controls_of(with_: Encoding, conversations: list[dict[str, Any]]) -> list[list[int]]:
-    """The control tokens of each conversation's document, both roads agreeing about all of its tokens."""
+    """The control tokens of each conversation's document; its ids must be the same from columns and from rendering."""
     rows = pa.RecordBatch.from_pylist(conversations, schema=CONVERSATION_SCHEMA)
     batch = ConversationBatch.from_rows(rows, with_.sensitivity)
     encoder = BatchEncoder(SkeletonCache(with_), batch)
@@ -319,7 +319,7 @@ def controls_of(with_: Encoding, conversations: list[dict[str, Any]]) -> list[li
 
 
 def talk(at: str | None, text: str, **fields: Any) -> dict[str, Any]:
-    """Two exchanges; what the role `at` says first is `text`."""
+    """Two exchanges; the first message of the role `at` is `text`."""
     roles = ["system", "user", "assistant", "user", "assistant"]
     messages: list[dict[str, Any]] = [{"role": role, "content": f"word {k}"} for k, role in enumerate(roles)]
     if at is not None:
@@ -331,21 +331,21 @@ def talk(at: str | None, text: str, **fields: Any) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_no_message_holds_a_control_token(with_: Encoding, place: str) -> None:
-    """Every token in every role and place, in one text with the others and, for a few, in a text of its own."""
+    """Every token in every role and place, in one text with the others and, for a few, in a separate text."""
     tokens = every_token(with_, few=place != "alone")
     few = [*tokens[:3], *tokens[-3:], *with_.tokenizer.markers.tokens][:8]
     texts = [" ".join(text for token in tokens for text in PLACES[place](token))]
     texts += ["".join(text for token in tokens for text in PLACES[place](token))]
     texts += [text for token in few for text in PLACES[place](token) if text.strip()]
     [expected] = controls_of(with_, [talk(None, "")])
-    for fields in ({}, {"name": "Bo"}):  # from columns, and rendered by itself
+    for fields in ({}, {"name": "Bo"}):  # from columns, and rendered individually
         conversations = [talk(role, text, **fields) for role in ("system", "user", "assistant") for text in texts]
         for found, conversation in zip(controls_of(with_, conversations), conversations, strict=True):
             assert found == expected, conversation
 
 
 def test_texts_side_by_side_make_no_control_token(with_: Encoding) -> None:
-    """Half of a token at the end of one text and half at the beginning of the next, whatever blanks were stripped."""
+    """Half of a token at the end of a text and half at the start of the next, even if whitespace is stripped."""
     for token in every_token(with_, few=True):
         for cut in range(1, len(token)):
             texts = [f"a {token[:cut]}", f" {token[:cut]}\n", f"\t{token[cut:]} ", f"{token[cut:]} a", token[:cut] * 2]
@@ -358,8 +358,8 @@ def test_texts_side_by_side_make_no_control_token(with_: Encoding) -> None:
                     assert with_.tokenizer.controls.pattern.search(joined) is None, (token, cut, joined)
 
 
-def test_a_template_that_glues_texts_makes_no_control_token(smollm2: Path, tmp_path: Path) -> None:
-    """Through a template that writes what two messages say without anything between them."""
+def test_a_template_that_joins_texts_makes_no_control_token(smollm2: Path, tmp_path: Path) -> None:
+    """With a template that writes two messages without anything between them."""
     end = "{% if m.role == 'assistant' %}<|im_end|>{% endif %}"
     glued = "{% for m in messages %}{{ m.content | trim }}" + end + "{% endfor %}"
     path = tmp_path / "glued.jinja"
@@ -438,7 +438,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("fields", [{}, {"name": "Bo"}], ids=["columns", "by itself"])
+@pytest.mark.parametrize("fields", [{}, {"name": "Bo"}], ids=["columns", "individually"])
 def test_odd_text_comes_through_unchanged(text: str, fields: dict[str, Any], smollm2: Path) -> None:
     with_ = encoding(smollm2)
     for role in ("user", "assistant"):
@@ -446,14 +446,16 @@ def test_odd_text_comes_through_unchanged(text: str, fields: dict[str, Any], smo
         [_] = controls_of(with_, [conversation])
         messages, tools = as_template_messages(conversation)
         ids = [id for piece in with_.document(messages, tools) for id in piece.ids or ()]
-        # As the tokenizer itself spells it: SmolLM2's vocabulary lacks some control characters.
+        # As the tokenizer decodes it: SmolLM2's vocabulary lacks some control characters.
         spelled = with_.tokenizer.decode(with_.tokenizer.pretrained.encode(f"x{text}x", add_special_tokens=False))
         assert spelled in with_.tokenizer.decode(ids)
         assert spelled == f"x{text}x" or text == ODD["controls"]
 
 
-def test_a_conversation_too_long_to_render_by_itself_is_refused(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By columns any length goes; rendered one answer at a time, the time would grow with its square."""
+def test_a_conversation_too_long_to_render_individually_is_refused(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columnar encoding has no limit; rendering one answer at a time takes time that grows with the square."""
     monkeypatch.setattr(renderer, "MOST_MESSAGES", 30)
     with_ = encoding(smollm2)
     long = [{"role": ("user", "assistant")[k % 2], "content": f"word {k}"} for k in range(40)]
@@ -467,7 +469,7 @@ def test_a_conversation_too_long_to_render_by_itself_is_refused(smollm2: Path, m
 
 
 def test_escaping_leaves_the_keys_and_roles_that_templates_read() -> None:
-    """Even where a tokenizer has a token that is a part of them."""
+    """Even if a tokenizer has a token that is a part of them."""
     controls = ControlTokens(
         [AddedToken(text=text, id=k, special=True) for k, text in enumerate(["role", "user", "name"])]
     )

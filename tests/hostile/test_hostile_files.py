@@ -1,4 +1,4 @@
-"""Raw files that someone made to do harm: each line is read, or refused by itself, and nothing around it is lost."""
+"""Hostile raw files: each line is read or refused individually, and no other line is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def record(content: bytes) -> bytes:
     return b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ' + content + b"}]}\n"
 
 
-#: A line and what comes of it: the answer, or the reasons for which it may be refused.
+#: A line, and what it becomes: the answer that is read, or the reasons for which it may be refused.
 LINES: dict[str, tuple[bytes, str | set[str]]] = {
     "NUL escaped": (record(b'"a\\u0000b"'), "a\x00b"),
     "NUL raw": (record(b'"a\x00b"'), {"invalid_json"}),
@@ -44,8 +44,8 @@ LINES: dict[str, tuple[bytes, str | set[str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("around", [0, 3, 2000], ids=["alone", "in a few", "in a block"])
 @pytest.mark.parametrize("name", LINES)
-def test_a_hostile_line_is_read_or_refused_by_itself(name: str, around: int, tmp_path: Path) -> None:
-    """Whichever road reads the block, the lines around it come through and nothing is lost."""
+def test_a_hostile_line_is_read_or_refused_individually(name: str, around: int, tmp_path: Path) -> None:
+    """Whichever parser reads the block, the other lines are read."""
     line, expected = LINES[name]
     source, output = tmp_path / "corpus.jsonl", tmp_path / "out"
     source.write_bytes(b"".join([SOUND] * max(around, 1)) + line + SOUND * around)
