@@ -1,6 +1,7 @@
-"""The general road's second half: a draft becomes a canonical row, or is refused with a reason.
+"""The general path: a draft becomes a canonical row, or is refused with a reason.
 
-Plain Python, one record at a time. It is the oracle for `columnar.py` and takes every record that file leaves aside.
+Plain Python, one conversation at a time. These rules are the reference for the fast path (`columnar.py`), which applies
+them to whole columns and leaves every conversation to this module that it cannot decide.
 """
 
 from __future__ import annotations
@@ -17,27 +18,42 @@ from ismdata.convert.training_flags import refuse_flags, train_flag
 from ismdata.errors import Refused, UsageError, shown
 
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
-#: Record fields that hold what is no text: without it the messages are half of the conversation.
+#: Record fields with images, video or audio: without these the messages are only half of the conversation.
 MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 _REASONING_PARTS = frozenset({"reasoning", "thinking"})
 
 
 def role_table(extra: Mapping[str, str]) -> dict[str, str]:
-    """Role names in lower case to canonical roles: the usual ones, overridden by `extra`. Raises UsageError."""
+    """The canonical role of each known role name.
+
+    Args:
+        extra: Role names to canonical roles, in addition to ROLE_NAMES; they override it.
+
+    Returns:
+        Role names in lower case to canonical roles.
+
+    Raises:
+        UsageError: If `extra` maps a name to something else than a canonical role.
+
+    Example:
+        >>> role_table({"Clerk": "assistant"})["clerk"]
+        'assistant'
+    """
     table = dict(ROLE_NAMES)
     for name, role in extra.items():
         if role not in ROLES:
-            raise UsageError(f"--role {name}={role}: {role!r} is no role; expected one of {', '.join(ROLES)}")
+            raise UsageError(f"--role {name}={role}: {role!r} is not a role; expected one of {', '.join(ROLES)}")
         table[name.lower()] = role
     return table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What both roads do alike with all formats.
+    """The rules that both paths apply to all formats.
 
-    `roles` maps role names in lower case to canonical roles. `join` makes one message of several that one side sends in
-    a row, a line break between them.
+    Attributes:
+        roles: Role names in lower case to canonical roles.
+        join: Whether to merge consecutive messages of the same role, with a line break between them.
     """
 
     roles: Mapping[str, str]
@@ -45,7 +61,18 @@ class Rules:
 
 
 def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
-    """The row of `conversation.CONVERSATION_SCHEMA` without its `source`; `id` may be None. Raises Refused."""
+    """Turn a draft into a canonical conversation.
+
+    Args:
+        draft: The conversation as its format parsed it.
+        rules: The rules that all formats share.
+
+    Returns:
+        A row of `conversation.CONVERSATION_SCHEMA` without its `source`. Its `id` is None if the draft has none.
+
+    Raises:
+        Refused: If the conversation breaks a rule. The reason is a key of `conversation.REASONS`.
+    """
     if not draft.messages:
         raise Refused("no_messages", "the conversation has no messages")
     for name in MEDIA_FIELDS:
@@ -63,29 +90,30 @@ def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
         for name, value in message.items():
             _check_text(value, f"message {number}'s {name}")
     if rules.join:
-        row["messages"] = joined(messages)
+        row["messages"] = join_messages(messages)
     for name in ("id", "tools", "meta"):
         _check_text(row[name], f"the record's {name}")
     return row
 
 
-#: Roles whose messages in a row can be one.
+#: Roles whose consecutive messages are merged by `Rules.join`.
 JOINED_ROLES = ("user", "assistant")
 
 
-def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages that one side sends in a row as one, where they differ in their text alone; tool calls stay apart."""
+def join_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge consecutive messages that differ only in their content. Messages with tool calls are not merged."""
     result: list[dict[str, Any]] = []
     for message in messages:
         last = result[-1] if result else None
-        if last is not None and message["role"] in JOINED_ROLES and not message["tool_calls"] and _alike(last, message):
+        joinable = message["role"] in JOINED_ROLES and not message["tool_calls"]
+        if last is not None and joinable and _differ_in_content_only(last, message):
             result[-1] = {**last, "content": f"{last['content']}\n{message['content']}"}
         else:
             result.append(message)
     return result
 
 
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _differ_in_content_only(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one[name] == other[name] for name in one if name != "content")
 
 
@@ -124,7 +152,7 @@ def _expected_roles() -> str:
 
 
 def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]], str | None]:
-    """Text, tool calls and reasoning of a message's content, which is text, null or a list of typed parts."""
+    """Text, tool calls and reasoning in a message's content, which is a string, null or a list of typed parts."""
     if value is None or isinstance(value, str):
         return value, [], None
     if not isinstance(value, list):
@@ -190,12 +218,12 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise Refused("invalid_tool_call", f"message {number}'s tool call is {shown(call)}; expected {_EXPECTED_CALL}")
     arguments = function.get("arguments")
     head = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    # An object or its JSON text, as the corpus has it: who renders them for a template parses the text.
+    # Arguments stay as in the corpus, an object or its JSON text. Rendering parses the text.
     return {**head, "type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
 
 
 def _tools(value: Any) -> str | None:
-    """The JSON text of an OpenAI-style list of tool descriptions, or None where there are none."""
+    """The JSON text of an OpenAI-style list of tool descriptions, None if there are none."""
     if isinstance(value, str):
         if not value.strip():
             return None
@@ -213,12 +241,12 @@ def _tools(value: Any) -> str | None:
 
 
 def meta_json(extra: Mapping[str, Any]) -> str | None:
-    """The JSON text of what else a record holds, nulls left out, or None. Raises Refused."""
-    held = {name: value for name, value in extra.items() if value is not None}
-    return json_text(held, "the record's other fields") if held else None
+    """The JSON text of a record's other fields without nulls, None if there are none. Raises Refused."""
+    present = {name: value for name, value in extra.items() if value is not None}
+    return json_text(present, "the record's other fields") if present else None
 
 
-#: Weights are stored as float32 in shards.
+#: The largest weight: packed shards store weights as float32.
 MAX_WEIGHT = 3.4e38
 
 
@@ -233,7 +261,8 @@ def _weight(value: Any, number: int) -> float | None:
         if 0 <= weight <= MAX_WEIGHT:
             return weight
     raise Refused(
-        "invalid_field", f"message {number} has weight {shown(value)}; expected a number from 0 up, finite as float32"
+        "invalid_field",
+        f"message {number} has weight {shown(value)}; expected a number of at least 0 and at most {MAX_WEIGHT:g}",
     )
 
 
@@ -249,8 +278,8 @@ def _check_text(value: Any, where: str) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            found = f"{where} holds half a surrogate pair, \\u{ord(value[error.start]):04x}"
-            raise Refused("lone_surrogate", f"{found}; expected text that UTF-8 can hold") from error
+            found = f"{where} contains half a surrogate pair, \\u{ord(value[error.start]):04x}"
+            raise Refused("lone_surrogate", f"{found}; expected text that UTF-8 can encode") from error
 
 
 def _no_constant(name: str) -> Any:
@@ -258,14 +287,24 @@ def _no_constant(name: str) -> Any:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-#: What is deeper is refused. Python's own limit counts all calls that are open: it would depend on who asks, and what
-#: was read could not be written again.
+#: Values nested more deeply are refused. Python's recursion limit is no substitute: it counts the frames of the caller
+#: too, so that a value that was read might not be writable.
 MAX_DEPTH = 800
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON, without NaN and Infinity. Raises ValueError for what cannot be read, too deep nesting included."""
+    """Parse strict JSON, which has no NaN and Infinity.
+
+    Args:
+        text: The JSON text of one value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If the text is not strict JSON, or is nested more than MAX_DEPTH levels deep.
+    """
     try:
         value = _DECODER.decode(text)
     except RecursionError as error:
@@ -291,8 +330,8 @@ def exceeds_depth(value: Any) -> bool:
 
 
 def json_text(value: Any, where: str) -> str:
-    """Compact JSON that stays readable. Raises Refused for what JSON cannot hold."""
+    """The JSON text of a value, not escaped to ASCII. Raises Refused if JSON cannot express it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise Refused("invalid_field", f"{where}: {error}; expected values that JSON can hold") from error
+        raise Refused("invalid_field", f"{where}: {error}; expected values that JSON can express") from error

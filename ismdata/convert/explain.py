@@ -268,7 +268,7 @@ def _outcome(draft: Draft, rules: Rules) -> Any:
 def _file_text(mapping: Mapped) -> str | None:
     """The mapping file, or None if one of its names is not valid Unicode."""
     own = {name: role for name, role in mapping.roles.items() if ROLE_NAMES.get(name) != role}
-    text = mapping_text(replace(mapping, roles=own), {})
+    text = mapping_text(replace(mapping, roles=own))
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

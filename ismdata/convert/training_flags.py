@@ -1,7 +1,7 @@
-"""Which fields of a message say whether its answer is trained, whatever a corpus calls them.
+"""Message fields that decide whether an answer is trained, under the names that different libraries use.
 
-ms-swift and XTuner call it `loss`, tinker `trainable`, Axolotl `training`, verl `loss_mask`, torchtune `masked`. A
-field that could decide training is never left aside: what has no plain meaning is refused.
+ms-swift and XTuner call it `loss`, tinker `trainable`, Axolotl `training`, verl `loss_mask`, torchtune `masked`. Such a
+field is never dropped: if its meaning is not clear, the record is refused.
 """
 
 from __future__ import annotations
@@ -11,36 +11,34 @@ from typing import Any
 
 from ismdata.errors import Refused, shown
 
-#: Fields whose `true` says that the answer is trained, and fields whose `true` says that it is not.
+#: Fields in which true means that the answer is trained, and fields in which true means that it is not.
 _TRAINED = ("train", "trainable", "training", "trained", "train_on_turn", "loss", "loss_mask", "step_loss_mask")
-_LEFT_OUT = ("mask", "masked")
-#: Fields that say it of parts of an answer, which no column here can hold.
-_IN_PARTS = ("train_detail", "training_detail", "loss_masks", "label_mask", "labels_mask", "token_mask")
+_MASKED = ("mask", "masked")
+#: Fields that decide it for parts of an answer, which conversations cannot express.
+_PARTIAL = ("train_detail", "training_detail", "loss_masks", "label_mask", "labels_mask", "token_mask")
 
-#: All fields of a message that could decide training; weights aside.
-TRAINING_FLAGS = frozenset({*_TRAINED, *_LEFT_OUT, *_IN_PARTS})
+#: All fields of a message that can decide training, except weights.
+TRAINING_FLAGS = frozenset({*_TRAINED, *_MASKED, *_PARTIAL})
 
 
 def train_flag(message: Mapping[str, Any], number: int) -> bool | None:
-    """Whether message `number` is to be trained, None where nothing says so. Raises Refused."""
+    """Whether message `number` is trained, None if no field decides it. Raises Refused."""
     found: dict[str, bool] = {}
-    for name in (*_TRAINED, *_LEFT_OUT, *_IN_PARTS):
+    for name in (*_TRAINED, *_MASKED, *_PARTIAL):
         value = message.get(name)
         if value is None:
             continue
-        if name in _IN_PARTS:
+        if name in _PARTIAL:
             raise Refused(
                 "invalid_field",
-                f"message {number} has {name} {shown(value)}, which says what is trained within an answer; expected "
-                "train: true or false, for the whole of it. Take the field out, or make two messages of it",
+                f"message {number} has {name} {shown(value)}, which trains parts of an answer; expected train: true or "
+                "false, for the whole answer. Remove the field, or split the message in two",
             )
-        said = _as_bool(value, numbers=name != "mask")  # `mask: 1` could mean either
-        if said is None:
-            hint = (
-                "true to leave the answer out of the loss, false to train it" if name in _LEFT_OUT else "true or false"
-            )
+        flag = _as_bool(value, numbers=name != "mask")  # `mask: 1` is ambiguous
+        if flag is None:
+            hint = "true to leave the answer out of the loss, false to train it" if name in _MASKED else "true or false"
             raise Refused("invalid_field", f"message {number} has {name} {shown(value)}; expected {hint}")
-        found[name] = said != (name in _LEFT_OUT)
+        found[name] = flag != (name in _MASKED)
     if len(set(found.values())) > 1:
         names = " and ".join(f"{name} {shown(message[name])}" for name in found)
         raise Refused("invalid_field", f"message {number} has {names}; expected fields that agree")
@@ -56,18 +54,18 @@ def _as_bool(value: Any, *, numbers: bool) -> bool | None:
 
 
 def refuse_flags(ignored: Iterable[str]) -> None:
-    """Raise Refused where a field of a message that could decide training is among those that are left out."""
+    """Raise Refused if a message field that can decide training is among those that are dropped."""
     for name in ignored:
         if is_flag(name):
             raise Refused(
                 "invalid_field",
-                f"{name} could say what is trained, and is not read in this format; expected it on messages with role "
-                "and content. Rename the field, or take it out",
+                f"{name} may decide what is trained, and this format does not read it; expected it in messages with "
+                "role and content. Rename or remove the field",
             )
 
 
 def is_flag(name: str) -> bool:
-    """Whether a field, named like `messages[].loss`, could decide training.
+    """Whether a field can decide training, given its name, such as `messages[].loss`.
 
     >>> is_flag("messages[].loss"), is_flag("loss"), is_flag("closs")
     (True, True, False)

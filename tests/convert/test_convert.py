@@ -217,7 +217,7 @@ def test_roles_of_the_call(run):
     assert quarantine[0]["record"] == record
     (row, _), quarantine, _ = run(lines(record, record), roles={"narrator": "user"})
     assert (pairs(row), quarantine) == (TALK, [])
-    with pytest.raises(UsageError, match="'boss' is no role; expected one of system, user, assistant, tool"):
+    with pytest.raises(UsageError, match="'boss' is not a role; expected one of system, user, assistant, tool"):
         run(lines(record), roles={"bot": "boss"})
 
 

@@ -155,14 +155,14 @@ def test_paths() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('mesages = "t"', "mesages is no key of a mapping; expected one of messages, role"),
+        ('mesages = "t"', "found the key mesages; expected one of messages, role"),
         ("messages = 3", "messages is 3; expected a path"),
         ('messages = ""', "messages is ''; expected a path"),
         ('messages = "t"\nstrip = "yes"', "strip is 'yes'; expected true or false"),
         ('messages = "t"\nassistant = "third"', "assistant is 'third'; expected 'second', 'first', 'both'"),
         ('messages = "t"\nexchange = ["a"]', "exchange is ['a']; expected the fields of an exchange"),
         ('messages = "t"\nexchange = ["a", "a"]', "expected the fields of an exchange"),
-        ('messages = "t"\nexchange = ["a", "b"]\ncontent = "c"', "exchange stands beside role or content"),
+        ('messages = "t"\nexchange = ["a", "b"]\ncontent = "c"', "found exchange with role or content"),
         ('messages = "t"\nroles = "user"', "roles is 'user'; expected a table"),
         ('messages = "t"\n[roles]\nA = "boss"', "roles.A is 'boss'; expected one of system, user"),
         ('messages = "t"\n[roles]\nA = ["user"]', "roles.A is ['user']; expected one of system, user"),
@@ -170,7 +170,7 @@ def test_paths() -> None:
         ('messages = "t"\ntext = "t"', "found messages and text; expected exactly one of"),
         ('role = "r"', "found none of them; expected exactly one of"),
         ('messages = "t"\nrole = "r"', "content is missing"),
-        ('messages = "t"\nseparator = "|"', "separator stands beside messages; expected it beside text only"),
+        ('messages = "t"\nseparator = "|"', "found separator with messages; expected it only with text"),
         ('text = "t"', "separator is missing"),
         ('group = "t"', "content is missing"),
         ("messages = ", "expected TOML"),
@@ -209,7 +209,7 @@ mappings = st.one_of(
 
 @given(mappings)
 def test_a_mapping_is_what_its_text_says(mapped: Mapped) -> None:
-    assert parse_mapping(mapping_text(mapped, {}), "my.toml") == mapped
+    assert parse_mapping(mapping_text(mapped), "my.toml") == mapped
 
 
 values = st.recursive(
@@ -384,14 +384,14 @@ def test_unknown_shapes_are_guessed(name: str) -> None:
     mapped = guess_mapping(records)
     assert mapped is not None
     expected = [[(SIDES[at % 2], text) for at, text in enumerate(talk)] for talk in TALKS]
-    assert read(mapping_text(mapped, {}), *records) == expected
+    assert read(mapping_text(mapped), *records) == expected
 
 
 @given(st.lists(values, max_size=4))
 def test_guessing_stands_anything(records: list[Any]) -> None:
     mapped = guess_mapping(records)
     if mapped is not None:
-        assert mapped == parse_mapping(mapping_text(mapped, {}), "my.toml")
+        assert mapped == parse_mapping(mapping_text(mapped), "my.toml")
 
 
 # ---- explaining files ----

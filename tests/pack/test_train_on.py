@@ -152,7 +152,7 @@ def test_a_mask_leaves_out(name: str, tmp_path: Path) -> None:
         ({"loss": "maybe"}, "expected true or false"),
         ({"mask": 1}, "has mask 1; expected true to leave the answer out"),
         ({"mask": "User"}, "has mask 'User'"),
-        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "within an answer"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, "trains parts of an answer"),
         ({"train": True, "loss": False}, "expected fields that agree"),
     ],
 )
@@ -195,5 +195,5 @@ def test_a_flag_where_it_is_not_read_is_refused(tmp_path: Path) -> None:
         for k, (who, text) in enumerate([("user", "?"), ("assistant", "a"), ("user", "!"), ("assistant", "b")])
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with pytest.raises(DataError, match="loss could say what is trained"):
+    with pytest.raises(DataError, match="loss may decide what is trained"):
         convert([str(tmp_path / "r.jsonl")], tmp_path / "converted")
