@@ -1,4 +1,4 @@
-"""Ragged arrays: many short arrays laid end to end in one flat array, with an offset for each."""
+"""Ragged arrays: many short arrays in one flat array, each with its offset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ IntArray = NDArray[np.int64]
 
 
 def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The ranges [start, start + length), end to end.
+    """The ranges [start, start + length), concatenated.
+
+    Args:
+        starts: int64[N], where each range starts.
+        lengths: int64[N], how long each range is.
+
+    Returns:
+        int64[sum of lengths].
 
     >>> ragged_arange(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
@@ -21,7 +28,13 @@ def ragged_arange(starts: IntArray, lengths: IntArray) -> IntArray:
 
 
 def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Exclusive prefix sums of `lengths`, int64[N + 1]: the offsets of N lists laid end to end; the last is their sum.
+    """Exclusive prefix sums: the offsets of N lists in a flat array, and after them the array's length.
+
+    Args:
+        lengths: int[N].
+
+    Returns:
+        int64[N + 1].
 
     >>> offsets_of(np.array([2, 0, 1])).tolist()
     [0, 2, 2, 3]

@@ -28,8 +28,8 @@ from ismdata.errors import DataError
 from ismdata.masks import (
     BLOCK_SIZE,
     Tiling,
+    answer_runs,
     block_table,
-    opened_runs,
     tile,
     tiled_intervals,
     tiled_positions,
@@ -208,7 +208,7 @@ def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Rep
     assert rows.position_ids_2 is not None
     _check_positions("position_ids_2", rows.position_ids_2, second, report)
     mask_id, start_id = tokens
-    opened = opened_runs(tiling)
+    opened = answer_runs(tiling)
     start = tiling.start[opened]
     ids = rows.input_ids
     bad = np.zeros(len(ids), bool)

@@ -1,11 +1,11 @@
-"""Spans to intervals, targets, positions and block tables: the mathematics of the masks. numpy only."""
+"""The masks: spans to intervals, targets, positions and block tables. numpy only."""
 
 from ismdata.choices import MASKS, Mask
 from ismdata.masks import varlen_tables
 from ismdata.masks.glm_positions import (
     Block,
+    answer_runs,
     block_positions,
-    opened_runs,
     tiled_positions,
     token_positions,
 )
@@ -48,11 +48,11 @@ __all__ = [
     "Mask",
     "OffsetArray",
     "Tiling",
+    "answer_runs",
     "block_positions",
     "block_table",
     "dense",
     "intervals",
-    "opened_runs",
     "position_ids",
     "targets",
     "tile",

@@ -1,13 +1,13 @@
-"""Spans to attention intervals, targets and block tables. numpy only; every mask is one array (design: docs/masks.md).
+"""Spans to attention intervals, targets and block tables (docs/masks.md). numpy only.
 
 Row `t` of a sequence sees the keys `[doc_start[t], kv_end[t])`. The three masks differ in `kv_end` alone:
 
 - `causal`: `t + 1`
-- `ism`: the end of t's context block if t is in one, else `t + 1` (f(j), equation 5 of the paper)
-- `prefix`: the start of the document's last answer for every t before it, else `t + 1`; a document without answers
-  sees all of itself
+- `ism`: the end of t's context block if t is in one, otherwise `t + 1` (f(j) in Equation 5 of the ISM paper)
+- `prefix`: the start of the document's last answer for every t before it, otherwise `t + 1`; in a document without
+  answers every token sees all of the document
 
-A context block is a maximal run of spans that are not answers. Padding sees itself alone, so no row is ever empty.
+A context block is a maximal run of spans that are not answers. Padding sees only itself, so no row of a mask is empty.
 
 >>> spans = [(0, 2, PROMPT, 0), (2, 5, QUERY, 0), (5, 7, ANSWER, 1), (7, 9, QUERY, 0), (9, 12, ANSWER, 1)]
 >>> intervals([12], spans, seq_len=12, mask="ism")[1].tolist()
@@ -34,10 +34,10 @@ PROMPT, QUERY, ANSWER = 0, 1, 2
 #: Columns of a table of spans, int[S, 4].
 START, END, KIND, TRAIN = 0, 1, 2, 3
 
-#: The label of a token that is no target; PyTorch's losses leave it out.
+#: The label of a token that is no target. PyTorch's losses ignore it.
 IGNORE_INDEX = -100
 
-#: Block size of the stored block tables; sequence lengths are multiples of it.
+#: The block size of the stored block tables. Sequence lengths are multiples of it.
 BLOCK_SIZE = 128
 
 IntArray = NDArray[np.int64]
@@ -45,9 +45,15 @@ OffsetArray = NDArray[np.signedinteger[Any]]
 
 
 class Tiling(NamedTuple):
-    """Whole rows cut into pieces: every span and every stretch of padding, in order. All arrays are int64[S + pads].
+    """The spans and the padding of R rows, in order. All arrays are int64[N], N = spans + rows with padding.
 
-    Offsets count over the rows laid end to end. `document` is -1 for padding.
+    Attributes:
+        start: Offset of the first token, in the R rows laid end to end.
+        length: Tokens.
+        kind: PROMPT, QUERY or ANSWER; -1 for padding.
+        train: Whether an answer is trained; 0 for padding.
+        document: Number of the document among those of all rows; -1 for padding.
+        document_start: Offset of the document's first token; for padding its own `start`.
     """
 
     start: IntArray
@@ -69,9 +75,19 @@ def tile(
 ) -> Tiling:
     """Lay R rows end to end and cut them at every span border.
 
-    row_documents: int[R], documents per row. seq_lens: int[D], document lengths in order. row_spans: int[R], spans per
-    row. spans: int[S, 4] of start, end, kind, train with offsets inside their row. Raises DataError when the spans do
-    not tile the documents, naming the row; rows are counted from `first_row`.
+    Args:
+        row_documents: int[R], documents per row.
+        seq_lens: int[D], lengths of the documents, in order.
+        row_spans: int[R], spans per row.
+        spans: int[S, 4] of start, end, kind, train; offsets count from the beginning of the row.
+        seq_len: Tokens per row.
+        first_row: Number of the first row, for errors.
+
+    Returns:
+        Every span and every padding, in order.
+
+    Raises:
+        DataError: If the spans do not tile the documents. The message names the row.
     """
     row_documents = np.asarray(row_documents, np.int64)
     row_spans = np.asarray(row_spans, np.int64)
@@ -135,7 +151,7 @@ def _check_tiling(
     seq_len: int,
     first_row: int,
 ) -> None:
-    """Raise unless the spans are non-empty, in order, inside their row, and cut exactly at every document border."""
+    """Raise DataError unless spans are non-empty, in order, inside their row, and tile each document."""
     place = None
     outside = (start < row * seq_len) | (end > (row + 1) * seq_len)
     if len(start) == 0:
@@ -174,7 +190,7 @@ def _check_tiling(
 
 
 def _is_among(values: IntArray, ascending: IntArray) -> NDArray[np.bool_]:
-    """np.isin for few values in a sorted array, many times a second: a batch of a DataLoader is some hundred spans."""
+    """np.isin for a sorted array. It is faster for a DataLoader's batch, which has some hundred spans."""
     if not len(ascending):
         return np.zeros(len(values), bool)
     at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
@@ -183,9 +199,18 @@ def _is_among(values: IntArray, ascending: IntArray) -> NDArray[np.bool_]:
 
 
 def tiled_intervals(tiling: Tiling, *, mask: str) -> tuple[OffsetArray, OffsetArray]:
-    """doc_start, kv_end, [R * T] each, counted over the rows laid end to end (subtract `row * T` for offsets).
+    """The keys that each token of R rows sees.
 
-    int32, half the memory to go through, unless R * T is more than that holds; then int64.
+    Args:
+        tiling: The spans of the rows.
+        mask: `ism`, `causal` or `prefix`.
+
+    Returns:
+        doc_start, kv_end: [R * T] each, counted over the rows laid end to end (subtract `row * T` for offsets in the
+        row). int32, which halves the memory traffic; int64 if R * T does not fit.
+
+    Raises:
+        UsageError: If the mask is unknown.
     """
     check_mask(mask)
     tokens = int(tiling.length.sum())
@@ -201,9 +226,9 @@ def tiled_intervals(tiling: Tiling, *, mask: str) -> tuple[OffsetArray, OffsetAr
     end = tiling.start + tiling.length
     if mask == "ism":
         context = (tiling.kind == PROMPT) | (tiling.kind == QUERY)
-        next_goes_on = np.zeros(len(end), bool)
-        next_goes_on[:-1] = context[1:] & (tiling.document[1:] == tiling.document[:-1])
-        block_end = np.where(context & ~next_goes_on, end, tokens)
+        continues = np.zeros(len(end), bool)
+        continues[:-1] = context[1:] & (tiling.document[1:] == tiling.document[:-1])
+        block_end = np.where(context & ~continues, end, tokens)
         block_end = np.minimum.accumulate(block_end[::-1])[::-1]
         open_end = np.where(context, block_end, 0)
     else:
@@ -215,17 +240,28 @@ def tiled_intervals(tiling: Tiling, *, mask: str) -> tuple[OffsetArray, OffsetAr
 
 
 def _last_answer_start(tiling: Tiling) -> IntArray:
-    """For every piece, where its document's last answer starts: the document's end if it has none, 0 for padding."""
+    """For every span, where its document's last answer starts: the document's end if it has none, 0 for padding."""
     documents = int(tiling.document.max(initial=-1)) + 1
-    last = np.zeros(documents + 1, np.int64)  # the extra place at the end belongs to padding (document -1)
+    last = np.zeros(documents + 1, np.int64)  # the extra entry is for padding, document -1
     np.maximum.at(last, tiling.document, np.where(tiling.document < 0, 0, tiling.start + tiling.length))
     answers = tiling.kind == ANSWER
-    last[tiling.document[answers]] = tiling.start[answers]  # pieces are in order, so the last answer stays
+    last[tiling.document[answers]] = tiling.start[answers]  # spans are in order, so the last one remains
     return last[tiling.document]
 
 
 def tiled_targets(tiling: Tiling, *, mask: str) -> NDArray[np.uint8]:
-    """The loss mask as uint8[R * T]: 1 where a token is a target."""
+    """Which tokens of R rows are trained.
+
+    Args:
+        tiling: The spans of the rows.
+        mask: `ism`, `causal` or `prefix`.
+
+    Returns:
+        uint8[R * T], 1 for targets.
+
+    Raises:
+        UsageError: If the mask is unknown.
+    """
     check_mask(mask)
     trained = (tiling.kind == ANSWER) & (tiling.train != 0)
     if mask == "prefix":
@@ -238,27 +274,60 @@ def tiled_targets(tiling: Tiling, *, mask: str) -> NDArray[np.uint8]:
 def intervals(
     seq_lens: ArrayLike, spans: ArrayLike, *, seq_len: int, mask: str
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The keys each row of one sequence sees: `doc_start`, `kv_end`, int32[T] each, half-open.
+    """The keys that each token of one sequence sees. For `ism`: Equation 5 of the ISM paper.
 
-    seq_lens: int[D], document lengths; what they leave of `seq_len` is padding. spans: int[S, 4] of start, end, kind,
-    train, offsets in the sequence. Raises DataError when the spans do not tile the documents, UsageError for a mask
-    that is none of ism, causal, prefix. Source: equation 5 of the paper for `ism`.
+    Args:
+        seq_lens: int[D], lengths of the documents. The rest of `seq_len` is padding.
+        spans: int[S, 4] of start, end, kind, train; offsets count from the beginning of the sequence.
+        seq_len: Tokens of the sequence, T.
+        mask: `ism`, `causal` or `prefix`.
+
+    Returns:
+        doc_start, kv_end: int32[T] each. Token t sees the keys [doc_start[t], kv_end[t]).
+
+    Raises:
+        DataError: If the spans do not tile the documents.
+        UsageError: If the mask is unknown.
     """
-    doc_start, kv_end = tiled_intervals(_one_row(seq_lens, spans, seq_len), mask=mask)
+    doc_start, kv_end = tiled_intervals(_tile_one(seq_lens, spans, seq_len), mask=mask)
     return doc_start.astype(np.int32, copy=False), kv_end.astype(np.int32, copy=False)
 
 
 def targets(seq_lens: ArrayLike, spans: ArrayLike, *, seq_len: int, mask: str) -> NDArray[np.uint8]:
-    """Which tokens of one sequence are trained, uint8[T]. Arguments and errors as for `intervals`.
+    """Which tokens of one sequence are trained.
 
-    A token is a target iff it lies in an answer that is to be trained and is not its document's first token; under
-    `prefix` only the document's last answer counts, since an earlier one would see itself.
+    A token is a target if and only if it is in an answer that is trained and is not the first token of its document.
+    Under `prefix` only the document's last answer counts, because an earlier one would see itself.
+
+    Args:
+        seq_lens: int[D], lengths of the documents. The rest of `seq_len` is padding.
+        spans: int[S, 4] of start, end, kind, train; offsets count from the beginning of the sequence.
+        seq_len: Tokens of the sequence, T.
+        mask: `ism`, `causal` or `prefix`.
+
+    Returns:
+        uint8[T], 1 for targets.
+
+    Raises:
+        DataError: If the spans do not tile the documents.
+        UsageError: If the mask is unknown.
     """
-    return tiled_targets(_one_row(seq_lens, spans, seq_len), mask=mask)
+    return tiled_targets(_tile_one(seq_lens, spans, seq_len), mask=mask)
 
 
 def position_ids(seq_lens: ArrayLike, *, seq_len: int) -> NDArray[np.int32]:
-    """Positions that restart at 0 in every document, int32[T]; padding is at 0."""
+    """Positions that start at 0 in every document.
+
+    Args:
+        seq_lens: int[D], lengths of the documents. The rest of `seq_len` is padding.
+        seq_len: Tokens of the sequence, T.
+
+    Returns:
+        int32[T]; 0 for padding.
+
+    >>> position_ids([2, 3], seq_len=6).tolist()
+    [0, 1, 0, 1, 2, 0]
+    """
     lens = np.asarray(seq_lens, np.int64)
     positions = np.zeros(seq_len, np.int32)
     used = int(lens.sum())
@@ -267,10 +336,19 @@ def position_ids(seq_lens: ArrayLike, *, seq_len: int) -> NDArray[np.int32]:
 
 
 def block_table(doc_start: ArrayLike, kv_end: ArrayLike, *, block_size: int = BLOCK_SIZE) -> NDArray[np.int16]:
-    """What each block of rows sees of each block of keys, int16[T / B, 4]: visible_lo, visible_hi, full_lo, full_hi.
+    """Which blocks of keys each block of rows sees, and which of them without any masking.
 
-    Both ranges are half-open in block columns. `full` is empty where full_hi <= full_lo; partial = visible - full.
-    Arguments are int[..., T], T a multiple of block_size; leading axes are kept. Raises UsageError otherwise.
+    Args:
+        doc_start: int[..., T].
+        kv_end: int[..., T].
+        block_size: Rows and keys of a block, B. T is a multiple of it.
+
+    Returns:
+        int16[..., T / B, 4]: visible_lo, visible_hi, full_lo, full_hi. Both ranges of blocks are half-open; `full` is
+        empty if full_hi <= full_lo. Blocks that are visible but not full are partial.
+
+    Raises:
+        UsageError: If T is not a multiple of `block_size`.
     """
     lo = np.asarray(doc_start)
     hi = np.asarray(kv_end)
@@ -288,14 +366,26 @@ def block_table(doc_start: ArrayLike, kv_end: ArrayLike, *, block_size: int = BL
 
 
 def dense(doc_start: ArrayLike, kv_end: ArrayLike, *, keys: int | None = None) -> NDArray[np.bool_]:
-    """The mask as bool[..., T, keys], True where a row sees a key. For eyes and tests: it is quadratic."""
+    """The whole mask. Its size is quadratic: use it for small examples and tests.
+
+    Args:
+        doc_start: int[..., T].
+        kv_end: int[..., T].
+        keys: Number of keys; T by default.
+
+    Returns:
+        bool[..., T, keys], True where a row sees a key.
+
+    >>> dense([0, 0], [1, 2]).astype(int).tolist()
+    [[1, 0], [1, 1]]
+    """
     lo = np.asarray(doc_start)[..., None]
     hi = np.asarray(kv_end)[..., None]
     key = np.arange(lo.shape[-2] if keys is None else keys)
     return (key >= lo) & (key < hi)
 
 
-def _one_row(seq_lens: ArrayLike, spans: ArrayLike, seq_len: int) -> Tiling:
+def _tile_one(seq_lens: ArrayLike, spans: ArrayLike, seq_len: int) -> Tiling:
     lens = np.asarray(seq_lens, np.int64).reshape(-1)
     table = np.asarray(spans, np.int64).reshape(-1, 4)
     return tile([len(lens)], lens, [len(table)], table, seq_len=seq_len)

@@ -1,8 +1,8 @@
-"""Intervals to the index tables of attention in two passes (`attention/backends/varlen.py`). numpy only.
+"""Intervals to the index tables of the varlen backend, which computes attention in two passes. numpy only.
 
 Pass 1 is causal attention inside each document. Pass 2 is what `ism` and `prefix` add to it: the rows of a context
-block `[s, e)` see on to `e`. Rows s … e-2 against the keys s+1 … e-1, both in reverse order, are an ordinary causal
-problem: reversed row i is row e-2-i and sees the keys e-1-i … e-1, the first i+1 of the reversed keys.
+block `[s, e)` see later keys, up to `e`. Rows s … e-2 against the keys s+1 … e-1, both in reverse order, are an
+ordinary causal problem: reversed row i is row e-2-i and sees the keys e-1-i … e-1, the first i+1 of the reversed keys.
 
 >>> table = tables([[0, 0, 0, 0, 0, 5, 5, 7]], [[3, 3, 3, 4, 5, 7, 7, 8]])  # context of 3, answer of 2 | context of 2
 >>> table.documents.tolist(), table.alone.tolist()
@@ -10,7 +10,7 @@ problem: reversed row i is row e-2-i and sees the keys e-1-i … e-1, the first 
 >>> table.rows.tolist(), table.blocks.tolist(), (table.longest_document, table.longest_block)
 ([1, 0, 5], [0, 2, 3], (5, 2))
 
-Shape legend: B samples, T = seq_len, N pieces of pass 1, S rows alone, M context blocks, R rows of pass 2.
+Shape legend: B samples, T = seq_len, N parts of pass 1, S single rows, M context blocks, R rows of pass 2.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from numpy.typing import ArrayLike, NDArray
 
 from ismdata.errors import UsageError
 
-#: Rows that see only themselves (padding, mostly) go through pass 1 in pieces of this many, which costs next to
-#: nothing; a piece each would cost a block of memory and of work each, and one piece in all their number squared.
+#: Rows that see only themselves (mostly padding) go through pass 1 in parts of this many rows, which costs next to
+#: nothing. In parts of one row, each would cost a block of memory and work; one single part would cost their number
+#: squared.
 PIECE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """Both passes over the B * T rows of a micro-batch, its samples laid end to end."""
+    """The tables of both passes, for the B * T rows of a micro-batch whose samples are laid end to end."""
 
-    #: int32[N + 1]: where the pieces of pass 1 begin, and B * T.
+    #: int32[N + 1]: where the parts of pass 1 begin, and B * T.
     documents: NDArray[np.int32]
-    #: int32[S]: rows that see only themselves: padding, and documents of one token.
+    #: int32[S]: the rows that see only themselves: padding, and documents of one token.
     alone: NDArray[np.int32]
-    #: int32[R]: the rows of pass 2, block by block, each block in reverse order. Row r meets the key r + 1.
+    #: int32[R]: the rows of pass 2, block by block, each block in reverse order. The key of row r is r + 1.
     rows: NDArray[np.int32]
     #: int32[M + 1]: where the blocks begin in `rows`, and R.
     blocks: NDArray[np.int32]
-    #: The most rows in a piece of pass 1 and in a block of pass 2 (0 where there is none).
+    #: Rows of the longest part of pass 1 and of the longest block of pass 2 (0 if there is none).
     longest_document: int
     longest_block: int
 
     def as_batch(self) -> dict[str, NDArray[np.generic]]:
-        """The tables as arrays, by the names that they have in a batch.
+        """The tables by their names in a batch.
 
-        `varlen_longest` has no elements: its shape [0, B * T, longest_document, longest_block] says what the host needs
-        to know, and reading a shape, unlike reading a tensor on a GPU, waits for nothing.
+        `varlen_longest` has no elements. Its shape [0, B * T, longest_document, longest_block] tells the host what it
+        needs: unlike reading a tensor on a GPU, reading a shape does not wait for the device.
         """
         shape = (0, int(self.documents[-1]), self.longest_document, self.longest_block)
         return {
@@ -59,15 +60,23 @@ class Tables:
         }
 
 
-#: The names of the tables in a batch.
+#: The tables' names in a batch.
 NAMES = ("varlen_documents", "varlen_alone", "varlen_rows", "varlen_blocks", "varlen_longest")
 
 
 def tables(doc_start: ArrayLike, kv_end: ArrayLike) -> Tables:
-    """The tables of intervals int[B, T], in a few vector operations.
+    """Make the tables of a batch.
 
-    Raises UsageError, naming the row, for intervals that are none of the three masks': documents must be causal but for
-    context blocks, in which all rows see on to the same end.
+    Args:
+        doc_start: int[B, T].
+        kv_end: int[B, T].
+
+    Returns:
+        The tables.
+
+    Raises:
+        UsageError: If the intervals are not those of ism, causal or prefix: documents must be causal except for context
+            blocks, in which all rows see up to the same key. The message names the row.
     """
     start = np.asarray(doc_start, np.int64)
     end = np.asarray(kv_end, np.int64)
@@ -77,12 +86,12 @@ def tables(doc_start: ArrayLike, kv_end: ArrayLike) -> Tables:
     ahead = end > row + 1
     _check(start, end, opens, ahead)
 
-    closes = np.ones_like(opens)  # the last row of a document
+    closes = np.ones_like(opens)  # last rows of documents
     closes[:, :-1] = opens[:, 1:]
     is_alone = opens & closes
-    goes_on = np.zeros_like(is_alone)  # a row alone after another
-    goes_on[:, 1:] = is_alone[:, 1:] & is_alone[:, :-1]
-    place = row - np.maximum.accumulate(np.where(goes_on, 0, row), axis=1)
+    continues = np.zeros_like(is_alone)  # a single row after another
+    continues[:, 1:] = is_alone[:, 1:] & is_alone[:, :-1]
+    place = row - np.maximum.accumulate(np.where(continues, 0, row), axis=1)
     begins = np.where(is_alone, place % PIECE == 0, opens)
     documents = np.append(np.flatnonzero(begins), batch * seq_len)
 
@@ -105,9 +114,9 @@ def tables(doc_start: ArrayLike, kv_end: ArrayLike) -> Tables:
 def _check(
     start: NDArray[np.int64], end: NDArray[np.int64], opens: NDArray[np.bool_], ahead: NDArray[np.bool_]
 ) -> None:
-    """Raise UsageError unless documents are laid end to end and a row that sees ahead is followed by one with its end.
+    """Raise UsageError unless documents follow one another and a row that sees ahead is followed by one with its end.
 
-    By induction from a block's last row backwards, all rows of a block then see on to the same end.
+    By induction from a block's last row backwards, all rows of a block then see up to the same key.
     """
     row = np.arange(start.shape[1])
     wrong = end <= row
@@ -118,7 +127,7 @@ def _check(
     if wrong.any():
         sample, at = (int(index) for index in np.argwhere(wrong)[0])
         raise UsageError(
-            f"row {at} of sample {sample} sees the keys {start[sample, at]} to {end[sample, at]}; varlen expected the "
-            "intervals of ism, causal or prefix: documents end to end, and context blocks in which every row sees on "
+            f"row {at} of sample {sample} sees the keys {start[sample, at]} to {end[sample, at]}; varlen expects the "
+            "intervals of ism, causal or prefix: consecutive documents, and context blocks in which every row sees up "
             "to the block's end. Use the backend sdpa or flex for other intervals"
         )

@@ -97,7 +97,7 @@ def test_what_is_drawn_without_colours(packed, converted):
     assert "\x1b" not in text
     text = drawn(view.folder_summary(converted.folder))
     assert "a.jsonl:9: so" in text
-    assert "a message has a role that no table maps" in text
+    assert "a message has a role that is not known and not mapped with --role" in text
 
 
 def test_bars_are_in_proportion():
