@@ -15,8 +15,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ismdata.errors import DataError
-from ismdata.rendering import ANY_ANSWER, CannotRender, ConversationEncoder, GlmTokens, Message, Piece, probe_encoding
-from ismdata.rendering import glm_tokens as glm_layout
+from ismdata.rendering import (
+    ANY_ANSWER,
+    CannotRender,
+    ConversationEncoder,
+    GlmTokens,
+    Message,
+    Piece,
+    insert_glm_tokens_in_blocks,
+    probe_encoding,
+)
 
 
 class Block(NamedTuple):
@@ -132,7 +140,7 @@ def arrange_blocks(blocks: Sequence[Block], glm: GlmTokens | None, mask: str) ->
     left out: it is fed when the answer begins. Under `prefix` all blocks become one context.
     """
     if glm is not None:
-        marked = glm_layout.marked([(block.is_answer, block.ids) for block in blocks], glm)[:-1]
+        marked = insert_glm_tokens_in_blocks([(block.is_answer, block.ids) for block in blocks], glm)[:-1]
         answers = (block.message for block in blocks if block.is_answer)
         blocks = [Block(ids, next(answers) if is_answer else -1) for is_answer, ids in marked]
     if mask == "prefix":

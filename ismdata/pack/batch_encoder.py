@@ -29,7 +29,7 @@ from ismdata.pack.requests import PieceTable, RequestKey, Requests, TokenizedDoc
 from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.pack.texts import BatchTexts, EncodedTexts, TextGroup, merge_groups
 from ismdata.pack.token_runs import BatchRuns
-from ismdata.rendering import insert_markers
+from ismdata.rendering import insert_glm_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +297,7 @@ class BatchEncoder:
         }
         glm = self.cache.encoding.glm
         if glm is not None:
-            columns = insert_markers(columns, self.cache.marker_runs(), every_answer=glm.every_answer)
+            columns = insert_glm_tokens(columns, self.cache.marker_runs(), every_answer=glm.every_answer)
         return PieceTable(**columns, refused=draft.refused).without_tails(draft.requests)
 
     def _encode_keys(self, keys: IntArray) -> IntArray:

@@ -28,7 +28,7 @@ from ismdata.rendering import (
     Piece,
     as_template_messages,
     compile_chunks,
-    marked_pieces,
+    insert_glm_tokens_in_pieces,
     render_chunks,
 )
 
@@ -118,7 +118,7 @@ class Comparison:
         rendered = _encode(self.encoding, self.rendered)
         glm = self.encoding.glm
         for document, ids, spans, cut in zip(rendered, self.ids, self.spans, self.cut, strict=True):
-            pieces = document.pieces if glm is None else marked_pieces(document.pieces, glm)
+            pieces = document.pieces if glm is None else insert_glm_tokens_in_pieces(document.pieces, glm)
             expected_ids, expected_spans = _ids(pieces), _spans(pieces)
             if ids != (expected_ids[: len(ids)] if cut else expected_ids):
                 raise SkeletonMismatch(document.place)

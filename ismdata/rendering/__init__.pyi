@@ -1,4 +1,3 @@
-from . import glm_tokens as glm_tokens
 from .chat_template import DEFAULT_DATE as DEFAULT_DATE
 from .chat_template import Message as Message
 from .chat_template import parse_arguments as parse_arguments
@@ -9,8 +8,9 @@ from .encoding import Encoding as Encoding
 from .encoding import load_encoding as load_encoding
 from .encoding import probe_encoding as probe_encoding
 from .glm_tokens import GlmTokens as GlmTokens
-from .glm_tokens import insert_markers as insert_markers
-from .glm_tokens import marked_pieces as marked_pieces
+from .glm_tokens import insert_glm_tokens as insert_glm_tokens
+from .glm_tokens import insert_glm_tokens_in_blocks as insert_glm_tokens_in_blocks
+from .glm_tokens import insert_glm_tokens_in_pieces as insert_glm_tokens_in_pieces
 from .messages import SPECIAL_FIELDS as SPECIAL_FIELDS
 from .messages import as_template_messages as as_template_messages
 from .pieces import Piece as Piece

@@ -1,7 +1,7 @@
-"""A chat template: rendering it with a fixed date, and giving it messages in the shape that it reads.
+"""A chat template: it is rendered with a fixed date, and gets messages in the form that it reads.
 
-Rendering is transformers' own, sandbox included, so a template means here what it means everywhere. A template is also
-a program from somewhere: there are limits to the time and memory that it takes, and to the text that it writes.
+transformers renders it, in its own sandbox, so a template means here what it means everywhere. A template is also a
+program that someone else wrote: its time, its memory and the text that it writes are limited.
 """
 
 from __future__ import annotations
@@ -24,45 +24,50 @@ from ismdata.errors import DataError, UsageError
 from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.sandbox import limited
 
-#: What templates that print today's date are told, unless `--template-date` says otherwise. The date that Llama 3.1 and
-#: 3.2 write when they are given none.
+#: The date for templates that print today's date; `--template-date` changes it. Llama 3.1 and 3.2 write it if they get
+#: none.
 DEFAULT_DATE = datetime.date(2024, 7, 26)
 
-#: Templates that ship with ismdata, for tokenizers that have none.
+#: Templates that ship with ismdata, for tokenizers without one.
 BUILT_IN = ("chatml",)
 
 Message = dict[str, Any]
 
-#: What one rendering may take: time, in all and more for each message; memory on top of what is in use; and text, in
-#: all and more for each message and each character of one. Real templates stay far below.
-_SECONDS, _SECONDS_A_MESSAGE = 10.0, 0.01
+#: Limits of one rendering; real templates stay far below them. Seconds: a constant, and more per message. Bytes: on top
+#: of what the process uses. Characters written: a constant, more per message, and more per character of the messages.
+_SECONDS, _SECONDS_PER_MESSAGE = 10.0, 0.01
 _MEMORY = 1 << 30
-_CHARACTERS, _CHARACTERS_A_MESSAGE, _TIMES_LONGER = 1 << 20, 1000, 10
+_CHARACTERS, _CHARACTERS_PER_MESSAGE, _CHARACTERS_PER_CHARACTER = 1 << 20, 1000, 10
 
-#: Characters of a template's own refusal that are passed on.
-_MOST_SAID = 500
+#: The longest part of a template's own error that is quoted, in characters.
+_QUOTED = 500
 
 _STRFTIME = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
-#: How a template is given the content of a message that only calls tools: as the conversation has it, always null, or
+#: How the template gets the content of a message that only calls tools: as the conversation has it, always null, or
 #: always empty.
 CallContent = Literal["as_is", "null", "empty"]
 
 
 def built_in(name: str) -> str:
-    """The source of a template that ships with ismdata."""
+    """The Jinja source of a template that ships with ismdata."""
     return (resources.files("ismdata") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    """A template with everything that its rendering depends on.
+    """A template with everything that its rendering depends on. Probing finds the last three (`template_probe.py`).
 
-    `special_tokens` are the tokenizer's (`bos_token` and so on), `arguments` come from `--template-arg`. The other
-    fields say in which shape the template reads messages, which probing finds out: `typed_content`, contents as typed
-    parts; `text_arguments`, the arguments of tool calls as JSON text; `call_content`, what it takes for no content
-    beside tool calls.
+    Attributes:
+        name: What errors call the template.
+        source: The Jinja source.
+        special_tokens: The tokenizer's named tokens (`bos_token` and so on).
+        arguments: What `--template-arg` passes.
+        date: The date that the template prints.
+        typed_content: Pass contents as lists of typed parts.
+        text_arguments: Pass the arguments of tool calls as JSON text.
+        call_content: What to pass as the content of a message that only calls tools.
     """
 
     name: str
@@ -76,9 +81,7 @@ class ChatTemplate:
 
     @cached_property
     def sha256(self) -> str:
-        """Of everything that decides what is rendered: source, special tokens, arguments and, if it is used, the
-        date.
-        """
+        """The hash of all that decides what is rendered; of the date only if the template prints it."""
         parts = [
             self.dated_source,
             dict(self.special_tokens),
@@ -93,7 +96,7 @@ class ChatTemplate:
 
     @cached_property
     def dated_source(self) -> str:
-        """The source with every `strftime_now("...")` replaced by the fixed date in that format."""
+        """The source, with every `strftime_now("...")` replaced by the fixed date in that format."""
 
         def fixed(match: re.Match[str]) -> str:
             return json.dumps(self.date.strftime(match["format"]))
@@ -102,21 +105,32 @@ class ChatTemplate:
 
     @cached_property
     def constants(self) -> frozenset[str]:
-        """The string constants of the source that are not blank; empty where it cannot be parsed here."""
+        """The string constants of the source that are not blank; none if it cannot be parsed here."""
         tree = parsed(self.source)
         found = tree.find_all(nodes.Const) if tree is not None else ()
         return frozenset(node.value for node in found if isinstance(node.value, str) and node.value.strip())
 
     @property
     def prints_date(self) -> bool:
+        """Whether the rendering can depend on the date."""
         return "strftime_now" in self.source or "date_string" in self.source
 
     def render(
         self, messages: Sequence[Message], *, tools: list[Any] | None = None, generation_prompt: bool = False
     ) -> str:
-        """The text that transformers' `apply_chat_template(tokenize=False)` gives.
+        """Render messages: the text of transformers' `apply_chat_template(tokenize=False)`.
 
-        Raises TemplateRefused where the template does, and DataError where it goes beyond what a rendering may take.
+        Args:
+            messages: The messages.
+            tools: The tools described to the template.
+            generation_prompt: End with what opens an answer.
+
+        Returns:
+            The text.
+
+        Raises:
+            TemplateRefused: If the template raises an exception.
+            DataError: If the rendering exceeds the limits of time, memory or text.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -133,7 +147,7 @@ class ChatTemplate:
                     add_generation_prompt=generation_prompt,
                     **context,
                 ),
-                seconds=_SECONDS + _SECONDS_A_MESSAGE * len(shaped),
+                seconds=_SECONDS + _SECONDS_PER_MESSAGE * len(shaped),
                 memory=_MEMORY,
             )
         except TimeoutError as error:
@@ -141,10 +155,10 @@ class ChatTemplate:
         except MemoryError as error:
             raise self._too_much(messages, f"took more than {_MEMORY >> 30} GiB of memory") from error
         except Exception as error:
-            # A template is a program that someone else wrote: whatever it raises is its way of refusing.
+            # Someone else wrote the template: whatever it raises is its way of refusing.
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
-            said = str(error)[:_MOST_SAID]
-            raise TemplateRefused(f"{type(error).__name__}{line}: {said}".removesuffix(": ")) from error
+            quoted = str(error)[:_QUOTED]
+            raise TemplateRefused(f"{type(error).__name__}{line}: {quoted}".removesuffix(": ")) from error
         texts, _ = rendered
         text = str(texts[0])
         if len(text) > _CHARACTERS and len(text) > _most_characters(messages, tools):
@@ -152,7 +166,7 @@ class ChatTemplate:
         return text
 
     def _shaped(self, message: Message) -> Message:
-        """A message in the shape that the template reads."""
+        """A message in the form that the template reads."""
         if message.get("tool_calls") and not (message.get("content") or "").strip() and self.call_content != "as_is":
             message = {**message, "content": None if self.call_content == "null" else ""}
         if self.text_arguments:
@@ -161,13 +175,13 @@ class ChatTemplate:
 
     def _too_much(self, messages: Sequence[Message], what: str) -> DataError:
         return DataError(
-            f"chat template {self.name}: rendering {len(messages):,} messages {what}; expected one that lays messages "
-            "out and does little else. Pass another with --chat-template FILE"
+            f"chat template {self.name}: rendering {len(messages):,} messages {what}; expected a template that only "
+            "formats messages. Pass another with --chat-template FILE"
         )
 
 
 def parsed(source: str) -> nodes.Template | None:
-    """The syntax tree of a template; None where it cannot be parsed without transformers' own extensions."""
+    """The syntax tree of a template; None if it cannot be parsed without transformers' own extensions."""
     without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
     try:
         return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
@@ -176,16 +190,19 @@ def parsed(source: str) -> nodes.Template | None:
 
 
 def _most_characters(messages: Sequence[Message], tools: list[Any] | None) -> int:
-    said = len(json.dumps([messages, tools], ensure_ascii=False, default=str))
-    return _CHARACTERS + _CHARACTERS_A_MESSAGE * len(messages) + _TIMES_LONGER * said
+    """How long a rendering may be."""
+    given = len(json.dumps([messages, tools], ensure_ascii=False, default=str))
+    return _CHARACTERS + _CHARACTERS_PER_MESSAGE * len(messages) + _CHARACTERS_PER_CHARACTER * given
 
 
 def _typed(message: Message) -> Message:
+    """The message with its content as a list of one text part."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _with_text_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text."""
     calls = []
     for call in message.get("tool_calls") or ():
         function = call.get("function", {})
@@ -198,22 +215,35 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-#: Names that rendering itself passes to a template.
-_OURS = frozenset(
+#: Names that transformers' rendering passes to a template itself.
+_RESERVED = frozenset(
     {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"}
     | {"continue_final_message", "return_assistant_tokens_mask"}
 )
 
 
 def parse_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """`--template-arg NAME=VALUE` pairs; VALUE is read as JSON where it is JSON, else as text. Raises UsageError."""
+    """Parse the pairs of `--template-arg NAME=VALUE`.
+
+    Args:
+        pairs: NAME=VALUE. A VALUE that is JSON is read as JSON; any other is text.
+
+    Returns:
+        The arguments by name.
+
+    Raises:
+        UsageError: If a pair has no name, or a name that is reserved.
+
+    >>> parse_arguments(["enable_thinking=false", "persona=pirate"])
+    {'enable_thinking': False, 'persona': 'pirate'}
+    """
     arguments: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator or not name.isidentifier():
             raise UsageError(f"--template-arg {pair!r}: expected NAME=VALUE, as in enable_thinking=false")
-        if name in _OURS:
-            raise UsageError(f"--template-arg {pair!r}: {name} is what ismdata itself passes; expected another name")
+        if name in _RESERVED:
+            raise UsageError(f"--template-arg {pair!r}: {name} is passed by ismdata itself; expected another name")
         try:
             arguments[name] = json.loads(value)
         except ValueError:

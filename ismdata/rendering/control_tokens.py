@@ -1,14 +1,12 @@
-"""Which tokens steer a model, and how text in a message is kept from becoming one.
+"""Which tokens are control tokens, and how message text is kept from becoming one.
 
-A control token is any token that only a template may write: those the tokenizer marks special, added tokens that the
-chat template itself spells out, and added tokens of the shape `<|...|>`. Paired markup that the tokenizer does not
-mark special (`<think>` and `</think>`, `<tool_call>` and `</tool_call>`) is no control token: answers rightly contain
-it.
+Only the template may write control tokens. They are the tokens that the tokenizer marks special, the added tokens that
+the chat template itself contains, and added tokens of the form `<|...|>`. Paired markup that the tokenizer does not
+mark special (`<think>` and `</think>`, `<tool_call>` and `</tool_call>`) is not: answers may contain it.
 
-Rendering is the place where text could turn into a control token, so message text is escaped before it is rendered:
-each control token in it becomes one private-use character, and so does the `<` of a text that ends in `<|im_`, which
-the next text could complete. The rendering is cut at the control tokens that remain, which are the template's own, and
-the pieces of plain text between them are unescaped.
+Message text is escaped before it is rendered. Each control token in it becomes one private-use character, and so does
+the `<` of a text that ends in `<|im_`, since the next text could complete it. All control tokens in the rendering are
+then the template's own: the rendering is cut at them, and the text between them is unescaped.
 """
 
 from __future__ import annotations
@@ -21,13 +19,13 @@ from typing import Any
 from ismdata.conversation import ROLES
 from ismdata.rendering.refusals import CannotEscape
 
-#: First characters of the ranges that escaping may use; the first range that a conversation does not use is taken.
+#: First characters of the ranges that escaping can use. It takes the first range that the conversation does not use.
 _PRIVATE_RANGES = (0xF0000, 0xF4000, 0xF8000, 0xFC000, 0x100000, 0x104000, 0x108000)
 
-#: What looks like a marker in a template's source: `<|end|>`, `<turn|>`, `</s>`, `<end_of_turn>`, `[/INST]`.
+#: A marker in a template's source: `<|end|>`, `<turn|>`, `</s>`, `<end_of_turn>`, `[/INST]`.
 _MARKER = re.compile(r"<[|｜/]?\w[\w▁\-:]*[|｜]?>|\[/?[A-Z_]{2,}\]")
 
-#: What a marker looks like at all: an added token that is a word or a blank is none, though templates contain it.
+#: The form of a marker. An added token that is a word or a blank is none, even if the template contains it.
 _SHAPED = re.compile(r"<\S+>|\[\S+\]")
 
 _BRACKETED = re.compile(r"[<\[][|｜].*[|｜][>\]]", re.DOTALL)
@@ -35,7 +33,7 @@ _BRACKETED = re.compile(r"[<\[][|｜].*[|｜][>\]]", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class AddedToken:
-    """What we need to know of one added token of a tokenizer."""
+    """An added token of a tokenizer, with its flags: `lstrip` and `rstrip` strip the blanks around it."""
 
     text: str
     id: int
@@ -45,7 +43,7 @@ class AddedToken:
 
 
 def control_tokens(added: Iterable[AddedToken], template: str) -> list[AddedToken]:
-    """The added tokens that only the template may write (see the module's text)."""
+    """The added tokens that only the template may write (see the module's docstring)."""
     added = list(added)
     texts = {token.text for token in added}
     return [
@@ -60,9 +58,9 @@ def control_tokens(added: Iterable[AddedToken], template: str) -> list[AddedToke
 
 
 def with_markers(controls: ControlTokens, template: str) -> ControlTokens:
-    """The control tokens and, beside them, the markers that a template spells out without the tokenizer knowing them.
+    """The control tokens, and the template's markers that are no tokens of the tokenizer (their `id` is -1).
 
-    For finding turns in rendered text only: such a marker is plain text to the tokenizer, its `id` is -1.
+    They are only used to find turns in rendered text: to the tokenizer such a marker is plain text.
     """
     known = controls.tokens
     found = sorted(set(_MARKER.findall(template)) - set(known))
@@ -70,7 +68,7 @@ def with_markers(controls: ControlTokens, template: str) -> ControlTokens:
 
 
 def _is_paired(text: str, texts: set[str]) -> bool:
-    """`<x>` beside `</x>`."""
+    """Whether the text is one of `<x>` and `</x>`, and both are among the texts."""
     if not (text.startswith("<") and text.endswith(">")) or _BRACKETED.fullmatch(text):
         return False
     name = text[2:-1] if text.startswith("</") else text[1:-1]
@@ -81,15 +79,15 @@ def _longest_first(text: str) -> tuple[int, str]:
     return -len(text), text
 
 
-#: Texts that begin alike are told apart so many times over; an expression may not be nested without end.
+#: The deepest nesting of the expression for control tokens.
 _LEVELS = 32
 
 
 def _any_of(texts: Iterable[str], levels: int = _LEVELS) -> str:
-    """An expression for the longest of these texts that stands at a place, for that is meant where one begins another,
-    as in the tokenizer itself.
+    """A regular expression that matches the longest of these texts at each position, as the tokenizer does.
 
-    It is a tree of what texts begin with: of a list of a thousand, as some tokenizers have, all would be tried in turn.
+    It is a prefix tree: with a plain list of alternatives every position would try all of them, and some tokenizers
+    have a thousand.
 
     >>> _any_of(["<end>", "<start>", "<stop>"])
     '<(?:st(?:art>|op>)|end>)'
@@ -103,14 +101,14 @@ def _any_of(texts: Iterable[str], levels: int = _LEVELS) -> str:
         alternatives = [re.escape(rest) for rest in rests]
     else:
         by_first: dict[str, list[str]] = {}
-        for rest in rests:  # an empty one is last
+        for rest in rests:  # the empty one is last
             by_first.setdefault(rest[:1], []).append(rest)
         alternatives = [_any_of(group, levels - 1) for group in by_first.values()]
     return f"{re.escape(shared)}(?:{'|'.join(alternatives)})"
 
 
 class ControlTokens:
-    """The control tokens of one tokenizer under one template, found, cut at and escaped in text."""
+    """The control tokens of one tokenizer under one template: finds, cuts at and escapes them in text."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self.tokens = {token.text: token for token in tokens if token.text}
@@ -118,13 +116,13 @@ class ControlTokens:
         self.pattern = re.compile(_any_of(ordered) if ordered else r"(?!)")
         self._longest = max(map(len, ordered), default=0)
         self._ordered = ordered
-        # What a text may end or begin with that its neighbour could make a control token of.
+        # What a text may end or begin with so that the neighbouring text could complete a control token.
         self._heads = {text[:end] for text in ordered for end in range(1, len(text))}
         self._tails = {text[start:] for text in ordered for start in range(1, len(text))}
         self._edges = sorted({head[0] for head in self._heads} | {tail[-1] for tail in self._tails})
 
     def cut(self, text: str) -> list[str | AddedToken]:
-        """Text as plain strings and control tokens, in order; empty strings are left out.
+        """Cut text into plain strings and control tokens, in order, without empty strings.
 
         >>> cut = ControlTokens([AddedToken(text="<e>", id=7, special=True)]).cut("ab<e>c")
         >>> [piece if isinstance(piece, str) else piece.id for piece in cut]
@@ -142,9 +140,7 @@ class ControlTokens:
         return pieces
 
     def common_prefix(self, *texts: str) -> int:
-        """The length of the texts' common prefix, moved back where it would end inside a control token of one of
-        them.
-        """
+        """The length of the texts' common prefix, shortened if it ends inside a control token of one of them."""
         shared = common_prefix_length(*texts)
         for text in texts:
             for match in self.pattern.finditer(text):
@@ -155,27 +151,34 @@ class ControlTokens:
         return shared
 
     def first_end(self, text: str) -> int | None:
-        """Where the first control token in `text` ends; None where there is none."""
+        """Where the first control token in `text` ends; None if there is none."""
         match = self.pattern.search(text)
         return match.end() if match else None
 
     def last_end(self, text: str) -> int | None:
-        """Where the last control token in `text` ends; None where there is none."""
+        """Where the last control token in `text` ends; None if there is none."""
         end = None
         for match in self.pattern.finditer(text):
             end = match.end()
         return end
 
     def escape(self, value: Any) -> tuple[Any, Escapes]:
-        """`value` (strings, lists, dicts, as in messages) with control tokens in its strings escaped, and the way back.
+        """Escape the control tokens in the strings of messages.
 
-        Raises CannotEscape where the text uses every private range, so that no character is left to escape with, or
-        holds U+10FFFE or U+10FFFF, noncharacters with which this package marks places.
+        Args:
+            value: Strings, lists and dicts.
+
+        Returns:
+            The same with escaped strings, and what undoes the escaping.
+
+        Raises:
+            CannotEscape: If the text uses every private range, or contains U+10FFFE or U+10FFFF, which `tracing.py`
+                uses for placeholders.
         """
         texts = list(_strings(value))
         used = "".join(texts)
         if "\U0010fffe" in used or "\U0010ffff" in used:
-            raise CannotEscape("the text holds U+10FFFE or U+10FFFF, which are no characters; take them out")
+            raise CannotEscape("the text contains U+10FFFE or U+10FFFF, which are not characters; remove them")
         if self.pattern.search(used) is None and not any(map(self._open_ends, texts)):
             return value, Escapes(mapping={})
         size = len(self._ordered) + len(self._edges)
@@ -208,8 +211,8 @@ class ControlTokens:
         return text
 
     def _open_ends(self, text: str) -> list[int]:
-        """The places of characters without which a text neither ends like the beginning of a control token nor begins
-        like the end of one. Blanks around it count for nothing: templates strip them.
+        """The characters to escape so that the text neither ends like the beginning of a control token nor begins like
+        the end of one. Blanks around it are ignored: templates strip them.
         """
         end = len(text.rstrip())
         first = len(text) - len(text.lstrip())
@@ -220,21 +223,22 @@ class ControlTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Escapes:
-    """The way back from private-use characters to the text they stand for."""
+    """What undoes the escaping: private-use characters to the text that they stand for."""
 
     mapping: Mapping[str, str]
 
     def undo(self, text: str) -> str:
+        """The text as it was before it was escaped."""
         if not self.mapping:
             return text
         return "".join(self.mapping.get(character, character) for character in text)
 
 
 def common_prefix_length(*texts: str) -> int:
-    """How many characters all texts have in common at their beginning."""
+    """The length of the texts' common prefix."""
     first = texts[0]
     low, high = 0, min(map(len, texts))
-    while low < high:  # the first `low` characters agree, no more than `high` do
+    while low < high:  # the first `low` characters agree, at most `high` do
         middle = (low + high + 1) // 2
         if all(text.startswith(first[low:middle], low) for text in texts):
             low = middle
@@ -243,7 +247,7 @@ def common_prefix_length(*texts: str) -> int:
     return low
 
 
-#: Keys that templates look for.
+#: Keys that templates read: they are not escaped.
 _KEYS = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "id", "type", "function"}
     | {"arguments", "description", "parameters", "properties", "required", "items", "enum"}
@@ -251,6 +255,7 @@ _KEYS = frozenset(
 
 
 def _strings(value: Any) -> Iterable[str]:
+    """All strings in a value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

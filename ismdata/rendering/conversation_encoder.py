@@ -1,4 +1,4 @@
-"""Conversations to the blocks of tokens that a model is fed, as pack cuts them."""
+"""The tokens that a chat feeds to a model: the same that `pack` writes for the conversation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ from ismdata.rendering.tracing import ANY_ANSWER
 
 
 class ConversationEncoder:
-    """What chat feeds a model, turn by turn: the tokens that `pack` would have written.
+    """Encodes a conversation turn by turn.
 
-    >>> ConversationEncoder.load("model")  # doctest: +SKIP
+    Args:
+        encoding: The tokenizer with its chat template.
+
+    >>> encoder = ConversationEncoder.load("model")  # doctest: +SKIP
+    >>> encoder.next_context([{"role": "user", "content": "Hello!"}])  # doctest: +SKIP
     """
 
     def __init__(self, encoding: Encoding) -> None:
@@ -32,12 +36,22 @@ class ConversationEncoder:
 
     @classmethod
     def load(cls, folder: str | Path) -> ConversationEncoder:
-        """Read what `Encoding.save` wrote. Raises DataError when the folder holds no such thing."""
+        """Load what `Encoding.save` wrote into a model's folder.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            DataError: If the folder was not written by `ismdata train`.
+        """
         path = Path(folder) / SETTINGS_NAME
         if not path.is_file():
             exists = Path(folder).exists()
             found = f"no {SETTINGS_NAME}" if Path(folder).is_dir() else "a file" if exists else "nothing"
-            raise DataError(f"{folder}: found {found}; expected a model's folder, which `ismdata train` writes")
+            raise DataError(f"{folder}: found {found}; expected the folder of a model that `ismdata train` wrote")
         settings = json.loads(path.read_text(encoding="utf-8"))
         encoding = load_encoding(
             str(folder),
@@ -49,28 +63,46 @@ class ConversationEncoder:
 
     @property
     def glm(self) -> GlmTokens | None:
-        """In the GLM layout, the tokens to put before answers. What the methods here give is without them:
-        `glm_layout.marked` puts them into blocks to feed, and `glm_layout.block_positions` says where tokens stand.
+        """The tokens of the GLM layout; None in the plain layout.
+
+        What the methods here return is without them: `glm_tokens.insert_glm_tokens_in_blocks` inserts them.
         """
         return self.encoding.glm
 
     @property
     def history(self) -> History:
-        """How earlier turns are fed: `append` keeps what was fed, `expand` renders the conversation anew each turn."""
+        """How earlier turns are fed: `append` keeps what was fed, `expand` renders everything again."""
         return self.encoding.history
 
     def next_context(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Tokens to feed before the model answers `messages`, all through the last answer's end of turn having been
-        fed.
+        """The tokens to feed before the model answers, if everything up to the last answer's end of turn has been fed.
 
-        Raises CannotRender.
+        Args:
+            messages: The conversation so far.
+            tools: The tools described to the template.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            CannotRender: If the template refuses or rewrites the conversation.
         """
         return self._next(messages, tools)[1]
 
     def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
-        """Tokens that belong to the last answer and end it, but are known only now that other messages follow.
+        """The tokens that end the last answer and are known only once other messages follow it.
 
-        Empty for all templates but those of `TemplateProfile.next_turn_ends`. Raises as `next_context`.
+        Templates with `TemplateProfile.next_turn_ends` have some; all others none.
+
+        Args:
+            messages: The conversation so far.
+            tools: The tools described to the template.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            CannotRender: If the template refuses or rewrites the conversation.
         """
         return self._next(messages, tools)[0] if self.next_turn_end_ids else []
 
@@ -78,23 +110,32 @@ class ConversationEncoder:
         """`turn_end` and `next_context`."""
         renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
         (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
-        end, brought, context = renderer.next_context(escaped, escaped_tools)
+        end, next_turn_end, context = renderer.next_context(escaped, escaped_tools)
         first = not any(message["role"] == "assistant" for message in messages)
         ending = controls.cut(end)
         last = ending[-1] if ending and isinstance(ending[-1], AddedToken) else None
         ids = self._ids([Chunk(text=context, kind=QUERY)], escapes, preceding=last, opening=first)[0]
-        return self._ids([Chunk(text=brought, kind=ANSWER)], escapes, opening=False)[0], ids
+        return self._ids([Chunk(text=next_turn_end, kind=ANSWER)], escapes, opening=False)[0], ids
 
     def blocks(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[tuple[bool, list[int]]]:
-        """The whole conversation as `expand` renders it, up to where the model answers: (is an answer, tokens) in
-        order.
+        """Encode the whole conversation as `expand` renders it, up to where the model answers.
+
+        Args:
+            messages: The conversation so far.
+            tools: The tools described to the template.
+
+        Returns:
+            (is an answer, token ids) in order.
+
+        Raises:
+            CannotRender: If the template refuses or rewrites the conversation.
         """
         renderer, controls = self.encoding.renderer, self.encoding.tokenizer.controls
         (escaped, escaped_tools), escapes = controls.escape([list(messages), tools])
         chunks = renderer.expand([*escaped, {"role": "assistant", "content": ANY_ANSWER}], escaped_tools)
         newest = next(k for k, chunk in enumerate(chunks) if chunk.message == len(messages))
         joined: list[Chunk] = []
-        for chunk in chunks[:newest]:  # prompt and query are one context to a mask
+        for chunk in chunks[:newest]:  # to a mask, prompt and query are one context
             if joined and joined[-1].message < 0 and chunk.message < 0:
                 joined[-1] = Chunk(text=joined[-1].text + chunk.text, kind=QUERY)
             else:
@@ -116,7 +157,7 @@ class ConversationEncoder:
 
     @property
     def end_of_turn_ids(self) -> list[int]:
-        """The tokens that end an answer; empty where the template writes none."""
+        """The tokens that end an answer; none if the template writes none."""
         tokenizer = self.encoding.tokenizer
         ids: list[int] = []
         for cut in tokenizer.controls.cut(self.encoding.renderer.profile.end_of_turn):
@@ -125,12 +166,13 @@ class ConversationEncoder:
 
     @property
     def next_turn_end_ids(self) -> frozenset[int]:
-        """The tokens of which one ends an answer as soon as another message follows, `TemplateProfile.next_turn_ends`:
-        the model writes it, the template only then.
+        """The tokens that the model writes to end an answer, but the template only once another message follows
+        (`TemplateProfile.next_turn_ends`).
         """
         controls = self.encoding.tokenizer.controls
         cuts = [cut for end in self.encoding.renderer.profile.next_turn_ends for cut in controls.cut(end)[-1:]]
         return frozenset(cut.id for cut in cuts if isinstance(cut, AddedToken))
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, control tokens included."""
         return self.encoding.tokenizer.decode(ids)

@@ -1,6 +1,6 @@
-"""A tokenizer with its chat template, ready to use: set up, checked, saved with the shards, and read again for chat.
+"""A tokenizer with its chat template: loaded, probed, saved with the shards and loaded again for chat.
 
-`Encoding` is what `pack` and `chat` share, so that a model is fed in a conversation exactly what it was trained on.
+`pack` and `chat` share an `Encoding`, so that a chat feeds a model exactly what it was trained on.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from ismdata.rendering.chat_template import BUILT_IN, DEFAULT_DATE, ChatTemplate
 from ismdata.rendering.glm_tokens import GlmTokens, choose_tokens
 from ismdata.rendering.pieces import Piece, render_document
 from ismdata.rendering.renderer import Renderer
-from ismdata.rendering.sensitivity import Sensitivity, sensitivity
-from ismdata.rendering.template_probe import profile
+from ismdata.rendering.sensitivity import Sensitivity, find_sensitivity
+from ismdata.rendering.template_probe import TemplateProfile, probe_template
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
 from ismdata.rendering.tracing import Tracer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-#: Beside a saved tokenizer: how its template was rendered.
+#: The file beside a saved tokenizer that says how its template is rendered.
 SETTINGS_NAME = "ismdata_template.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """A tokenizer, its probed template and the way with history. `notes` are what a user should be told once.
+    """A tokenizer with its probed template.
 
-    glm: in the GLM layout, the tokens put before answers.
+    Attributes:
+        tokenizer: The tokenizer.
+        renderer: The probed template.
+        history: What is done about earlier turns (docs/templates.md).
+        sensitivity: Which contents need individual rendering.
+        notes: Sentences that the user should see once.
+        glm: The tokens of the GLM layout; None in the plain layout.
     """
 
     tokenizer: Tokenizer
@@ -45,11 +51,21 @@ class Encoding:
     glm: GlmTokens | None = None
 
     def with_glm(self, *, mask_token: str | None, start_token: str | None, every_answer: bool) -> Encoding:
-        """The same in the GLM layout, with these control tokens or those the tokenizer has for it. Raises
-        UsageError.
+        """The same encoding in the GLM layout.
+
+        Args:
+            mask_token: The control token for `[MASK]`; by default the tokenizer's own.
+            start_token: The control token for `[START]`; by default the tokenizer's own.
+            every_answer: Whether each answer gets the two tokens.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            UsageError: If the tokenizer has no such token, or both are the same.
         """
-        taken = (self.tokenizer.unknown_id, self.tokenizer.pad_id, self.tokenizer.eos_id)
-        controls = {text: token for text, token in self.tokenizer.controls.tokens.items() if token.id not in taken}
+        in_use = (self.tokenizer.unknown_id, self.tokenizer.pad_id, self.tokenizer.eos_id)
+        controls = {text: token for text, token in self.tokenizer.controls.tokens.items() if token.id not in in_use}
         glm = choose_tokens(
             controls,
             self.tokenizer.name,
@@ -60,13 +76,22 @@ class Encoding:
         return replace(self, glm=glm)
 
     def document(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[Piece, ...]:
-        """One conversation rendered by itself: the reference for what `pack` writes, in the GLM layout before
-        `marked_pieces`.
+        """Encode one conversation individually: the reference for what `pack` writes.
+
+        Args:
+            messages: The conversation, as templates take it.
+            tools: The tools described to the template.
+
+        Returns:
+            The document's pieces, without the tokens of the GLM layout.
+
+        Raises:
+            CannotRender: If the conversation cannot be rendered or its text cannot be escaped.
         """
         return render_document(self.renderer, self.tokenizer, messages, tools, self.history)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer with its template, and how the template was rendered, into `folder`."""
+        """Save the tokenizer with its template, and how the template is rendered, into `folder`."""
         template = self.renderer.template
         self.tokenizer.pretrained.chat_template = template.source
         self.tokenizer.save(folder)
@@ -89,10 +114,24 @@ def load_encoding(
     arguments: Mapping[str, Any] | None = None,
     date: datetime.date = DEFAULT_DATE,
 ) -> Encoding:
-    """Load a tokenizer, choose and probe its template.
+    """Load a tokenizer, choose its template and probe it.
 
-    tokenizer: a local folder, a GGUF file or a hub name. chat_template: a file, or the name of a built-in template;
-    without it the tokenizer's own, or ChatML where it has none. Raises DataError, UsageError.
+    Args:
+        tokenizer: A local folder, a GGUF file or a hub name.
+        chat_template: A Jinja file or the name of a built-in template. By default the tokenizer's own template, or
+            ChatML if it has none.
+        history: What is done about earlier turns (docs/templates.md).
+        arguments: What `--template-arg` passes to the template.
+        date: The date that the template prints.
+
+    Returns:
+        The encoding.
+
+    Raises:
+        DataError: If the tokenizer cannot be loaded, or the template cannot be used.
+        UsageError: If there is no such template.
+
+    >>> load_encoding("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
     return probe_encoding(
         load_pretrained(tokenizer),
@@ -113,9 +152,25 @@ def probe_encoding(
     arguments: Mapping[str, Any] | None = None,
     date: datetime.date = DEFAULT_DATE,
 ) -> Encoding:
-    """As `load_encoding`, with a tokenizer that is loaded already; `name` is what errors call it."""
-    notes: list[str] = []
-    template_name, source = _choose_template(pretrained.chat_template, chat_template, name, notes)
+    """Choose and probe the template of a tokenizer that is loaded already.
+
+    Args:
+        pretrained: The tokenizer.
+        name: What errors call it.
+        chat_template: A Jinja file or the name of a built-in template. By default the tokenizer's own template, or
+            ChatML if it has none.
+        history: What is done about earlier turns (docs/templates.md).
+        arguments: What `--template-arg` passes to the template.
+        date: The date that the template prints.
+
+    Returns:
+        The encoding.
+
+    Raises:
+        DataError: If the tokenizer or the template cannot be used.
+        UsageError: If there is no such template.
+    """
+    template_name, source, notes = _choose_template(pretrained.chat_template, chat_template, name)
     loaded = Tokenizer(pretrained, name=name, template=source)
     template = ChatTemplate(
         name=template_name,
@@ -131,80 +186,90 @@ def probe_encoding(
         )
     if template_name in BUILT_IN:
         _check_vocabulary(loaded, source, template_name)
-    template, found = profile(template, loaded.markers)
+    template, found = probe_template(template, loaded.markers)
     renderer = Renderer(tracer=Tracer(template), profile=found, controls=loaded.controls, markers=loaded.markers)
+    sensitive = find_sensitivity(renderer, prepends=loaded.prepends)
     if template.prints_date:
-        notes.append(f"The template prints a date: fixed at {date.isoformat()} (--template-date).")
-    if not found.prefix_stable and found.difference is not None:
+        notes.append(f"The template prints a date: it is fixed at {date.isoformat()} (--template-date).")
+    if found.difference is not None:
         fed, rewritten = found.difference
-        way = "append: what was fed stays as it was" if history == "append" else "expand: one document an answer"
+        what = "append: what was fed stays as it is" if history == "append" else "expand: one document per answer"
         notes.append(
             f"The template rewrites history: after {fed[:60]!r} was fed, it renders {rewritten[:60]!r}. "
-            f"History goes by --history {way}."
+            f"Used: --history {what}."
         )
-    sensitive = sensitivity(renderer, prepends=loaded.prepends)
     if sensitive.everything:
-        notes.append("The template acts on what messages say, so each conversation is rendered by itself: slower.")
-    if found.next_turn_ends:
-        ends = " or ".join(repr(end) for end in found.next_turn_ends)
         notes.append(
-            f"The template ends an answer with nothing but what follows it, {ends}. Where a message follows, that "
-            "token is trained as the answer's last; the last answer of a conversation has none."
-        )
-    elif not found.end_of_turn:
-        notes.append(
-            "The template writes nothing after an answer, so answers have no end-of-turn token to be trained on."
-        )
-    elif loaded.controls.pattern.search(found.end_of_turn) is None:
-        notes.append(
-            f"The template ends answers with {found.end_of_turn!r}, which is plain text to this tokenizer "
-            "and no token of its own."
-        )
-    if found.end_of_turn and not found.history_end:
-        notes.append(
-            f"The template writes {found.end_of_turn!r} behind the last answer of a conversation alone: earlier "
-            "answers end with their text."
+            "The template acts on the texts of messages, so each conversation is rendered individually: this is slower."
         )
     return Encoding(
         tokenizer=loaded,
         renderer=renderer,
         history=history,
         sensitivity=sensitive,
-        notes=tuple(notes),
+        notes=(*notes, *_notes_on_ends(found, loaded)),
     )
 
 
-def _choose_template(own: Any, wanted: str | None, tokenizer: str, notes: list[str]) -> tuple[str, str]:
-    """Name and source of the template to use."""
+def _notes_on_ends(found: TemplateProfile, tokenizer: Tokenizer) -> list[str]:
+    """What the user should know about the ends of answers."""
+    notes = []
+    if found.next_turn_ends:
+        ends = " or ".join(repr(end) for end in found.next_turn_ends)
+        notes.append(
+            f"The template ends an answer only with the beginning of what follows, {ends}. If a message follows, that "
+            "token is trained as the answer's last one; the last answer of a conversation has none."
+        )
+    elif not found.end_of_turn:
+        notes.append("The template writes nothing after an answer, so no end-of-turn token is trained.")
+    elif tokenizer.controls.pattern.search(found.end_of_turn) is None:
+        notes.append(
+            f"The template ends answers with {found.end_of_turn!r}, which is plain text to this tokenizer, not a token "
+            "of its own."
+        )
+    if found.end_of_turn and not found.history_end:
+        notes.append(
+            f"The template writes {found.end_of_turn!r} only after the last answer of a conversation: earlier answers "
+            "end with their text."
+        )
+    return notes
+
+
+def _choose_template(own: Any, wanted: str | None, tokenizer: str) -> tuple[str, str, list[str]]:
+    """The name and the source of the template to use, and notes for the user."""
     if wanted is None:
         if isinstance(own, str):
-            return f"of {Path(tokenizer).name}", own
+            return f"of {Path(tokenizer).name}", own, []
         if isinstance(own, dict) and "default" in own:
-            notes.append("The tokenizer has several chat templates; 'default' is used.")
-            return f"of {Path(tokenizer).name} (default)", own["default"]
-        notes.append(f"{tokenizer} has no chat template: the built-in chatml is used.")
-        return "chatml", built_in("chatml")
+            note = "The tokenizer has several chat templates; 'default' is used."
+            return f"of {Path(tokenizer).name} (default)", own["default"], [note]
+        return "chatml", built_in("chatml"), [f"{tokenizer} has no chat template: the built-in chatml is used."]
     if wanted in BUILT_IN:
-        return wanted, built_in(wanted)
+        return wanted, built_in(wanted), []
     path = Path(wanted)
     if not path.is_file():
         raise UsageError(
             f"--chat-template {wanted}: {'is a folder' if path.is_dir() else 'no such file'}; "
             f"expected a Jinja file or a built-in template ({', '.join(BUILT_IN)})"
         )
+    return path.name, read_template(path), []
+
+
+def read_template(path: Path) -> str:
+    """Read a Jinja file. Raises DataError if it is not text."""
     try:
-        return path.name, path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{wanted}: not UTF-8 at byte {error.start}; expected a Jinja template as text") from error
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; expected a Jinja template as text") from error
 
 
 def _check_vocabulary(tokenizer: Tokenizer, source: str, name: str) -> None:
-    """A built-in template's markers must be tokens of the vocabulary. Raises DataError with what to do."""
+    """Check that a built-in template's markers are tokens of the vocabulary. Raises DataError."""
     markers = ("<|im_start|>", "<|im_end|>")
     missing = [marker for marker in markers if marker in source and marker not in tokenizer.controls.tokens]
     if missing:
         raise DataError(
             f"{tokenizer.name}: the vocabulary lacks {' and '.join(missing)}, which the {name} template writes. "
-            "Pass the template that this tokenizer was made for with --chat-template FILE, or add the tokens: "
+            "Pass the template that belongs to this tokenizer with --chat-template FILE, or add the tokens: "
             f"tokenizer.add_special_tokens({{'additional_special_tokens': {missing}}}), save it, and resize the model"
         )

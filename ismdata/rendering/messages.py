@@ -9,14 +9,23 @@ from typing import Any
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.refusals import InvalidArguments
 
-#: Fields of a message that only a rendering of the conversation by itself takes into account.
+#: Fields of a message that a skeleton cannot express: conversations with one of them are rendered individually.
 SPECIAL_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 
 def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    """A canonical conversation as templates take it: tool calls and tools parsed, training marks left out.
+    """Convert a canonical conversation to what templates take.
 
-    Raises InvalidArguments.
+    Tool calls and tools are parsed; fields about training are left out.
+
+    Args:
+        conversation: A row of `conversation.CONVERSATION_SCHEMA`. Fields that are null may be missing.
+
+    Returns:
+        The messages, and the tools; None if there are no tools.
+
+    Raises:
+        InvalidArguments: If the arguments of a tool call, the tool calls or the tools are not JSON.
     """
     messages = []
     for number, message in enumerate(conversation["messages"], 1):
@@ -25,7 +34,7 @@ def as_template_messages(conversation: Mapping[str, Any]) -> tuple[list[Message]
             shaped["tool_calls"] = _load(shaped["tool_calls"], f"message {number}: the tool calls")
             for call in shaped["tool_calls"]:
                 _parse_arguments(call, number)
-        shaped.setdefault("content", None)  # templates ask `content is none`
+        shaped.setdefault("content", None)  # templates test `content is none`
         messages.append(shaped)
     tools = conversation.get("tools")
     return messages, _load(tools, "the conversation's tools") if tools else None
@@ -40,10 +49,9 @@ def _load(text: str, what: str) -> Any:
 
 
 def _parse_arguments(call: dict[str, Any], number: int) -> None:
-    """Put the arguments of a call in as an object, which templates expect; none at all are an empty one.
+    """Replace the text of a call's arguments by the object that templates expect; no arguments become an empty object.
 
-    number: that of the message, for the error. Raises InvalidArguments for text that is not JSON: a model would learn
-    to write it. JSON that is no object stays as its text.
+    JSON that is no object stays text. Text that is not JSON raises InvalidArguments: a model would learn to write it.
     """
     function = call.get("function")
     if not isinstance(function, dict):

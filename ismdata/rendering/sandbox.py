@@ -1,9 +1,9 @@
-"""Limits of time and memory around a program that someone else wrote, such as a chat template.
+"""Limits of time and memory for code that someone else wrote, such as a chat template.
 
-The time limit is an alarm (SIGALRM) in the main thread of a POSIX system, and a watching thread elsewhere. Both reach
-Python code only between two of its steps, so one long step in C is waited for; the memory limit is what keeps most such
-steps short. The memory limit is on the address space that the process may add meanwhile (RLIMIT_AS). It holds on Linux
-in the main thread; elsewhere there is none.
+The time limit is an alarm (SIGALRM) in the main thread of a POSIX system, and a watchdog thread elsewhere. Both
+interrupt Python only between bytecode instructions, so a long operation in C runs to its end; the memory limit keeps
+most such operations short. The memory limit bounds the address space that the process may add (RLIMIT_AS). It works on
+Linux in the main thread; elsewhere there is none.
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ T = TypeVar("T")
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception, so that what it interrupts does not take it for an error of its own and go on."""
+    """Not an Exception, so that the interrupted code does not catch it as an error of its own."""
 
 
 def limited(call: Callable[[], T], *, seconds: float, memory: int) -> T:
-    """What `call` returns, if it takes at most `seconds`, and at most `memory` bytes more than the process has.
+    """Call a function within limits of time and memory.
 
-    Raises TimeoutError, MemoryError and what `call` raises. Handlers, timers and limits that were set before are set
-    again afterwards.
+    Handlers, timers and limits that were set before are restored.
+
+    Args:
+        call: What to call.
+        seconds: How long it may take.
+        memory: Bytes that it may allocate on top of what the process has.
+
+    Returns:
+        What `call` returns.
+
+    Raises:
+        TimeoutError: If it takes longer.
+        MemoryError: If it needs more memory.
     """
-    # One alarm rings once, and only while `call` runs or is being left: never in this function, so that whatever it
-    # interrupts is undone in order. Context managers would not do: the alarm could ring in their own machinery.
+    # The alarm fires at most once, and only while `call` runs or returns: never in this function, so that the `finally`
+    # blocks below run in order. Context managers would not work: the alarm could fire inside their own code.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    timed = _with_alarm if in_main_thread and hasattr(signal, "setitimer") else _watched
+    timed = _with_alarm if in_main_thread and hasattr(signal, "setitimer") else _with_watchdog
     try:
         if in_main_thread and sys.platform == "linux":
             return _with_memory_limit(lambda: timed(call, seconds), memory)
@@ -43,6 +54,7 @@ def limited(call: Callable[[], T], *, seconds: float, memory: int) -> T:
 
 
 def _with_alarm(call: Callable[[], T], seconds: float) -> T:
+    """Call with SIGALRM as the time limit."""
     running = True
 
     def stop(number: int, frame: object) -> None:
@@ -61,11 +73,12 @@ def _with_alarm(call: Callable[[], T], seconds: float) -> T:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-        if left:  # someone else's alarm goes on, and rings at once if it should have rung meanwhile
+        if left:  # restore the earlier alarm; if it should have fired meanwhile, it fires at once
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-6), interval)
 
 
-def _watched(call: Callable[[], T], seconds: float) -> T:
+def _with_watchdog(call: Callable[[], T], seconds: float) -> T:
+    """Call with a thread that raises an exception in this one after the time limit."""
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
     thread = ctypes.c_ulong(threading.get_ident())
     lock = threading.Lock()
@@ -87,19 +100,20 @@ def _watched(call: Callable[[], T], seconds: float) -> T:
         finally:
             with lock:
                 running = False
-                if stopped:  # takes it back where it has not arrived yet: later it would hit the caller
+                if stopped:  # cancel the exception if it has not been raised yet: it would hit the caller
                     raise_in(thread, None)
     finally:
         timer.cancel()
 
 
 def _with_memory_limit(call: Callable[[], T], memory: int) -> T:
+    """Call with RLIMIT_AS `memory` bytes above the process's address space."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space() + memory
     if any(set_ != resource.RLIM_INFINITY and set_ <= limit for set_ in (soft, hard)):
-        return call()  # a stricter one is in force
+        return call()  # a stricter limit is in force
     try:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         return call()
@@ -107,23 +121,23 @@ def _with_memory_limit(call: Callable[[], T], memory: int) -> T:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-#: Seconds for which a reading of the address space holds. Renderings come by the thousand, and to read it takes as
-#: long as a short one of them.
-_READING_HOLDS = 0.02
+#: Seconds for which a measured address space is reused: measuring takes as long as a short rendering, and there are
+#: thousands of these.
+_REUSE_SECONDS = 0.02
 
-_reading = (-_READING_HOLDS, 0)
+_measured = (-_REUSE_SECONDS, 0)
 
 
 def _address_space() -> int:
-    """Bytes of address space that the process has, or had a moment ago."""
-    global _reading
-    at, found = _reading
+    """Bytes of the process's address space, now or a moment ago."""
+    global _measured
+    at, found = _measured
     now = time.monotonic()
-    if now - at >= _READING_HOLDS:
-        statm = os.open("/proc/self/statm", os.O_RDONLY)  # plainly: this is done often
+    if now - at >= _REUSE_SECONDS:
+        statm = os.open("/proc/self/statm", os.O_RDONLY)  # without a file object: this is called often
         try:
             found = int(os.read(statm, 64).split()[0]) * os.sysconf("SC_PAGESIZE")
         finally:
             os.close(statm)
-        _reading = now, found
+        _measured = now, found
     return found

@@ -1,8 +1,8 @@
-"""Which contents a template treats otherwise than by writing them out: found by trying, not by reading its source.
+"""Which contents a template does not simply write out: found by rendering, not by reading its source.
 
-A skeleton holds only for contents that the template leaves alone, blanks at the ends aside. Every string constant of
-the template, a battery of odd contents, and none at all are put into a short conversation; where the rendering is not
-the skeleton filled in, contents of that kind are rendered one by one.
+A skeleton is right only for contents that the template leaves as they are, apart from blanks at the ends. So each
+string constant of the template, a list of odd contents and empty contents are rendered in a short conversation. If the
+rendering is not the filled skeleton, conversations with such contents are rendered individually.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.skeleton import EM_SPACE, NotDecomposable, fill_parts, template_parts
 
-#: Contents that templates have been seen to treat specially without naming them: case, escapes, lengths, blanks, JSON,
-#: lists.
+#: Contents that templates treat specially without naming them in a constant: case, escapes, lengths, blanks, JSON.
 BATTERY = (
     "a", "Yes", "lower UPPER Title", "tab\tin", "two  blanks", " ends with blanks ", "\tx\t", "\nx\n", "x\r\n",
     "\u3000x", "line\nbreak", "many\n\n\nbreaks", "<b>&amp; \"quoted\" 'single'</b>", '{"json": [1, 2]}', "[1, 2]",
@@ -28,14 +27,18 @@ BATTERY = (
 #: Contents without text.
 _BLANK = ("", " ", "\n", "\n\n \t")
 
-#: Constants that are tried one by one, each in a few renderings. The longest real templates have some hundred.
+#: The most constants that are tried, each in a few renderings. The longest real templates have some hundred.
 _MOST_CONSTANTS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """triggers: texts that a content must not hold to be filled into a skeleton. blank: it must hold some text.
-    everything: no content may be filled in.
+    """Which contents must not be filled into skeletons.
+
+    Attributes:
+        triggers: Contents that contain one of these texts.
+        blank: Contents without text.
+        everything: All contents.
     """
 
     triggers: tuple[str, ...]
@@ -43,17 +46,24 @@ class Sensitivity:
     everything: bool
 
 
-def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
-    """Try a template. What it refuses altogether is no matter here: it refuses the conversation itself later.
+def find_sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
+    """Find out to which contents a template is sensitive.
 
-    prepends: whether the tokenizer puts a blank before some texts.
+    What the template refuses altogether does not matter here: it will refuse the conversation itself.
+
+    Args:
+        renderer: The probed template.
+        prepends: Whether the tokenizer puts a blank before some texts.
+
+    Returns:
+        The contents that must not be filled into skeletons.
     """
     shapes = [["user", "assistant", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
     usable = [(roles, parts) for roles in shapes if (parts := _parts(renderer, roles)) is not None]
     if not usable:
         return Sensitivity(triggers=(), blank=True, everything=True)
 
-    def departs(roles: Sequence[str], parts: Sequence[str | Slot], contents: Sequence[str]) -> bool:
+    def changes(roles: Sequence[str], parts: Sequence[str | Slot], contents: Sequence[str]) -> bool:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             return renderer.template.render(messages) != fill_parts(parts, contents)
@@ -61,11 +71,11 @@ def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
             return True
 
     def differs(content: str) -> bool:
-        return any(departs(roles, parts, [content] * len(roles)) for roles, parts in usable)
+        return any(changes(roles, parts, [content] * len(roles)) for roles, parts in usable)
 
     def differs_alone(content: str) -> bool:
         return any(
-            departs(roles, parts, ["x"] * k + [content] + ["x"] * (len(roles) - k - 1))
+            changes(roles, parts, ["x"] * k + [content] + ["x"] * (len(roles) - k - 1))
             for roles, parts in usable
             for k in range(len(roles))
         )
@@ -77,13 +87,13 @@ def sensitivity(renderer: Renderer, *, prepends: bool) -> Sensitivity:
         or any(differs(content) for content in BATTERY)
     ):
         return Sensitivity(triggers=(), blank=True, everything=True)
-    # What such tokens strip, and what is a text's beginning, depends on whether there is any text.
+    # What stripping tokens strip, and which text begins a document, depends on whether there is any text.
     stripping = any(token.lstrip or token.rstrip for token in renderer.controls.tokens.values())
     blank = prepends or stripping or any(differs(content) or differs_alone(content) for content in _BLANK)
-    # A constant that holds a control token never reaches the template from a message: it is escaped before.
+    # A constant with a control token never reaches the template from a message: it is escaped before.
     candidates = [text for text in constants if renderer.controls.pattern.search(text) is None]
     triggers = {text for text in candidates if any(map(differs, (text, f"{text}x", f"x{text}", f"x{text}x")))}
-    for text in candidates:  # some look for an opening and a closing tag together
+    for text in candidates:  # some templates look for an opening and a closing tag together
         closing = f"</{text[1:]}"
         if text.startswith("<") and closing in candidates and differs(f"{text}x{closing}"):
             triggers.add(text)
@@ -97,4 +107,4 @@ def _parts(renderer: Renderer, roles: Sequence[str]) -> tuple[str | Slot, ...] |
     except TemplateRefused:
         return None
     except NotDecomposable:
-        return ("\0",)  # equal to no rendering
+        return ("\0",)  # differs from every rendering

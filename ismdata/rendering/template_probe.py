@@ -1,20 +1,20 @@
-"""What a chat template writes around messages, found by rendering a few conversations made for it.
+"""What a chat template writes around messages, found by rendering a few conversations.
 
-The rest of the pipeline needs the generation prompt, what ends an answer, what opens a user's turn, in which shape the
-template reads tool calls, and whether it is prefix-stable (rendering messages[:k] with the generation
-prompt is a prefix of rendering messages[:k + 1], which is a prefix of everything longer).
+Other modules need the generation prompt, what ends an answer, what opens a user's turn, in which form the template
+reads tool calls, and whether it is prefix-stable: the rendering of messages[:k] with the generation prompt is a prefix
+of the rendering of messages[:k + 1], and that is a prefix of all longer ones.
 
-What ends an answer is read off two places: the end of a conversation, and history. They may differ:
+What ends an answer is read in two places: at the end of a conversation, and in history. They may differ:
 
 | end of a conversation | history | example | the answer ends with |
 |---|---|---|---|
 | a token | the same | ChatML | that token |
-| a token | another | GPT-OSS | the token of the end; history's own is passed over |
+| a token | another | GPT-OSS | the token of the end; the one of history is context |
 | a token | nothing | eos after the last turn only | that token at the end, its text in history |
-| nothing | a token | vLLM's ChatML | history's token, where a message follows |
-| nothing | the next turn's header | GLM-4.6 | the header's first token, where a message follows |
+| nothing | a token | vLLM's ChatML | the token of history, if a message follows |
+| nothing | the next turn's header | GLM-4.6 | the header's first token, if a message follows |
 
-The last one is a choice: the model must write that token to stop, and nothing else in such a template teaches it to.
+The last row is a decision: the model must write that token to stop, and nothing else in such a template trains it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ismdata.rendering.control_tokens import ControlTokens, common_prefix_length
 from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.tracing import Trace, Tracer
 
-#: Contents while probing; the private-use characters around them keep them apart from the template's own text.
+#: The contents of the probes. The private-use characters around them distinguish them from the template's own text.
 _QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
     f"\ue000{name}\ue001" for name in ("QUESTION", "ANSWER", "SECOND QUESTION", "SECOND ANSWER")
 )
@@ -52,8 +52,8 @@ _TOOL: dict[str, Any] = {
 }
 
 
-def calling(content: str | None) -> Message:
-    """An answer that calls the probe's tool."""
+def _calling(content: str | None) -> Message:
+    """An answer that calls the tool of the probes."""
     function = {"name": "tool", "arguments": {"key": _VALUE}}
     return {
         "role": "assistant",
@@ -64,12 +64,16 @@ def calling(content: str | None) -> Message:
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateProfile:
-    """What probing a template found.
+    """What probing found about a template.
 
-    generation_prompt: the text that opens an answer. end_of_turn: what ends an answer at the end of a conversation, as
-    far as the model writes it; history_end: the same in history. next_turn_ends: where nothing ends it at the end of a
-    conversation, what may end it in history. user_header: what opens a later user turn. prefix_stable: see the module's
-    text; `difference` shows one place where it is not, as (fed, rewritten).
+    Attributes:
+        generation_prompt: The text that opens an answer.
+        end_of_turn: The text that ends an answer at the end of a conversation, as far as the model writes it.
+        history_end: The text that ends an answer in history.
+        next_turn_ends: If nothing ends an answer at the end of a conversation: what may end it in history.
+        user_header: The text that opens a later user turn.
+        prefix_stable: See the module's docstring.
+        difference: An example of an unstable prefix, (fed, rewritten); None if the template is prefix-stable.
     """
 
     generation_prompt: str
@@ -81,11 +85,18 @@ class TemplateProfile:
     difference: tuple[str, str] | None
 
 
-def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplate, TemplateProfile]:
-    """Probe a template; returns it with the shape set in which it reads messages. Raises DataError.
+def probe_template(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplate, TemplateProfile]:
+    """Probe a template.
 
-    A template that does not even render one user's question and one answer cannot be used at all. `markers` are the
-    tokenizer's control tokens and the template's own markers.
+    Args:
+        template: The template.
+        markers: The tokenizer's control tokens, and the template's markers that are no tokens.
+
+    Returns:
+        The template, with the form set in which it reads messages, and what was found.
+
+    Raises:
+        DataError: If the template does not render even one question and one answer, or takes powers.
     """
     _refuse_powers(template)
     # Some templates render nothing without tools.
@@ -104,10 +115,10 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
         ) from refusal
     if _QUESTION not in alone or _ANSWER not in answered:
         raise DataError(
-            f"chat template {template.name}: its rendering does not contain what user and assistant said; "
+            f"chat template {template.name}: its rendering does not contain the texts of user and assistant; "
             f"rendered {answered[:200]!r}. Pass another with --chat-template FILE"
         )
-    template = _shape_of_calls(template)
+    template = _with_call_format(template)
     prompt = opened[markers.common_prefix(alone, opened) :]
     difference = _first_difference(template, tools)
     return template, TemplateProfile(
@@ -119,61 +130,61 @@ def profile(template: ChatTemplate, markers: ControlTokens) -> tuple[ChatTemplat
 
 
 def _refuse_powers(template: ChatTemplate) -> None:
-    """Raise DataError where a template takes powers: `9**9**9` is one step for ever, which no time limit reaches.
+    """Raise DataError if a template uses `**`: evaluating `9**9**9` blocks in C, where no time limit can interrupt it.
 
-    Only the template's words are looked at; it is neither compiled nor run.
+    This only reads the template's tokens; it neither compiles nor runs it.
     """
     before = ""
     try:
         for line, kind, word in ImmutableSandboxedEnvironment().lex(template.source):
             if kind == "whitespace":
                 continue
-            if kind == "operator" and word == "**" and before not in ("(", ","):  # behind those it is **kwargs
+            if kind == "operator" and word == "**" and before not in ("(", ","):  # after those it is **kwargs
                 raise DataError(
-                    f"chat template {template.name}: line {line} takes a power (**); expected plain text layout. "
-                    "Pass another with --chat-template FILE"
+                    f"chat template {template.name}: line {line} takes a power (**); expected a template that only "
+                    "formats messages. Pass another with --chat-template FILE"
                 )
             before = word
     except TemplateSyntaxError:
-        return  # rendering says what is wrong, as transformers words it
+        return  # rendering reports it, in transformers' words
 
 
-# -- in which shape the template reads messages ------------------------------------------------------------------------
+# -- the form in which the template reads messages ---------------------------------------------------------------------
 
 
-def _shape_of_calls(template: ChatTemplate) -> ChatTemplate:
-    """The template, told whether it wants the arguments of calls as text, and what it takes for no content."""
+def _with_call_format(template: ChatTemplate) -> ChatTemplate:
+    """The template, with the form of arguments and of empty contents that it needs in messages with tool calls."""
 
-    def takes(shaped: ChatTemplate, content: str | None, *later: Message) -> bool:
-        messages = [_USER, calling(content), *later]
+    def accepts(shaped: ChatTemplate, content: str | None, *later: Message) -> bool:
+        messages = [_USER, _calling(content), *later]
         text = _rendered(shaped, messages, [_TOOL])
         if text is None:
             text = _rendered(shaped, messages)
-        said = [{**message, "content": message["content"] or "x"} for message in messages]
-        other = _rendered(shaped, said, [_TOOL]) or _rendered(shaped, said) or ""
-        return text is not None and text.count(_VALUE) == 1 and _nothings(text) <= _nothings(other)
+        with_text = [{**message, "content": message["content"] or "x"} for message in messages]
+        other = _rendered(shaped, with_text, [_TOOL]) or _rendered(shaped, with_text) or ""
+        return text is not None and text.count(_VALUE) == 1 and _count_nulls(text) <= _count_nulls(other)
 
     for text_arguments in (False, True):
         shaped = replace(template, text_arguments=text_arguments)
-        null, empty = takes(shaped, None), takes(shaped, "")
-        if null and empty:  # in history it may be another matter
-            in_history = [takes(shaped, content, _RESULT, _REPLY) for content in (None, "")]
+        null, empty = accepts(shaped, None), accepts(shaped, "")
+        if null and empty:  # history may differ
+            in_history = [accepts(shaped, content, _RESULT, _REPLY) for content in (None, "")]
             null, empty = in_history if any(in_history) else (null, empty)
         if null or empty:
             content: CallContent = "as_is" if null and empty else "null" if null else "empty"
             return replace(shaped, call_content=content)
-    for text_arguments in (False, True):  # the call is left out; at least the conversation is not refused
+    for text_arguments in (False, True):  # the call is left out, but the conversation is accepted
         shaped = replace(template, text_arguments=text_arguments)
-        as_null, as_empty = (_rendered(shaped, [_USER, calling(content)]) for content in (None, ""))
-        if as_null is not None and (as_empty is None or _nothings(as_null) <= _nothings(as_empty)):
+        as_null, as_empty = (_rendered(shaped, [_USER, _calling(content)]) for content in (None, ""))
+        if as_null is not None and (as_empty is None or _count_nulls(as_null) <= _count_nulls(as_empty)):
             return shaped
         if as_empty is not None:
             return replace(shaped, call_content="empty")
     return template
 
 
-def _nothings(text: str) -> int:
-    """How often a text says None or null, as templates do that write a content without asking whether there is one."""
+def _count_nulls(text: str) -> int:
+    """How often a text contains None or null, which templates write that do not check for a missing content."""
     return text.count("None") + text.count("null")
 
 
@@ -190,11 +201,11 @@ def _rendered(template: ChatTemplate, messages: list[Message], tools: list[Any] 
 def _endings(
     template: ChatTemplate, answered: str, prompt: str, markers: ControlTokens, tools: list[Any] | None
 ) -> Mapping[str, Any]:
-    """The entries of the profile that say what ends an answer and opens a user's turn."""
+    """The fields of the profile about the end of an answer and the header of a user's turn."""
     close = answered[answered.index(_ANSWER) + len(_ANSWER) :]
     text = _rendered(template, [_USER, _REPLY, _USER_AGAIN], tools)
-    if text is None or not all(said in text for said in (_QUESTION, _ANSWER, _SECOND_QUESTION)):
-        # One exchange is all that this template takes.
+    if text is None or not all(content in text for content in (_QUESTION, _ANSWER, _SECOND_QUESTION)):
+        # This template accepts one exchange only.
         end = _through_controls(close, markers, openers=frozenset()) or close.rstrip()
         return {"end_of_turn": end, "history_end": end, "next_turn_ends": (), "user_header": ""}
     opening = text[: text.index(_QUESTION)]
@@ -205,7 +216,7 @@ def _endings(
     if not end:
         end = _through_controls(close, markers, openers)
         in_history = _end_in_history(text, opening, later, prompt, markers)
-        if not end and markers.pattern.search(later) is None:  # all is plain text
+        if not end and markers.pattern.search(later) is None:  # the template has no markers
             end = in_history = shared.rstrip()
     ends: tuple[str, ...] = ()
     if not end:
@@ -220,14 +231,14 @@ def _endings(
 
 
 def _openers(text: str, opening: str, markers: ControlTokens) -> frozenset[str]:
-    """What opens a turn: the first control token of a rendering, but for those that stand there once, as bos does."""
+    """What opens a turn: the first control token of a rendering that occurs more than once (unlike bos)."""
     found = (match[0] for match in markers.pattern.finditer(opening) if text.count(match[0]) > 1)
     first = next(found, None)
     return frozenset() if first is None else frozenset([first])
 
 
 def _through_controls(text: str, markers: ControlTokens, openers: frozenset[str]) -> str:
-    """All of `text` through its first control token and those directly behind it that open no turn; "" without any."""
+    """`text` up to its first control token and those directly after it that open no turn, included; "" without any."""
     end = markers.first_end(text)
     if end is None:
         return ""
@@ -237,9 +248,9 @@ def _through_controls(text: str, markers: ControlTokens, openers: frozenset[str]
 
 
 def _end_in_history(text: str, opening: str, later: str, prompt: str, markers: ControlTokens) -> str:
-    """What ends an answer in history, where the end of a conversation has another end; "" where nothing does.
+    """What ends an answer in history, if that differs from the end of a conversation; "" if nothing does.
 
-    It is what closes a user's turn, if that stands behind the answer too, or a token before what opens a user's turn.
+    It is what closes a user's turn, if that follows the answer too, or a token before the header of a user's turn.
     """
     question_end = text.index(_QUESTION) + len(_QUESTION)
     of_user = text[question_end : text.index(_ANSWER)].removesuffix(prompt)
@@ -251,16 +262,16 @@ def _end_in_history(text: str, opening: str, later: str, prompt: str, markers: C
 
 
 def _leading_control(text: str, markers: ControlTokens) -> str:
-    """The control token that `text` begins with, blanks before it included; "" where it begins otherwise."""
+    """The control token that `text` begins with, blanks before it included; "" if it begins with something else."""
     match = markers.pattern.search(text)
     return text[: match.end()] if match is not None and not text[: match.start()].strip() else ""
 
 
 def _control_before_result(template: ChatTemplate, markers: ControlTokens) -> str:
-    """The control token that ends an answer which calls a tool, when the tool's result follows."""
+    """The control token that ends an answer with a tool call, if the tool's result follows."""
     tracer = Tracer(template)
     renderings: list[Trace] = []
-    for messages in ([_USER, calling("")], [_USER, calling(""), _RESULT]):
+    for messages in ([_USER, _calling("")], [_USER, _calling(""), _RESULT]):
         found = tracer.trace_template(messages, [_TOOL], "whole") or tracer.trace_template(messages, None, "whole")
         if found is None or not found.of_message(1):
             return ""
@@ -275,18 +286,14 @@ def _common_suffix_length(first: str, second: str) -> int:
 
 
 def _user_header(opening: str, later: str, markers: ControlTokens) -> str:
-    """What a template writes before a user's text in a later turn as in the first one, from its first control token
-    on.
-    """
+    """What a template writes before a user's text in every turn, from its first control token on."""
     header = opening[len(opening) - _common_suffix_length(opening, later) :]
     match = markers.pattern.search(header)
     return header[match.start() :] if match else header
 
 
 def _first_difference(template: ChatTemplate, tools: list[Any] | None) -> tuple[str, str] | None:
-    """The first place where a longer rendering does not begin with a shorter one, each from there on; None if
-    stable.
-    """
+    """Where a longer rendering does not begin with a shorter one: the rest of each from there; None if stable."""
     messages = [_USER, _REPLY, _USER_AGAIN, _REPLY_AGAIN]
     previous = ""
     for k in range(1, len(messages) + 1):
@@ -300,10 +307,10 @@ def _first_difference(template: ChatTemplate, tools: list[Any] | None) -> tuple[
         for text in renders:
             if not text.startswith(previous):
                 at = common_prefix_length(previous, text)
-                return _without_marks(previous[at:]), _without_marks(text[at:])
+                return _without_delimiters(previous[at:]), _without_delimiters(text[at:])
             previous = text
     return None
 
 
-def _without_marks(text: str) -> str:
+def _without_delimiters(text: str) -> str:
     return text.replace("\ue000", "").replace("\ue001", "")

@@ -1,4 +1,4 @@
-"""What a chat template can carry: conversations of every shape tried on it, as `ismdata template` prints it."""
+"""Which conversations a chat template can render: conversations of every shape, tried for `ismdata template`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import pyarrow.compute as pc
 
 from ismdata.choices import History
 from ismdata.conversation import ASSISTANT, ROLES, SYSTEM, USER
-from ismdata.errors import DataError, UsageError
+from ismdata.errors import UsageError
 from ismdata.masks import ANSWER
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
-from ismdata.rendering.encoding import Encoding, probe_encoding
+from ismdata.rendering.encoding import Encoding, probe_encoding, read_template
 from ismdata.rendering.pieces import render_chunks
 from ismdata.rendering.refusals import CannotRender
 from ismdata.rendering.renderer import Renderer
+from ismdata.rendering.tokenizer import load_pretrained
 from ismdata.rendering.tracing import REASONING_END
 
-#: What is described to a template in conversations with tools.
+#: The tools of conversations with tools.
 TOOLS = [
     {
         "type": "function",
@@ -64,7 +65,7 @@ def _result(number: int, content: str) -> Message:
 _TALK = [_user("Which sea is it?"), _answer("The North Sea."), _user("And there?"), _answer("The Baltic.")]
 _CALL = [_user("When is the flood in Husum?"), _answer(None, **_calls("Husum")), _result(1, "14:05")]
 
-#: Conversations of each shape: a name, the messages, and whether tools are described.
+#: A conversation of each shape: the messages, and whether tools are described to the template.
 SHAPES: Mapping[str, tuple[list[Message], bool]] = {
     "several turns": (_TALK, False),
     "system prompt": ([_system("Be brief."), *_TALK], False),
@@ -99,8 +100,8 @@ SHAPES: Mapping[str, tuple[list[Message], bool]] = {
 _HISTORIES: tuple[History, ...] = ("append", "expand")
 
 
-def refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | None:
-    """Why a conversation of this shape cannot be packed, None where it can."""
+def find_refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | None:
+    """Why a conversation of this shape cannot be packed; None if it can."""
     messages, with_tools = SHAPES[shape]
     ends = [len(messages)]
     if history == "expand":
@@ -115,28 +116,37 @@ def refusal(encoding: Encoding, shape: str, history: History) -> CannotRender | 
 
 
 def shapes_in(rows: pa.RecordBatch) -> list[str]:
-    """The shapes that conversations of converted rows have."""
+    """Find the shapes of converted conversations.
+
+    Args:
+        rows: Rows of `conversation.CONVERSATION_SCHEMA`.
+
+    Returns:
+        The shapes that at least one conversation has, in the order of SHAPES.
+    """
     messages = rows.column("messages")
     first = messages.offsets.to_numpy()[:-1] - messages.offsets[0].as_py()
-    column = dict(zip((field.name for field in messages.type.value_type), messages.flatten().flatten(), strict=True))
+    flat = messages.flatten()
+    first = first[first < len(flat)]  # the first message of each conversation
+    column = dict(zip((field.name for field in messages.type.value_type), flat.flatten(), strict=True))
     roles = pc.index_in(column["role"], value_set=pa.array(ROLES)).to_numpy(zero_copy_only=False)
     opens = np.zeros(len(roles), bool)
-    opens[first[first < len(roles)]] = True
+    opens[first] = True
     opens &= roles != SYSTEM
     before = np.concatenate([[-1], roles[:-1]])
     again = ~opens & (roles == before)
-    again[first[first < len(roles)]] = False
-    said = np.asarray(pc.fill_null(pc.greater(pc.binary_length(column["content"]), 0), False))
+    again[first] = False
+    has_text = np.asarray(pc.fill_null(pc.greater(pc.binary_length(column["content"]), 0), False))
     called = np.asarray(column["tool_calls"].is_valid())
     calls = np.asarray(pc.fill_null(pc.count_substring(column["tool_calls"], '"arguments"'), 0))
     reasoned = np.asarray(pc.fill_null(pc.match_substring_regex(column["content"], REASONING_END), False))
     answers = roles == ASSISTANT
     later = roles == SYSTEM
     later[1:] &= before[1:] != SYSTEM
-    later[first[first < len(roles)]] = False
+    later[first] = False
     found = {
         "several turns": bool((answers & ~opens & (before == USER)).sum() > len(rows)),
-        "system prompt": bool((roles[first[first < len(roles)]] == SYSTEM).any()),
+        "system prompt": bool((roles[first] == SYSTEM).any()),
         "system message later": bool(later.any()),
         "assistant first": bool((opens & answers).any()),
         "two answers in a row": bool((again & answers).any()),
@@ -145,7 +155,7 @@ def shapes_in(rows: pa.RecordBatch) -> list[str]:
         "tools, not called": rows.column("tools").null_count < len(rows),
         "a tool call": bool(called.any()),
         "two calls at once": bool((calls > 1).any()),
-        "text beside a call": bool((called & said).any()),
+        "text beside a call": bool((called & has_text).any()),
         "reasoning field": column["reasoning_content"].null_count < len(roles),
         "reasoning in the text": bool((answers & reasoned).any()),
     }
@@ -153,31 +163,48 @@ def shapes_in(rows: pa.RecordBatch) -> list[str]:
 
 
 def cautions(encoding: Encoding, shapes: Iterable[str]) -> list[str]:
-    """What `pack` says at its start of the shapes in a corpus that this template cannot carry."""
+    """Warn of shapes in a corpus that the template cannot render.
+
+    Args:
+        encoding: The tokenizer with its probed template.
+        shapes: The shapes in the corpus.
+
+    Returns:
+        Sentences for the user; none if all conversations can be packed.
+    """
     history = encoding.history
-    refused = {shape: found for shape in shapes if (found := refusal(encoding, shape, history)) is not None}
+    refused = {shape: found for shape in shapes if (found := find_refusal(encoding, shape, history)) is not None}
     if not refused:
         return []
     names = ", ".join(f"{shape} ({found.reason})" for shape, found in refused.items())
-    mended = [shape for shape in refused if history == "append" and refusal(encoding, shape, "expand") is None]
-    other = f"--history expand takes: {', '.join(mended)}. " if mended else ""
+    by_expand = [shape for shape in refused if history == "append" and find_refusal(encoding, shape, "expand") is None]
+    other = f"With --history expand these can be packed: {', '.join(by_expand)}. " if by_expand else ""
     return [
         f"Conversations of these shapes go to quarantine under --history {history}: {names}. {other}"
-        "`ismdata template` shows what this template can carry."
+        "`ismdata template` shows what this template can render."
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateReport:
-    """What was found of a template; `facts` is it as a JSON object."""
+    """What was found about a template; `facts` is a JSON object."""
 
     facts: dict[str, Any]
 
 
 def report_template(encoding: Encoding) -> TemplateReport:
-    """Try a probed template on conversations of all shapes."""
+    """Try a template on conversations of all shapes.
+
+    Args:
+        encoding: The tokenizer with its probed template.
+
+    Returns:
+        What `ismdata template` shows.
+    """
     template, found = encoding.renderer.template, encoding.renderer.profile
-    shapes = {shape: {history: _said(refusal(encoding, shape, history)) for history in _HISTORIES} for shape in SHAPES}
+    shapes = {
+        shape: {history: _as_json(find_refusal(encoding, shape, history)) for history in _HISTORIES} for shape in SHAPES
+    }
     difference = None if found.difference is None else dict(zip(("fed", "rewritten"), found.difference, strict=True))
     facts = {
         "template": template.name,
@@ -202,13 +229,13 @@ def report_template(encoding: Encoding) -> TemplateReport:
     return TemplateReport(facts=facts)
 
 
-def _said(error: CannotRender | None) -> dict[str, str] | None:
+def _as_json(error: CannotRender | None) -> dict[str, str] | None:
     return None if error is None else {"reason": error.reason, "detail": error.detail}
 
 
 def _trained_end(encoding: Encoding) -> str:
-    """Where an answer's end is trained: `always`, `last` (only where it is the last message), `followed` (only where
-    another message follows) or `never`.
+    """When the end of an answer is trained: `always`, `last` (only in a last message), `followed` (only if another
+    message follows) or `never`.
     """
     found = encoding.renderer.profile
     if found.end_of_turn:
@@ -222,7 +249,7 @@ def _is_token(encoding: Encoding, text: str) -> bool:
 
 
 def _reasoning(renderer: Renderer, shape: str) -> str:
-    """What becomes of reasoning: `kept`, `cut` from history, `left out` altogether, or `refused`."""
+    """What happens to reasoning: `kept`, `cut` from history, `left out` altogether, or `refused`."""
     messages = SHAPES[shape][0]
 
     def written(count: int) -> bool:
@@ -239,16 +266,16 @@ def _reasoning(renderer: Renderer, shape: str) -> str:
 
 
 def _example(encoding: Encoding) -> list[dict[str, Any]]:
-    """The spans of one conversation, as much of it as the template takes: kind, text, whether it is trained."""
+    """The spans of one conversation, as much of it as the template accepts: kind, text, whether it is trained."""
     for shape in ("a tool call", "reasoning field", "system prompt", "several turns"):
-        if refusal(encoding, shape, encoding.history) is None:
+        if find_refusal(encoding, shape, encoding.history) is None:
             break
     messages, with_tools = SHAPES[shape]
     system = [SHAPES["system prompt"][0][0]]
     tools = TOOLS if with_tools else None
-    for asked in ([*system, *messages], messages, messages[:2]):
+    for attempt in ([*system, *messages], messages, messages[:2]):
         try:
-            chunks, escapes = render_chunks(encoding.renderer, encoding.tokenizer, asked, tools, encoding.history)
+            chunks, escapes = render_chunks(encoding.renderer, encoding.tokenizer, attempt, tools, encoding.history)
         except CannotRender:
             continue
         last = max((chunk.message for chunk in chunks), default=-1)
@@ -270,27 +297,34 @@ def encoding_of(
     history: History = "append",
     arguments: Mapping[str, Any] | None = None,
 ) -> Encoding:
-    """The encoding of a tokenizer, or of a Jinja file with `tokenizer` or, without one, with a stand-in that knows the
-    template's markers as tokens. Raises DataError, UsageError.
-    """
-    from ismdata.rendering.tokenizer import load_pretrained
+    """Load the encoding of a tokenizer or of a Jinja file.
 
+    Args:
+        source: A tokenizer (a local folder, a GGUF file or a hub name) or a Jinja file.
+        tokenizer: The tokenizer for a Jinja file. By default a substitute in which the template's markers are tokens.
+        history: What is done about earlier turns (docs/templates.md).
+        arguments: What `--template-arg` passes to the template.
+
+    Returns:
+        The encoding.
+
+    Raises:
+        DataError: If the tokenizer or the template cannot be used.
+        UsageError: If `tokenizer` is given and `source` is no Jinja file.
+    """
     path = Path(source)
     if not path.is_file() or path.suffix in (".gguf", ".json"):
         if tokenizer is not None:
-            raise UsageError(f"{source} is no template file; expected one beside --tokenizer, or a tokenizer alone")
+            raise UsageError(f"{source} is no template file; expected a Jinja file, or a tokenizer without --tokenizer")
         return probe_encoding(load_pretrained(source), name=source, history=history, arguments=arguments)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 at byte {error.start}; expected a Jinja template as text") from error
-    pretrained = _stand_in(text) if tokenizer is None else load_pretrained(tokenizer)
-    name = "a stand-in that knows the template's markers" if tokenizer is None else tokenizer
+    text = read_template(path)
+    pretrained = _substitute_tokenizer(text) if tokenizer is None else load_pretrained(tokenizer)
+    name = "a substitute with the template's markers as tokens" if tokenizer is None else tokenizer
     return probe_encoding(pretrained, name=name, chat_template=source, history=history, arguments=arguments)
 
 
-def _stand_in(template: str) -> Any:
-    """A tokenizer of bytes for which every marker of a template is a token."""
+def _substitute_tokenizer(template: str) -> Any:
+    """A tokenizer of bytes in which every marker of the template is a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -35,7 +35,7 @@ from ismdata.rendering.control_tokens import AddedToken, ControlTokens
 from ismdata.rendering.encoding import Encoding
 from ismdata.rendering.messages import as_template_messages
 from ismdata.rendering.sandbox import limited
-from ismdata.rendering.template_probe import profile
+from ismdata.rendering.template_probe import probe_template
 from ismdata.rendering.tokenizer import load_pretrained
 from tests.conftest import encoding, template_named
 from tests.pack.test_batch_encoder import whole
@@ -81,7 +81,7 @@ def test_a_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyP
     before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
     template = ChatTemplate(name="bad.jinja", source=source, special_tokens={}, arguments={})
     with pytest.raises(DataError, match=r"^chat template bad\.jinja: .*--chat-template FILE") as refusal:
-        profile(template, ControlTokens([]))
+        probe_template(template, ControlTokens([]))
     assert len(str(refusal.value)) < 1000
     assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -90,7 +90,7 @@ def test_a_hostile_template_is_an_error(source: str, monkeypatch: pytest.MonkeyP
 def test_a_template_with_keyword_arguments_takes_no_power() -> None:
     source = "{% macro m(b, a) %}{% endmacro %}{{ m(**{'a': 1}) }}{{ m(1, ** {'a': 1}) }}" + built_in("chatml")
     template = ChatTemplate(name="t", source=source, special_tokens={}, arguments={})
-    assert profile(template, ControlTokens([]))[1].prefix_stable
+    assert probe_template(template, ControlTokens([]))[1].prefix_stable
 
 
 def test_a_long_conversation_has_more_time_and_text() -> None:

@@ -31,7 +31,12 @@ from ismdata.masks.glm_positions import block_positions, positions, token_positi
 from ismdata.masks.intervals import ANSWER, PROMPT, QUERY
 from ismdata.pack.pipeline import pack
 from ismdata.rendering.conversation_encoder import ConversationEncoder
-from ismdata.rendering.glm_tokens import GlmTokens, insert_markers, marked, marked_pieces
+from ismdata.rendering.glm_tokens import (
+    GlmTokens,
+    insert_glm_tokens,
+    insert_glm_tokens_in_blocks,
+    insert_glm_tokens_in_pieces,
+)
 from ismdata.rendering.pieces import Piece
 from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.paths import SCHEMAS, SHARED
@@ -148,11 +153,11 @@ def test_the_columnar_insertion_is_the_plain_one(documents, every_answer):
                 rows.append((request, span, kind, message, len(runs) - 1, len(ids), 0))
                 pieces.append(Piece(span=span, kind=kind, message=message, ids=tuple(ids)))
         glm = GlmTokens(mask_id=MASK_ID, start_id=START_ID, every_answer=every_answer)
-        references.append(marked_pieces(pieces, glm))
+        references.append(insert_glm_tokens_in_pieces(pieces, glm))
     names = ("request", "span", "kind", "message", "run", "length", "controls")
     table = np.array(rows, np.int64).reshape(-1, 7)
     columns = dict(zip(names, table.T, strict=True))
-    found = insert_markers(columns, (0, 1), every_answer=every_answer)
+    found = insert_glm_tokens(columns, (0, 1), every_answer=every_answer)
     for request, reference in enumerate(references):
         of = found["request"] == request
         pieces = [
@@ -474,7 +479,7 @@ def test_marked_blocks_are_what_pack_writes(mask, history, tmp_path, converted, 
         start_id=shards.index["glm_tokens"]["start"],
         every_answer=mask != "prefix",
     )
-    blocks = marked(encoder.blocks(talk(3, "n")[:-1]), encoder.glm)
+    blocks = insert_glm_tokens_in_blocks(encoder.blocks(talk(3, "n")[:-1]), encoder.glm)
     ids = [id for _, block in blocks for id in block]
     assert ids == document["ids"][: len(ids)]
     assert ids[-1] == encoder.glm.start_id
@@ -490,7 +495,7 @@ def test_marked_blocks_are_what_pack_writes(mask, history, tmp_path, converted, 
 
 def test_answers_in_a_row_and_one_that_opens_get_a_context_each():
     glm = GlmTokens(mask_id=8, start_id=9, every_answer=True)
-    assert marked([(True, [1]), (True, [2]), (False, [3])], glm) == [
+    assert insert_glm_tokens_in_blocks([(True, [1]), (True, [2]), (False, [3])], glm) == [
         (False, [8]),
         (True, [9, 1]),
         (False, [8]),
@@ -498,7 +503,7 @@ def test_answers_in_a_row_and_one_that_opens_get_a_context_each():
         (False, [3, 8]),
         (True, [9]),
     ]
-    assert marked([(False, [1]), (True, [2]), (False, [3])], replace(glm, every_answer=False)) == [
+    assert insert_glm_tokens_in_blocks([(False, [1]), (True, [2]), (False, [3])], replace(glm, every_answer=False)) == [
         (False, [1, 2, 3, 8]),
         (True, [9]),
     ]

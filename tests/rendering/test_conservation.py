@@ -113,7 +113,7 @@ def test_f1_an_end_that_only_the_last_answer_has(made: Any) -> None:
         ("answer", "2.</s>"),
     ]
     assert fed_by_chat(with_, TALK) == ["<|user|>\none?\n<|assistant|>\n", "\n<|user|>\ntwo?\n<|assistant|>\n"]
-    assert any("behind the last answer of a conversation alone" in note for note in with_.notes)
+    assert any("only after the last answer of a conversation" in note for note in with_.notes)
 
 
 def test_f1_the_same_in_plain_text(made: Any) -> None:

@@ -89,7 +89,7 @@ def test_cautions_name_what_most_corpora_have(tmp_path: Path, smollm2: Path) -> 
     (tmp_path / "moves.jinja").write_text(moves, encoding="utf-8")
     [note] = cautions(encoding(smollm2, tmp_path / "moves.jinja", markers=True), ["several turns", "system prompt"])
     assert "go to quarantine under --history append: system prompt (history_rewritten)" in note
-    assert "--history expand takes: system prompt" in note
+    assert "With --history expand these can be packed: system prompt" in note
     assert cautions(encoding(smollm2, tmp_path / "moves.jinja", "expand", markers=True), ["system prompt"]) == []
     assert cautions(encoding(smollm2), ["several turns", "system prompt"]) == []
     [note] = cautions(encoding(smollm2), ["a tool call"])
@@ -122,7 +122,7 @@ def test_the_command(path: Path) -> None:
     shown = CliRunner().invoke(app, ["template", str(path)])
     assert shown.exit_code == 0, shown.output
     assert "prefix-stable" in shown.output
-    assert "a conversation with its spans" in shown.output
+    assert "conversation with its spans" in shown.output
     facts = json.loads(CliRunner().invoke(app, ["template", str(path), "--json"]).output)
     assert facts["example"]
     assert any(span["train"] for span in facts["example"])
