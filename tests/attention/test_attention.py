@@ -1,4 +1,4 @@
-"""`attach` against stock eager attention with an additive mask; what it takes, refuses and leaves behind."""
+"""`attach` against stock eager attention with an additive mask: results, refusals, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch_of(mask="ism", rows=2, **options):
 
 
 def eager_logits(model, batch):
-    """The oracle: the stock model under eager attention and a dense additive mask, which it takes as it is."""
+    """The oracle: the stock model under eager attention and a dense additive mask."""
     oracle = copy.deepcopy(model)
     detach(oracle)
     oracle.set_attn_implementation("eager")
@@ -65,7 +65,7 @@ def test_logits_equal_stock_eager_attention(architecture, mask):
     batch = batch_of(mask)
     with torch.no_grad():
         logits = model(**batch).logits
-    # Eager attention takes its softmax in float32.
+    # Eager attention computes its softmax in float32.
     torch.testing.assert_close(logits, eager_logits(model, batch), rtol=0, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_bfloat16_stays_near_float32():
     assert abs(float(rough.loss) - float(exact.loss)) < 0.05 * float(exact.loss)
 
 
-def test_the_mask_is_built_once_a_micro_batch(monkeypatch):
+def test_the_mask_is_built_once_per_micro_batch(monkeypatch):
     built = []
     real = BACKENDS["sdpa"]
     counting = dataclasses.replace(
@@ -154,7 +154,7 @@ def test_missing_positions_follow_from_the_documents():
         torch.testing.assert_close(model(**batch).logits, given, rtol=0, atol=0)
 
 
-def test_training_keeps_no_cache_and_a_wanted_one_is_given():
+def test_training_returns_no_cache_unless_asked():
     model = attach(tiny_model())
     assert model(**batch_of()).past_key_values is None
     cached = model(**batch_of(), use_cache=True)
@@ -162,8 +162,8 @@ def test_training_keeps_no_cache_and_a_wanted_one_is_given():
     torch.testing.assert_close(cached.logits, model(**batch_of()).logits)
 
 
-def test_generate_goes_on_from_a_prefilled_cache():
-    """Decoding needs no intervals, and equals the choices of full forwards."""
+def test_generate_continues_from_a_prefilled_cache():
+    """Decoding needs no intervals, and chooses the tokens that full forward passes choose."""
     model = attach(tiny_model())
     prompt = torch.randint(2, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(1))
 
@@ -209,7 +209,7 @@ def test_a_single_token_without_intervals_sees_everything():
         (lambda batch: batch.pop("input_ids"), "without input_ids or inputs_embeds"),
     ],
 )
-def test_a_call_that_would_go_wrong_silently_is_refused(change, message):
+def test_calls_that_would_run_under_another_mask_are_refused(change, message):
     model = attach(tiny_model())
     batch = batch_of()
     batch.pop("labels")
@@ -227,14 +227,14 @@ def test_positional_arguments():
         model(torch.ones(1, 1, dtype=torch.long), None)
 
 
-def test_an_all_ones_padding_mask_says_nothing():
+def test_an_all_ones_padding_mask_is_accepted():
     model = attach(tiny_model())
     batch = batch_of()
     expected = model(**batch).logits
     torch.testing.assert_close(model(**batch, attention_mask=torch.ones(2, 128)).logits, expected)
 
 
-def test_other_ways_in_are_refused():
+def test_inner_models_and_static_caches_are_refused():
     model = attach(tiny_model())
     with pytest.raises(UnsupportedModelError, match="a part of the attached model was called"):
         model.model(input_ids=torch.ones(1, 3, dtype=torch.long))
@@ -249,7 +249,7 @@ def test_other_ways_in_are_refused():
         )
 
 
-def test_models_of_another_kind_are_refused():
+def test_wrapped_and_empty_models_and_unknown_names_are_refused():
     with pytest.raises(UnsupportedModelError, match="Attach the model first and wrap it afterwards"):
         attach(torch.nn.DataParallel(tiny_model()))
     with pytest.raises(UnsupportedModelError, match="no weights yet"):
@@ -261,7 +261,7 @@ def test_models_of_another_kind_are_refused():
 
 
 def broken(mask=None, attend=None):
-    """The sdpa backend with one part replaced by something wrong."""
+    """The backend sdpa with one part replaced by a wrong one."""
     real = BACKENDS["sdpa"]
     prepare = real.prepare if mask is None else lambda intervals: PerWindow(intervals, mask)
     return dataclasses.replace(real, prepare=prepare, compute=attend or real.compute)
@@ -293,7 +293,7 @@ def wrong_scale(call):
     ],
     ids=["causal-only", "no-documents", "everything", "wrong-scale"],
 )
-def test_the_canary_dies_of_a_wrong_mask(backend, reason, monkeypatch):
+def test_the_canary_detects_a_wrong_mask(backend, reason, monkeypatch):
     monkeypatch.setitem(BACKENDS, "sdpa", dataclasses.replace(backend, name="ismdata_broken"))
     model = tiny_model(dtype=torch.float32)
     with pytest.raises(UnsupportedModelError, match=reason):
@@ -302,13 +302,13 @@ def test_the_canary_dies_of_a_wrong_mask(backend, reason, monkeypatch):
     assert not model._forward_pre_hooks
 
 
-def test_the_canary_dies_of_a_layer_that_mixes_tokens():
-    """A model that leaks outside its attention, in a way that only other tokens than the first document's can show."""
+def test_the_canary_detects_a_layer_that_mixes_tokens():
+    """The model leaks outside its attention, which only tokens after the first document show."""
 
     class Leaking(type(tiny_model())):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
-            if output.logits.shape[1] == 16 and output.logits.shape[0] > 1:  # packed rows alone
+            if output.logits.shape[1] == 16 and output.logits.shape[0] > 1:  # packed rows only
                 output.logits = output.logits + 0.1 * output.logits.roll(1, dims=1)
             return output
 
@@ -330,7 +330,7 @@ def test_attach_leaves_training_mode_and_random_state():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_detach_gives_the_stock_model_back():
+def test_detach_restores_the_stock_model():
     model = tiny_model()
     tokens = torch.arange(2, 12)[None]
     before = model(input_ids=tokens).logits
@@ -343,7 +343,7 @@ def test_detach_gives_the_stock_model_back():
     assert not model._forward_pre_hooks
 
 
-def test_a_copy_is_attached_too_and_by_itself():
+def test_a_copy_is_attached_too_and_independent():
     model = attach(tiny_model())
     twin = copy.deepcopy(model)
     expected = model(**batch_of()).logits
@@ -366,7 +366,7 @@ def test_the_mask_is_saved_and_restored(tmp_path):
     assert load(tmp_path / "model", mask="causal").config.ismdata_mask == "causal"
 
 
-def test_loading_refuses_what_it_cannot_know(tmp_path):
+def test_loading_refuses_missing_files_and_an_unknown_mask(tmp_path):
     with pytest.raises(DataError, match=r"no config.json"):
         load(tmp_path)
     tiny_model().save_pretrained(tmp_path / "plain")
@@ -379,7 +379,7 @@ def test_loading_refuses_what_it_cannot_know(tmp_path):
 
 @pytest.fixture
 def lacking(monkeypatch):
-    """Make backends lack something on a CUDA device that is not there."""
+    """A function that makes backends lack something, on a CUDA device that need not exist."""
 
     def lack(*names):
         for name, backend in list(BACKENDS.items()):
@@ -410,7 +410,7 @@ def test_auto_takes_the_fastest_on_a_gpu_and_reports_it(lacks, chosen, lacking):
     ],
     ids=["float32", "float16", "soft-caps"],
 )
-def test_auto_leaves_out_what_cannot_compute_the_model(asked, chosen, lacking):
+def test_auto_skips_backends_that_do_not_support_the_model(asked, chosen, lacking):
     lacking()
     assert choose("auto", torch.device("cuda"), **asked) == chosen
 
@@ -436,13 +436,13 @@ def test_a_backend_that_cannot_run_names_what_is_missing(lacking):
         attached_backend(model)
 
 
-def test_the_device_to_come_decides(lacking):
+def test_auto_depends_on_the_device_and_dtype_to_come(lacking):
     lacking()
     assert attached_backend(attach(tiny_model(), device="cuda")) == "flex"
     assert attached_backend(attach(tiny_model(), device="cuda", autocast=torch.bfloat16)) == "varlen"
 
 
-def test_a_large_dense_mask_is_told():
+def test_a_large_dense_mask_raises_a_warning():
     def prepared(rows, keys):
         ends = torch.zeros(2, rows, dtype=torch.int32)
         return BACKENDS["sdpa"].prepare(Intervals(doc_start=ends, kv_end=ends + 1, keys=keys))
@@ -455,7 +455,7 @@ def test_a_large_dense_mask_is_told():
         prepared(1, 100_000)
 
 
-def test_registered_names_do_not_catch_the_dispatch_of_transformers():
+def test_registered_names_have_no_substring_that_transformers_looks_for():
     for backend in BACKENDS.values():
         assert not any(word in backend.name for word in ("flash", "sdpa", "flex_attention"))
 

@@ -1,4 +1,4 @@
-"""The canary at the start of a training: what it lets pass, what it dies of, what it leaves behind."""
+"""The canary at the start of training: what it accepts, what it detects, what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_a_model_that_was_not_attached():
         check_training(tiny_model())
 
 
-def test_a_wrapped_model_is_looked_into():
+def test_the_attached_model_inside_a_wrapper_is_found():
     check_training(torch.nn.Sequential(attach(tiny_model())))
 
 
 def one_key_more(intervals):
-    """The last row of each sample sees one key too many: the one before its document, or after its own."""
+    """The last row of each sample sees one key too many, the first one."""
     mask = dense_mask(intervals)
     mask[:, :, -1, 0] = True
     return mask
@@ -62,7 +62,7 @@ def without(name):
 
 
 def scaled_gradient(call):
-    """Right values, and gradients of the keys that are an eighth too large."""
+    """The right output, with gradients of the keys that are an eighth too large."""
     return dense_attention(call._replace(key=call.key + (call.key - call.key.detach()) / 8))
 
 
@@ -77,8 +77,8 @@ def scaled_gradient(call):
     ],
     ids=["one-key-more", "no-queries", "no-keys", "no-values", "scaled"],
 )
-def test_it_dies_of_a_wrong_backend(change, reason, monkeypatch):
-    """The backend goes wrong after the model was attached with it, so the canary of `attach` saw nothing."""
+def test_it_detects_a_wrong_backend(change, reason, monkeypatch):
+    """The backend is replaced after `attach`, whose canary therefore did not see it."""
     model = attach(tiny_model(dtype=torch.float32))
     wrong = dataclasses.replace(BACKENDS["sdpa"], **change)
     monkeypatch.setitem(BACKENDS, "sdpa", wrong)
@@ -90,7 +90,7 @@ def test_it_dies_of_a_wrong_backend(change, reason, monkeypatch):
         check_training(model)
 
 
-def test_it_dies_of_a_layer_that_calls_twice_or_never():
+def test_it_detects_a_layer_that_calls_twice_or_never():
     class Twice(type(tiny_model())):
         again = False
 
@@ -112,7 +112,7 @@ def test_it_dies_of_a_layer_that_calls_twice_or_never():
         check_training(model)
 
 
-def test_it_dies_of_a_layer_that_hides_its_window(monkeypatch):
+def test_it_detects_a_layer_that_does_not_pass_its_window(monkeypatch):
     model = attach(decoder("gemma3", dtype=torch.float32))
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
@@ -120,7 +120,7 @@ def test_it_dies_of_a_layer_that_hides_its_window(monkeypatch):
         check_training(model)
 
 
-def test_it_dies_of_a_model_that_mixes_tokens():
+def test_it_detects_a_model_that_mixes_tokens():
     class Leaking(type(tiny_model())):
         leaks = False
 
@@ -137,7 +137,7 @@ def test_it_dies_of_a_model_that_mixes_tokens():
 
 
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
-def test_it_leaves_nothing_behind(backend):
+def test_it_leaves_model_and_random_state_unchanged(backend):
     model = attach(tiny_model(dtype=torch.float32), backend=backend).train()
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -149,8 +149,8 @@ def test_it_leaves_nothing_behind(backend):
     assert AttentionInterface()[BACKENDS[backend].name] == BACKENDS[backend].attention
 
 
-def test_a_key_too_many_is_more_than_half_precision_allows():
-    """The bound: an average over 100 values of noise, and the same with one more, in bfloat16."""
+def test_one_key_too_many_exceeds_the_tolerance_of_half_precision():
+    """The mean of 100 random values against the mean of 101, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(101, 64, generator=generator)
     error = canary._row_error(values.mean(0, keepdim=True), values[:100].mean(0, keepdim=True))
@@ -178,7 +178,7 @@ def test_training_is_the_same_under_each_backend(packed, tmp_path):
         assert report.last_loss == pytest.approx(reports[0].last_loss, abs=1e-5)
 
 
-def test_a_training_that_the_canary_stops_leaves_nothing(packed, tmp_path, monkeypatch):
+def test_a_run_that_the_canary_stops_writes_nothing(packed, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="the backend flex cannot train on cpu"):
         run(packed, tmp_path / "model", model="tiny", backend="flex")
     monkeypatch.setattr(canary, "_EPS", 0)

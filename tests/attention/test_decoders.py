@@ -37,7 +37,7 @@ from tests.support.tiny import ANSWER, PROMPT, QUERY, SIZES, VOCABULARY, checkpo
 
 TRAINING_BACKENDS = [name for name, each in BACKENDS.items() if each.missing_for_training(torch.device("cpu")) is None]
 
-#: Contexts and answers longer and shorter than the sliding window, two documents a row, and padding.
+#: Contexts and answers longer and shorter than the sliding window, two documents per row, and padding.
 DOCUMENTS = [
     [(PROMPT, 2), (QUERY, 13), (ANSWER, 14), (QUERY, 12), (ANSWER, 3)],
     [(QUERY, 16), (ANSWER, 5), (QUERY, 1), (ANSWER, 21)],
@@ -48,7 +48,7 @@ _MODELS = {}
 
 
 def attached(name, backend):
-    """One float64 model a family and backend: attaching is deterministic and no test here changes weights."""
+    """One float64 model per family and backend: attaching is deterministic, and no test here changes weights."""
     if (name, backend) not in _MODELS:
         _MODELS[name, backend] = attach(decoder(name), backend=backend)
     return _MODELS[name, backend]
@@ -67,14 +67,14 @@ def loss_gradients(model, logits, labels):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_gradients_equal_the_stock_model_under_a_written_out_mask(name, backend):
+def test_logits_and_gradients_equal_the_stock_model_under_an_explicit_mask(name, backend):
     model = attached(name, backend)
     for mask in ("ism", "prefix"):
         batch = batch_of(mask)
         labels = batch.pop("labels")
         logits = model(**batch).logits
         oracle, expected = stock_forward(model, batch)
-        # Stock eager attention takes its softmax in float32, and the models' norms work in float32.
+        # Stock eager attention computes its softmax in float32, and the models' norms compute in float32.
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         if backend in TRAINING_BACKENDS:
             found = loss_gradients(model, logits, labels)
@@ -86,7 +86,7 @@ def test_logits_and_gradients_equal_the_stock_model_under_a_written_out_mask(nam
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_causal_intervals_equal_the_stock_model_by_itself(name, backend):
+def test_causal_intervals_equal_the_stock_model(name, backend):
     """One document that fills the row, far longer than the windows: positions, windows and scores are the model's."""
     row = sample([[(QUERY, 60), (ANSWER, 68)]], mask="causal")
     tokens = torch.from_numpy(row.sequence.input_ids)[None].long()
@@ -98,8 +98,8 @@ def test_causal_intervals_equal_the_stock_model_by_itself(name, backend):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
 
 
-def test_the_window_is_seen():
-    """The two tests above can fail: one key more or less in the window is another model."""
+def test_the_window_changes_the_logits():
+    """The two tests above can fail: one key more in the window gives other logits."""
     batch = batch_of()
     batch.pop("labels")
     narrow = attach(decoder("mistral"))
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_nothing(name, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 def test_a_compiled_model_gives_the_same(backend):
-    """Traced by torch.compile, forward and backward; the kernels of the last step, inductor's, would take minutes."""
+    """torch.compile traces forward and backward; compiling inductor's kernels too would take minutes."""
     model = attach(decoder("llama"), backend=backend)
     batch = batch_of()
     labels = batch.pop("labels")
@@ -164,7 +164,7 @@ def test_a_cache_with_windows_gives_the_full_forward(name, backend):
 
 
 @pytest.mark.slow
-def test_soft_caps_under_flex_alone():
+def test_soft_caps_with_flex_only():
     model = decoder("gemma2")
     batch = batch_of()
     batch.pop("labels")
@@ -232,7 +232,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)
-def test_unsupported_models_are_refused_with_the_reason_and_left_alone(case):
+def test_unsupported_models_are_refused_with_the_reason_and_left_unchanged(case):
     config, reason = UNSUPPORTED[case]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config()).eval()
@@ -267,7 +267,7 @@ def test_encoder_decoders_are_refused(config):
 
 
 @pytest.mark.parametrize("kind", ["CP", "SP"])
-def test_parallelism_that_cuts_sequences_is_refused(kind, monkeypatch):
+def test_parallelism_that_splits_sequences_is_refused(kind, monkeypatch):
     model = decoder("llama")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
     with pytest.raises(UnsupportedModelError, match="context or sequence parallelism over 2 devices"):
@@ -276,7 +276,7 @@ def test_parallelism_that_cuts_sequences_is_refused(kind, monkeypatch):
     attach(model)
 
 
-def test_parallelism_that_accelerate_was_told_in_python_is_refused(monkeypatch):
+def test_parallelism_set_in_python_is_refused(monkeypatch):
     class Parallelism:
         cp_size, sp_size = 4, 1
 

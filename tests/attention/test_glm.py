@@ -83,8 +83,8 @@ def gradients_and_loss(model, rows):
 # -- the rotation ------------------------------------------------------------------------------------------------------
 
 
-def test_half_of_the_dimensions_turn_by_each_position():
-    """Against pairs of dimensions as complex numbers, turned one by one."""
+def test_each_position_rotates_half_of_the_dimensions():
+    """Against pairs of dimensions as complex numbers, rotated one at a time."""
     config = IsmdataGlmConfig(**SIZES | {"hidden_size": 64, "num_attention_heads": 4}, head_dim=16)
     first, second = torch.tensor([[1, 2, 5, 5, 5]]), torch.tensor([[0, 0, 0, 1, 2]])
     cos, sin = GlmRotaryEmbedding(config)(torch.zeros(1, dtype=torch.float64), first, second)
@@ -112,15 +112,15 @@ def test_each_position_alone_changes_the_logits(model):
             torch.testing.assert_close(model(**shifted).logits, base, rtol=0, atol=1e-4)
 
 
-def test_a_head_that_does_not_halve_twice_is_refused():
+def test_a_head_width_that_is_no_multiple_of_4_is_refused():
     with pytest.raises(ValueError, match="head_dim is 6"):
         IsmdataGlmConfig(**SIZES, head_dim=6)
     with pytest.raises(ValueError, match="rope_type linear"):
         IsmdataGlmConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
 
 
-def test_position_1_standing_still_is_no_document_border():
-    """Without ismdata's attention too: transformers must not take a repeated position for another document."""
+def test_a_constant_position_1_is_no_document_border():
+    """Also without ismdata's attention: transformers must not infer a document border from a repeated position."""
     model = tiny_glm()
     batch = {name: tensor[:, :11] for name, tensor in Collator("causal")([glm_sample([TWO_ANSWERS])]).items()}
     stock = model(
@@ -134,7 +134,7 @@ def test_position_1_standing_still_is_no_document_border():
 
 
 def k_passes(document, mask):
-    """The one pass and the K passes, each on the document cut after an answer, with the rows that predict it."""
+    """The one pass, and the K passes, each on the document cut after one answer, with the rows that predict it."""
     whole = glm_sample([document], mask=mask, seed=7)
     answers = [at for at, (kind, *_) in enumerate(document) if kind == ANSWER]
     cuts = []
@@ -158,7 +158,7 @@ def test_law_1_one_pass_equals_k_passes(model, mask):
     apart, expected = gradients_and_loss(model, [cut for cut, _ in cuts])
     torch.testing.assert_close(loss, apart, **CLOSE)
     for name, gradient in found.items():
-        # The norms work in float32 whatever the model's dtype, backwards too.
+        # The norms compute in float32 whatever the model's dtype, in the backward pass too.
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=2e-6 * float(expected[name].abs().max()))
 
 
@@ -245,7 +245,7 @@ def test_law_4_a_token_changes_exactly_the_rows_that_see_it(model, mask):
     assert changed.tolist() == sees.tolist()
 
 
-# -- at home in transformers -------------------------------------------------------------------------------------------
+# -- in transformers ---------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded(tmp_path):
@@ -272,7 +272,7 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
-def test_positions_that_do_not_fit_the_model_are_refused(model):
+def test_positions_that_the_model_does_not_take_are_refused(model):
     glm, plain = Collator()([glm_sample([TWO_ANSWERS])]), Collator()([sample([TWO_ANSWERS])])
     with pytest.raises(UsageError, match=r"IsmdataGlmForCausalLM got no position_ids_2.*--layout glm"):
         model(**plain)
@@ -289,7 +289,7 @@ def test_positions_that_do_not_fit_the_model_are_refused(model):
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
-    """Made-up talks whose answers can be told from their questions, and a tokenizer for them."""
+    """Made-up conversations whose answers follow from their questions, and a tokenizer for them."""
     folder = tmp_path_factory.mktemp("talks")
     colours = ["red", "blue", "green", "white"]
     lines = [
@@ -315,7 +315,7 @@ def packed_talks(talks, output, **options):
     return output
 
 
-def test_a_step_filled_up_with_padding_has_two_positions(talks, tmp_path):
+def test_padding_has_two_positions(talks, tmp_path):
     packed = packed_talks(talks, tmp_path / "packed", seq_len=128, layout="glm")
     dataset = PackedDataset(packed)
     batch = Collator()([dataset[0], padding_sample(dataset)])
@@ -345,7 +345,9 @@ def test_training_lowers_the_loss_and_counts_tokens_without_padding(mask, talks,
     ],
     ids=["glm-model", "glm-shards"],
 )
-def test_a_model_and_shards_that_do_not_fit_are_refused_before_the_first_step(layout, model, message, talks, tmp_path):
+def test_shards_of_another_layout_than_the_model_are_refused_before_the_first_step(
+    layout, model, message, talks, tmp_path
+):
     packed = packed_talks(talks, tmp_path / "packed", seq_len=256, layout=layout)
     with pytest.raises(UsageError, match=message):
         run(packed, tmp_path / "model", model=model)

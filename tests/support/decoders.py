@@ -1,4 +1,4 @@
-"""Tiny decoders of every family that the issue of backends names, and the stock model under a written-out mask."""
+"""Tiny decoders of several families, and the stock model under an explicit mask as the oracle."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIGS = {
     "olmo2": lambda: Olmo2Config(**SIZES),
     "gpt_neox": lambda: GPTNeoXConfig(**{name: size for name, size in SIZES.items() if name != "num_key_value_heads"}),
 }
-#: Scores with a soft cap, which flex alone computes.
+#: Soft-capped scores, which only flex supports.
 GEMMA2 = lambda: Gemma2Config(  # noqa: E731
     **HEADS,
     sliding_window=WINDOW,
@@ -56,7 +56,7 @@ def decoder(name, *, dtype=torch.float64, seed=0, **changes):
 
 
 def stock_forward(model, batch):
-    """The oracle: a copy of the model under stock eager attention and an additive mask, written out row by row.
+    """The oracle: a copy of the model under stock eager attention and an explicit additive mask.
 
     Returns the copy (to differentiate) and its logits.
     """
@@ -65,7 +65,7 @@ def stock_forward(model, batch):
     oracle.set_attn_implementation("eager")
     sees = torch.from_numpy(masks.dense(batch["doc_start"], batch["kv_end"]))[:, None]
     row, key = torch.arange(sees.shape[2])[:, None], torch.arange(sees.shape[3])
-    near = row - key < WINDOW  # the last WINDOW keys, the row's own among them, and what is ahead
+    near = row - key < WINDOW  # the last WINDOW keys, the row's own included, and all keys ahead
 
     def additive(visible):
         return torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)

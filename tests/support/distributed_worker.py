@@ -1,4 +1,4 @@
-"""What each of two processes does, started by torchrun from test_train_distributed.py: python THIS FOLDER."""
+"""What each of two processes does; tests/train/test_distributed.py starts it with torchrun."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.reporters import Recorder
 from tests.support.tiny import tiny_model
 from tests.support.training_shards import Listener, run
 
-#: Runs by name; test_train_distributed.py makes the same ones in one process.
+#: Runs by name; test_distributed.py compares each with the same run in one process.
 RUNS = {
     "one micro-batch": {"batch_size": 4},
     "four micro-batches": {"batch_size": 1, "global_batch": 8},
@@ -35,13 +35,13 @@ def main(folder: Path) -> None:
     for name, options in RUNS.items():
         run(packed, folder / "two" / name, model=model, reporter=reporter, **COMMON, **options)
 
-    # Both see the error that only one of them runs into.
+    # An error on one process is raised on both.
     try:
         run(packed, folder / "in use", model=model, **COMMON)
     except UsageError as error:
         (folder / f"refused-{rank}").write_text(str(error))
 
-    # One of them gets a signal; both stop after the same step, and one process goes on elsewhere.
+    # One process gets a signal and both stop after the same step; a test resumes the run on one process.
     def signalled(line: str) -> None:
         if line.startswith("step 1/"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +66,7 @@ def main(folder: Path) -> None:
 
 
 def fully_sharded(folder: Path, rank: int) -> None:
-    """One step's loss and gradients with torch's FSDP2, each process with half of the rows."""
+    """Save one step's loss and gradients with torch's FSDP2, half of the rows on each process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -1,4 +1,4 @@
-"""Tiny random models, packed rows made by hand, and packed folders, for the tests of the torch side."""
+"""Tiny random models, packed rows and packed folders, for the tests that use torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ismdata.data import shards
 from ismdata.data.dataset import Sample
 from ismdata.data.index import write_index
 
-torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+torch.set_num_threads(1)  # for such small models more threads are slower
 
 VOCABULARY = 61
 SIZES = {
@@ -33,7 +33,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.2,  # wide, so that what a token changes is far above rounding
+    "initializer_range": 0.2,  # wide, so that the effect of a token is far above rounding
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
@@ -54,13 +54,13 @@ def tiny_model(architecture: str = "llama", *, dtype: torch.dtype = torch.float6
 
 
 def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
-    """Turn on gradient checkpointing, whose method later releases of transformers 5 have under another name."""
+    """Turn on gradient checkpointing, by the name that the installed release of transformers has for it."""
     name = "activation_checkpointing_enable"
     enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
 
 
-#: A document as the tests write it: spans of (kind, length), or (kind, length, train).
+#: A document: spans of (kind, length) or (kind, length, train).
 Document = list[tuple]
 PROMPT, QUERY, ANSWER = masks.PROMPT, masks.QUERY, masks.ANSWER
 

@@ -1,4 +1,4 @@
-"""Packed shards that a model of a few thousand parameters trains on in a second, for the tests of `train`."""
+"""Packed shards on which a model of a few thousand parameters trains in a second, for the tests of `train`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tiny import ANSWER, QUERY, VOCABULARY, sample, tiny_model, wr
 
 
 def word_tokenizer(folder, words=VOCABULARY):
-    """A tokenizer of one word a token, saved as `ismdata pack` saves its own."""
+    """Save a tokenizer with one token per word, in the files that `ismdata pack` saves."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +29,7 @@ def word_tokenizer(folder, words=VOCABULARY):
 
 
 def copying_rows(count, *, seq_len=128, mask="ism", **options):
-    """Documents whose answers repeat their queries, two queries and two answers each."""
+    """Rows of documents with two queries and two answers, which repeat the queries."""
     generator = np.random.default_rng(0)
     rows = []
     for _ in range(count):
@@ -71,7 +71,7 @@ def weights(folder):
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
-    """The lines of metrics.csv without the seconds, which differ from run to run."""
+    """The lines of metrics.csv without the seconds, which differ between runs."""
     with (folder / "metrics.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 

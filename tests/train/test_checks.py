@@ -1,4 +1,4 @@
-"""What is refused before the first step, a loss that is no number, LoRA, evaluation, and going on from an output."""
+"""Refusals before the first step, non-finite losses, LoRA, evaluation, and training an earlier output further."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 
 
 def test_a_model_with_another_tokenizer_is_refused(packed, tmp_path):
-    """Even where it has as many tokens; the same one under another name is fine."""
+    """Even if it has as many tokens. The same one under another name is accepted."""
     tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "own")
     word_tokenizer(tmp_path / "own")
     open_model(str(tmp_path / "own"), PackedDataset(packed))
@@ -55,7 +55,7 @@ def test_a_model_with_another_tokenizer_is_refused(packed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluation_shards_that_do_not_fit_are_refused(packed, model, tmp_path):
+def test_evaluation_shards_for_another_mask_or_tokenizer_are_refused(packed, model, tmp_path):
     prefix = write_packed(tmp_path / "prefix", copying_rows(2, mask="prefix"))
     with pytest.raises(UsageError, match=r"--eval .*prefix: the shards were packed for the mask 'prefix'"):
         run(packed, tmp_path / "out", model=model, eval=str(prefix))
@@ -68,7 +68,7 @@ def test_evaluation_shards_that_do_not_fit_are_refused(packed, model, tmp_path):
 
 
 def test_the_evaluation_loss_is_a_mean_over_targets(packed, model, tmp_path):
-    """Five rows in batches of two: the last one is filled up with padding."""
+    """Five rows in batches of two: padding fills the last batch."""
     rows = copying_rows(5)
     folder = write_packed(tmp_path / "eval", rows)
     options = {"steps": 3, "eval": str(folder), "eval_every": 2, "batch_size": 2, "learning_rate": 1e-9}
@@ -81,7 +81,7 @@ def test_the_evaluation_loss_is_a_mean_over_targets(packed, model, tmp_path):
     assert [loss for _, loss in found] == pytest.approx([expected] * 2, rel=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_saves_its_batch(packed, model, tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_and_saves_its_batch(packed, model, tmp_path, monkeypatch):
     def poisoned(self, samples):
         batch = original(self, samples)
         self.__dict__["calls"] = self.__dict__.get("calls", 0) + 1
@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_its_batch(packed, mode
     run(packed, output, model=model, steps=6, save_every=3, batch_size=2)
 
 
-def test_adapters_are_trained_alone_and_merged(packed, model, tmp_path):
+def test_only_adapters_are_trained_and_they_are_merged(packed, model, tmp_path):
     pytest.importorskip("peft")
     output = tmp_path / "out"
     run(packed, output, model=model, lora=True, lora_rank=4, steps=4, learning_rate=1e-2, log_every=1, save_every=2)
@@ -124,7 +124,7 @@ def test_adapters_are_trained_alone_and_merged(packed, model, tmp_path):
         assert float(merged(**batch).loss) < losses[0]
 
 
-def test_its_own_output_goes_on(packed, model, tmp_path):
+def test_an_earlier_output_is_trained_further(packed, model, tmp_path):
     run(packed, tmp_path / "first", model=model, steps=3, learning_rate=1e-2, log_every=1)
     reporter = Recorder()
     options = {"model": str(tmp_path / "first"), "mask": "causal", "log_every": 1}
@@ -144,24 +144,24 @@ def test_gradient_checkpointing_and_bfloat16_change_little(packed, model, tmp_pa
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=0.02)
 
 
-def test_what_the_card_and_the_generation_config_say(packed, model, tmp_path):
+def test_the_model_card_and_the_generation_config(packed, model, tmp_path):
     run(packed, tmp_path / "out", model=model, steps=2, report_to=("tensorboard",))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Load it through ismdata" in card
     assert "| steps | 2 |" in card
     assert "steps = 2\n" in card
-    assert "epochs =" not in card and "lora_rank" not in card  # they decided nothing
+    assert "epochs =" not in card and "lora_rank" not in card  # options without effect
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == ([2], 0)
     assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
     assert (tmp_path / "out" / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
-@pytest.mark.parametrize(("warmup", "told"), [(1, False), (2, True)])
-def test_a_warm_up_that_fills_the_run_is_told(warmup, told, packed, model, tmp_path):
+@pytest.mark.parametrize(("warmup", "reported"), [(1, False), (2, True)])
+def test_a_warm_up_as_long_as_the_run_is_reported(warmup, reported, packed, model, tmp_path):
     reporter = Recorder()
     run(packed, tmp_path / "out", model=model, steps=2, warmup=warmup, reporter=reporter)
-    assert any("the warm-up of" in line for line in reporter.notes) == told
+    assert any("the warm-up of" in line for line in reporter.notes) == reported
 
 
 def test_the_end_of_a_turn_ends_a_generation(packed, monkeypatch):
@@ -177,8 +177,8 @@ def test_without_matplotlib_there_are_no_curves(tmp_path, monkeypatch):
     assert not metrics.draw_curves(tmp_path)
 
 
-def test_operations_are_those_of_a_loop():
-    """Three operations a weight and direction... counted on a model: 2 forward, 4 backward."""
+def test_operations_per_parameter_and_pair():
+    """Per parameter of the head and target 2 forward and 4 backward; per layer, width and pair 4 and 8."""
     model = tiny_model()
     cost = Cost(model, processes=1)
     head = VOCABULARY * 32
@@ -193,7 +193,7 @@ def test_operations_are_those_of_a_loop():
 
 
 @pytest.mark.parametrize("name", ["nothing", "wandb"])
-def test_trackers_that_are_not_there(monkeypatch, name):
+def test_unknown_and_missing_trackers_are_refused(monkeypatch, name):
     from transformers.integrations import integration_utils
 
     monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
@@ -203,7 +203,7 @@ def test_trackers_that_are_not_there(monkeypatch, name):
 
 
 def test_a_full_disk_while_the_model_is_written(monkeypatch, tmp_path):
-    """safetensors' own error becomes one that the run's folder explains."""
+    """safetensors' own error becomes an OSError, which the output folder reports."""
 
     def full(*args, **named):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

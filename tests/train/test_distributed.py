@@ -1,4 +1,4 @@
-"""Two processes that train together (gloo, on CPU) do what one does."""
+"""Training on two processes (gloo, on CPU) gives the results of one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.slow  # trains in two processes
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """All that two processes did, started as people start them."""
+    """The folder of all that two processes did, started by torchrun."""
     folder = tmp_path_factory.mktemp("two")
-    # Rows with very different numbers of targets, so that a mean of means would be another loss.
+    # Rows with very different numbers of targets, so that a mean of means would be a different loss.
     rows = [sample(DOCUMENTS[number : number + 1], seed=number) for number in range(len(DOCUMENTS))]
     rows = [row for pair in zip(rows, copying_rows(len(rows)), strict=True) for row in pair][:13]
     word_tokenizer(write_packed(folder / "packed", rows) / "tokenizer")
@@ -47,7 +47,7 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(name, two, tmp_path):
-    """The last step of a run is only half full: padding fills it."""
+    """Padding fills half of the last step."""
     options = RUNS[name] | ({"batch_size": 8} if name == "one micro-batch" else {})
     run(two / "packed", tmp_path / "one", model=str(two / "model"), **COMMON, **options)
     found, expected = curve(two / "two" / name), curve(tmp_path / "one")
@@ -63,20 +63,20 @@ def test_two_processes_equal_one(name, two, tmp_path):
         torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-4)
 
 
-def test_only_the_first_process_speaks(two):
+def test_only_the_first_process_reports(two):
     first, second = (json.loads((two / f"notes-{rank}.json").read_text()) for rank in range(2))
     assert second == []
     assert len([line for line in first if line.startswith("step ")]) == 3 * len(RUNS)
 
 
-def test_both_raise_what_one_runs_into(two):
+def test_both_raise_the_error_of_one(two):
     first, second = ((two / f"refused-{rank}").read_text() for rank in range(2))
     assert first == second
     assert "in use: is in use" in first
     assert [path.name for path in (two / "in use").iterdir()] == ["notes.txt"]
 
 
-def test_two_stop_together_and_one_goes_on(two):
+def test_two_stop_together_and_one_resumes(two):
     assert (two / "stopped-0").exists()
     assert (two / "stopped-1").exists()
     assert not (two / "stopped").exists()
@@ -98,7 +98,7 @@ def test_two_stop_together_and_one_goes_on(two):
 
 
 def test_sharded_over_two_processes_the_gradients_are_those_of_one(two):
-    """torch's FSDP2 around an attached model, on CPU; accelerate runs it on GPUs alone."""
+    """torch's FSDP2 around an attached model, on CPU; accelerate supports it on GPUs only."""
     found = torch.load(two / "fsdp.pt", weights_only=True)
     dataset = PackedDataset(two / "packed")
     batch = TrainingCollator("ism", "answer")([dataset[row] for row in range(4)])
@@ -113,13 +113,13 @@ def test_sharded_over_two_processes_the_gradients_are_those_of_one(two):
 
 def test_fsdp_without_a_gpu_is_refused(two, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("refused for want of a GPU, and here is one")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(UsageError, match="--fsdp requires GPUs"):
         run(two / "packed", tmp_path / "out", model=str(two / "model"), fsdp=True)
 
 
 def test_fsdp_reaches_the_trainer(monkeypatch, tmp_path):
-    """By its configuration alone, where there is no GPU: version 2, with what the file says."""
+    """Without a GPU only the configuration can be checked: version 2, with the values of the file."""
     options = TrainOptions(model="tiny", fsdp=True, fsdp_config={"reshard_after_forward": False})
     arguments = training_arguments(options, tmp_path, steps=1, accumulation=1, precision="float32")
     assert arguments.fsdp_plugin_args["fsdp_version"] == 2

@@ -1,4 +1,4 @@
-"""The training loss against the obvious one: documents one by one, all logits, a loop over targets."""
+"""The training loss against a plain one: one document at a time, all logits, a loop over targets."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ismdata.train.loss import (
     target_weights,
 )
 from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
-from tests.support.training_shards import curve, run, word_tokenizer
+from tests.support.training_shards import curve, run, saved_model, word_tokenizer
 
 WEIGHTINGS = ("token", "answer", "conversation")
 
-#: Documents of very different lengths and numbers of targets; one without any, one with an untrained answer.
+#: Documents of very different lengths and numbers of targets: one without targets, one with an untrained answer.
 DOCUMENTS = [
     [(QUERY, 3), (ANSWER, 5), (QUERY, 2), (ANSWER, 1)],
     [(QUERY, 20), (ANSWER, 30)],
@@ -41,7 +41,7 @@ DOCUMENTS = [
 
 
 def slow_weights(sequence, weighting):
-    """By loops: the weight of each target, and the number of items."""
+    """The weight of each target, and the number of items, by loops."""
     groups = []
     at = 0
     for length in sequence.seq_lens:
@@ -94,7 +94,7 @@ def stock_and_own():
 def test_chunks_against_all_logits(chunks, with_bias, with_weights, targets, monkeypatch):
     if chunks is losses._stock_chunks and not hasattr(nn.functional, "linear_cross_entropy"):
         pytest.skip("linear_cross_entropy came with torch 2.13: before it only our own chunks are used")
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 101 * 8)  # eight rows a chunk
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 101 * 8)  # eight rows per chunk
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -113,7 +113,7 @@ def test_chunks_against_all_logits(chunks, with_bias, with_weights, targets, mon
 
 
 def test_bfloat16_is_summed_in_float32():
-    """A thousand losses of about 5: summed in bfloat16 they would be off by percents."""
+    """A thousand losses of about 5, whose sum in bfloat16 would be wrong by several percent."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1001, 8, generator=generator).bfloat16()
     weight = torch.randn(150, 8, generator=generator).bfloat16()
@@ -144,7 +144,7 @@ def batch_of(*rows, weighting="token", **options):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_model_s_loss_and_gradients_stay_and_its_logits_go(architecture):
+def test_loss_and_gradients_are_those_of_the_model_without_its_logits(architecture):
     model = attach(tiny_model(architecture))
     batch, _ = batch_of(DOCUMENTS[:4], DOCUMENTS[4:6], weighting="answer")
     plain = model(**batch)
@@ -178,8 +178,8 @@ def test_no_tensor_is_as_wide_as_the_logits(monkeypatch):
     assert widest[True] <= 5000 * 32  # the head's own weights
 
 
-def test_a_model_with_a_head_of_its_own_is_left_as_it_was():
-    """Logits that are capped after the head: the hidden states would be capped instead."""
+def test_a_model_that_changes_its_logits_is_left_unchanged():
+    """Logits are capped after the head; the hidden states would be capped instead."""
     from transformers import Gemma2Config
 
     config = Gemma2Config(
@@ -205,7 +205,7 @@ def test_a_model_with_a_head_of_its_own_is_left_as_it_was():
 
 
 def unpacked(model, weighting):
-    """The loss and the norm of its gradient, each document a batch of its own under the plain model."""
+    """The loss and the norm of its gradient, with one document per batch and all logits."""
     total, items = 0.0, 0
     for number, document in enumerate(DOCUMENTS):
         row = sample([document], seq_len=128, seed=number)
@@ -223,7 +223,7 @@ def unpacked(model, weighting):
 
 
 def packing(name):
-    """The same documents, one a row, several a row, or all in two rows."""
+    """The same documents: one per row, several per row, or all in two rows."""
     cuts = {"alone": range(1, 9), "some": (2, 3, 6, 8), "tight": (4, 8)}[name]
     rows, first = [], 0
     for last in cuts:
@@ -237,9 +237,7 @@ def packing(name):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
-    tiny_model(dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.mark.slow
@@ -251,21 +249,23 @@ def model_folder(tmp_path_factory):
         ("some", 4, 1, "token"),
         ("some", 1, 4, "token"),
         ("tight", 2, 1, "token"),
-        ("tight", 1, 4, "token"),  # two micro-batches of padding alone
+        ("tight", 1, 4, "token"),  # two micro-batches are all padding
         ("some", 1, 4, "answer"),
         ("alone", 8, 1, "answer"),
         ("tight", 1, 4, "conversation"),
         ("alone", 2, 4, "conversation"),
     ],
 )
-def test_a_step_s_loss_is_the_unpacked_one(packed, batch, accumulation, weighting, model_folder, tmp_path):
-    """Whatever the packing and the accumulation; test_train_distributed.py has two processes."""
+def test_the_loss_of_a_step_is_that_of_the_documents_unpacked(
+    packed, batch, accumulation, weighting, model_folder, tmp_path
+):
+    """Whatever the packing and the accumulation; test_distributed.py has two processes."""
     folder = write_packed(tmp_path / "packed", packing(packed))
     word_tokenizer(folder / "tokenizer")
     run(
         folder,
         tmp_path / "out",
-        model=str(model_folder),
+        model=model_folder,
         steps=None,
         batch_size=batch,
         accumulation=accumulation,

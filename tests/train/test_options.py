@@ -1,4 +1,4 @@
-"""Options from a TOML file and from flags: which wins, and what is refused."""
+"""Options from a TOML file and from flags: precedence and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config(tmp_path):
     return write
 
 
-def test_a_flag_wins_over_the_file_and_the_file_over_the_default(config):
+def test_precedence_is_flag_file_default(config):
     path = config('model = "tiny"\nbatch-size = 8\nlearning_rate = 1e-4\nlora = true\nreport_to = ["tensorboard"]\n')
     options = read_options(path, {"batch_size": 2, "warmup": None, "report_to": ()})
     assert options == TrainOptions(
@@ -45,7 +45,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(config):
     ],
     ids=["typo", "unknown", "kind", "bool for int", "int for bool", "twice", "no TOML", "nan"],
 )
-def test_a_file_that_is_at_fault(config, text, message):
+def test_invalid_files_are_refused(config, text, message):
     with pytest.raises(DataError, match=message) as raised:
         read_options(config(text), {"model": "tiny"})
     assert "run.toml" in str(raised.value)
@@ -82,7 +82,7 @@ def test_a_file_that_is_at_fault(config, text, message):
         "to",
     ],
 )
-def test_values_that_cannot_be(fields, message):
+def test_invalid_values_are_refused(fields, message):
     with pytest.raises(UsageError, match=message):
         TrainOptions(model="tiny", **fields)
 
@@ -106,7 +106,7 @@ def test_the_global_batch_decides_the_accumulation():
 
 
 def test_every_option_is_a_flag():
-    """The command's flags and the file's keys are the same, tables aside."""
+    """The command's flags and the file's keys are the same, but for tables."""
     flags = {parameter.name for parameter in get_command(app).commands["train"].params}
     keys = {field.name for field in dataclasses.fields(TrainOptions)} - {"fsdp_config"}
     assert flags - {"packed", "output", "config", "overwrite", "help"} == keys

@@ -1,4 +1,4 @@
-"""The order of sequences: what each step sees depends on the seed alone, whatever cuts it into pieces."""
+"""The order of sequences: what each step sees depends on the seed only, not on micro-batches or processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_passes_and_seeds_differ():
     ("processes", "batch", "accumulation"), [(1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 4, 1), (4, 2, 1), (8, 1, 1)]
 )
 def test_a_step_is_the_same_on_any_number_of_processes(processes, batch, accumulation):
-    """As accelerate deals batches out to processes."""
+    """As accelerate distributes batches over processes."""
     order = Order(sequences=21, total=50, global_batch=8, seed=3)
     dealt = []
     for rank in range(processes):

@@ -1,4 +1,4 @@
-"""A run that broke off goes on from its last good checkpoint to the same curve and weights, or says why not."""
+"""An interrupted run resumes from its last good checkpoint to the same metrics and weights, or says why not."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Crash(Exception):
 
 @pytest.fixture
 def crash_after(monkeypatch):
-    """Have the run break off right after step N, as if it were killed there; nothing of that step is saved yet."""
+    """Interrupt the run right after step N, before anything of that step is saved."""
 
     def arm(step):
         original = trainers.StepControl.on_step_end
@@ -89,14 +89,14 @@ def test_a_crash_at_any_step_changes_nothing(step, packed, model, undisturbed, t
     with pytest.raises(Crash):
         run(packed, output, model=model, **OPTIONS)
     assert not output.exists()
-    assert partial_of(output).exists() == (step > 2)  # nothing to go on with before the first checkpoint
+    assert partial_of(output).exists() == (step > 2)  # nothing to resume from before the first checkpoint
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
     assert_the_same(output, undisturbed)
     reached = {1: None, 3: 2, 6: 4}[step]
     assert (reporter.notes[1] == f"resuming after step {reached} of {STEPS}") == (reached is not None)
 
 
-def test_another_cut_into_micro_batches_goes_on_too(packed, model, undisturbed, tmp_path, crash_after):
+def test_other_micro_batches_resume_too(packed, model, undisturbed, tmp_path, crash_after):
     output = tmp_path / "model"
     crash_after(3)
     with pytest.raises(Crash):
@@ -133,8 +133,8 @@ def test_a_signal_ends_a_run_after_its_step(number, packed, model, undisturbed, 
     assert_the_same(output, undisturbed)
 
 
-def broken_off(packed, model, output, crash_after, **changes):
-    """A run with checkpoints of steps 2 and 4 that broke off at step 5."""
+def interrupted_run(packed, model, output, crash_after, **changes):
+    """Interrupt a run at step 5, with checkpoints of steps 2 and 4."""
     crash_after(5)
     with pytest.raises(Crash):
         run(packed, output, model=model, **(OPTIONS | changes))
@@ -152,7 +152,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_checkpoint_is_no_good_one(damage, undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_detected(damage, undisturbed, tmp_path):
     whole = checkpoints(undisturbed)[-1]
     check_checkpoint(whole)
     broken = tmp_path / whole.name
@@ -162,9 +162,9 @@ def test_a_broken_checkpoint_is_no_good_one(damage, undisturbed, tmp_path):
         check_checkpoint(broken)
 
 
-def test_a_broken_checkpoint_falls_to_the_one_before(packed, model, undisturbed, tmp_path, crash_after):
+def test_after_a_damaged_checkpoint_the_one_before_is_used(packed, model, undisturbed, tmp_path, crash_after):
     output, reporter = tmp_path / "model", Recorder()
-    broken_off(packed, model, output, crash_after)
+    interrupted_run(packed, model, output, crash_after)
     DAMAGES["a file cut short"](partial_of(output) / "checkpoints" / "checkpoint-4")
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
     assert reporter.notes[1].startswith("left aside:")
@@ -172,9 +172,9 @@ def test_a_broken_checkpoint_falls_to_the_one_before(packed, model, undisturbed,
     assert_the_same(output, undisturbed)
 
 
-def test_no_good_checkpoint_begins_anew(packed, model, undisturbed, tmp_path, crash_after):
+def test_without_a_good_checkpoint_the_run_starts_again(packed, model, undisturbed, tmp_path, crash_after):
     output, reporter = tmp_path / "model", Recorder()
-    broken_off(packed, model, output, crash_after)
+    interrupted_run(packed, model, output, crash_after)
     for folder in checkpoints(partial_of(output)):
         (folder / "index.json").unlink()
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
@@ -195,9 +195,9 @@ CHANGES = {
 }
 
 
-def test_another_run_is_refused_and_told_why(packed, model, undisturbed, tmp_path, crash_after):
+def test_another_run_is_refused_with_the_reason(packed, model, undisturbed, tmp_path, crash_after):
     output = tmp_path / "model"
-    broken_off(packed, model, output, crash_after)
+    interrupted_run(packed, model, output, crash_after)
     before = sorted(path for path in partial_of(output).rglob("*"))
     for changes, reason in CHANGES.values():
         with pytest.raises(UsageError, match=rf"\.model\.partial: .*after step 4 differs from this one: .*{reason}"):
@@ -214,7 +214,7 @@ def test_another_run_is_refused_and_told_why(packed, model, undisturbed, tmp_pat
     assert_the_same(output, undisturbed)
 
 
-def test_overwrite_goes_on_where_it_can_and_begins_anew_where_not(packed, model, undisturbed, tmp_path, crash_after):
+def test_overwrite_resumes_the_same_run_and_replaces_another(packed, model, undisturbed, tmp_path, crash_after):
     output, reporter = tmp_path / "model", Recorder()
     run(packed, output, model=model, **(OPTIONS | {"steps": 1}))
     crash_after(5)
@@ -235,7 +235,7 @@ def test_overwrite_goes_on_where_it_can_and_begins_anew_where_not(packed, model,
 
 def test_checkpoints_without_a_record_are_refused(packed, model, tmp_path, crash_after):
     output = tmp_path / "model"
-    broken_off(packed, model, output, crash_after)
+    interrupted_run(packed, model, output, crash_after)
     (partial_of(output) / "run.json").unlink()
     with pytest.raises(UsageError, match=r"has checkpoints but no run\.json"):
         run(packed, output, model=model, **OPTIONS)
@@ -244,7 +244,7 @@ def test_checkpoints_without_a_record_are_refused(packed, model, tmp_path, crash
 
 @pytest.mark.parametrize("fault", ["safetensors", "seal"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(fault, packed, model, undisturbed, tmp_path, monkeypatch):
-    """Writing fails at the second checkpoint, as each library says so."""
+    """Writing fails at the second checkpoint, with each library's own error."""
     from safetensors import SafetensorError
 
     output = tmp_path / "model"
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fault, packed, model, undis
 
 
 def test_a_disk_that_is_really_full(packed, model, undisturbed, tmp_path):
-    """Files may not grow beyond a size that the model has and the optimizer's state exceeds."""
+    """A limit on file sizes that the model's file fits and the optimizer's exceeds."""
     import resource
 
     output = tmp_path / "model"
@@ -294,7 +294,7 @@ def test_a_disk_that_is_really_full(packed, model, undisturbed, tmp_path):
     assert_the_same(output, undisturbed)
 
 
-def test_what_decides_a_run_is_recorded(undisturbed):
+def test_what_the_result_depends_on_is_recorded(undisturbed):
     record = json.loads((undisturbed / "run.json").read_text())
     assert record["global_batch"] == 2
     assert record["sequences"] == 12

@@ -1,9 +1,10 @@
-"""Training on hand-made shards: that it learns, what it writes, what it counts, what it refuses before it starts."""
+"""Training on small shards: that it learns, what it writes, what it counts, what it refuses before it starts."""
 
 from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ismdata.masks import IGNORE_INDEX
 from ismdata.train.metrics import METRICS
 from tests.support.reporters import Recorder
 from tests.support.tiny import ANSWER, CONFIGS, QUERY, SIZES, VOCABULARY, sample, tiny_model, write_packed
-from tests.support.training_shards import copying_rows, run, weights, word_tokenizer
+from tests.support.training_shards import copying_rows, run, saved_model, weights, word_tokenizer
 
 pytestmark = pytest.mark.slow  # trains
 
@@ -36,15 +37,12 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """A saved model of the shards' vocabulary, smaller than the presets."""
-    folder = tmp_path_factory.mktemp("model") / "small"
-    tiny_model(dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return Path(saved_model(tmp_path_factory.mktemp("model") / "small"))
 
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory):
-    """One run of the tiny preset, and all that it said."""
+    """The output, report and reporter of one run of the tiny preset."""
     output = tmp_path_factory.mktemp("trained") / "model"
     reporter = Recorder()
     options = {"model": "tiny", "steps": 40, "learning_rate": 3e-3, "warmup": 5, "save_every": 25}
@@ -82,7 +80,7 @@ def test_metrics_and_lines(trained, packed):
     assert [int(row["step"]) for row in rows] == [1, 10, 20, 30, 40]
     assert all(float(row[name]) > 0 for row in rows for name in ("loss", "grad_norm", "seconds"))
     rates = [float(row["learning_rate"]) for row in rows]
-    assert rates[0] == 0  # warm-up starts there
+    assert rates[0] == 0  # the warm-up starts at 0
     assert 3e-3 > rates[1] > rates[-1] > 0
     assert float(rows[0]["loss"]) == report.first_loss
     # 40 steps x 4 rows x 6 documents of 18 tokens; 10 targets each.
@@ -113,7 +111,7 @@ def test_the_same_seed_gives_the_same_weights(packed, small_model, tmp_path):
 
 
 def test_the_loss_is_one_mean_over_all_targets_of_a_step(small_model, tmp_path):
-    """Rows with very different numbers of targets: how they are cut into micro-batches changes nothing."""
+    """For rows with very different numbers of targets, the split into micro-batches changes nothing."""
     rows = copying_rows(2) + [sample([[(QUERY, 100), (ANSWER, 2)]], seed=seed) for seed in range(2)]
     folder = write_packed(tmp_path / "packed", rows)
     word_tokenizer(folder / "tokenizer")
@@ -135,7 +133,7 @@ def test_the_loss_is_one_mean_over_all_targets_of_a_step(small_model, tmp_path):
 
 
 def test_weights_reach_the_loss(small_model, tmp_path):
-    """Shards whose targets all weigh 0.5 have half the loss."""
+    """Shards whose targets all have weight 0.5 have half the loss."""
     losses = {}
     for weight in (1.0, 0.5):
         rows = copying_rows(4, loss_weight=np.full(128, weight, np.float32))
@@ -275,7 +273,7 @@ def write_gguf(path, model):
         names |= {f"blk.{layer}.{short}": f"model.layers.{layer}.{long}" for short, long in parts.items()}
         for short, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             weight = weights[f"model.layers.{layer}.self_attn.{short}_proj.weight"]
-            # llama.cpp turns neighbouring pairs, transformers the two halves of a head.
+            # llama.cpp rotates adjacent pairs of dimensions, transformers the two halves of a head.
             paired = weight.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(weight.shape)
             writer.add_tensor(f"blk.{layer}.attn_{short}.weight", paired.numpy())
     for short, long in names.items():

@@ -1,4 +1,4 @@
-"""The private methods of transformers' Trainer that we override: each listed, each as it was when it was overridden."""
+"""The private methods of transformers' Trainer that we override are listed, and their signatures are the known ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from ismdata.train.trainer import PRIVATE_OVERRIDES, PackedTrainer
 
-#: As transformers 5.17 to 5.23 have them. Where a release changes one, read its Trainer before changing this.
+#: As in transformers 5.17 to 5.23. If a release changes one, read its Trainer before changing this.
 SIGNATURES = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_save_checkpoint": "(self, model: torch.nn.modules.module.Module, trial: 'optuna.Trial | dict[str, Any] | None') "

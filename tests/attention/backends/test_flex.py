@@ -1,4 +1,4 @@
-"""FlexAttention's tables against stock ones, its kernel against dense attention; that one kernel serves all batches.
+"""FlexAttention's tables against torch's, its kernel against dense attention, and one kernel for all batches.
 
 The block lists matter to compiled kernels alone; on a CPU only the forward pass can be compiled.
 """
@@ -70,7 +70,7 @@ def intervals_of(batch, **changes):
     stored=st.booleans(),
 )
 def test_block_masks_equal_stock_ones(seed, mask, window, stored):
-    """All tables, forward and backward ones, against torch's `create_block_mask`, which looks at every pair."""
+    """All tables, forward and backward, against torch's `create_block_mask`, which evaluates every pair."""
     batch = random_batch(seed, seq_len=512, mask=mask)
     intervals = intervals_of(batch).windowed(window)
     if not stored:
@@ -90,7 +90,7 @@ def test_block_masks_equal_stock_ones(seed, mask, window, stored):
 
 
 def listed(mask: BlockMask, number: str, which: str) -> list[list[list[int]]]:
-    """The blocks that a table names, row by row, without what stands past their number."""
+    """The blocks that a table lists per row, without the entries past their number."""
     numbers, indices = getattr(mask, number)[:, 0], getattr(mask, which)[:, 0]
     assert numbers.dtype == indices.dtype == torch.int32
     assert 0 <= int(indices.min()) <= int(indices.max()) < indices.shape[-1]
@@ -126,8 +126,8 @@ def graphs():
 
 @pytest.mark.slow
 @needs_compiler
-def test_one_compiled_kernel_serves_all_batches_layers_and_windows():
-    """Compiled on the CPU, where the lists of blocks count: other documents, masks and tables, one graph."""
+def test_one_compiled_kernel_is_used_for_all_batches_layers_and_windows():
+    """One graph for other documents, masks and tables. Compiled on the CPU, which uses the lists of blocks too."""
     model = attach(decoder("gemma3", dtype=torch.float32), backend="flex")
     dense = attach(decoder("gemma3", dtype=torch.float32), backend="sdpa")
     torch.compiler.reset()
@@ -142,7 +142,7 @@ def test_one_compiled_kernel_serves_all_batches_layers_and_windows():
 
 
 def test_too_many_kernels_are_an_error(monkeypatch):
-    """At torch's recompile limit flex would go on without kernels, in quadratic memory, with no more than a warning."""
+    """At its recompile limit torch would continue without kernels, in quadratic memory, after a warning."""
     compiled = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True, backend="eager")
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
     monkeypatch.setattr(flex, "COMPILED_CPU_ROWS", 128)
@@ -159,7 +159,7 @@ def test_too_many_kernels_are_an_error(monkeypatch):
     torch.compiler.reset()
 
 
-def test_a_cpu_computes_no_gradients_and_says_so():
+def test_gradients_on_a_cpu_are_refused():
     model = attach(tiny_model(), backend="flex")
     loss = model(**random_batch(0, seq_len=128)).logits.sum()
     with pytest.raises(
@@ -168,14 +168,14 @@ def test_a_cpu_computes_no_gradients_and_says_so():
         loss.backward()
 
 
-def test_rows_that_are_no_whole_blocks_are_refused():
+def test_rows_that_are_no_multiple_of_the_block_size_are_refused():
     model = attach(tiny_model(), backend="flex")
     batch = {name: tensor[:, :100] for name, tensor in random_batch(0, seq_len=128).items() if name != "block_table"}
     with pytest.raises(UsageError, match="100 tokens per row; the backend flex requires a multiple of 128"):
         model(**batch)
 
 
-def test_dropped_attention_weights_are_refused():
+def test_attention_dropout_is_refused():
     model = attach(decoder("llama", attention_dropout=0.1), backend="flex")
     model(**random_batch(0, seq_len=128))
     with pytest.raises(UnsupportedModelError, match=r"attention dropout 0\.1, which the backend flex cannot compute"):

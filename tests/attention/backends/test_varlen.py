@@ -60,7 +60,7 @@ def tensors(rows: int, *, heads: int = 2, groups: int = 2, width: int = 4, dtype
 
 
 def seen(doc_start, kv_end, window: int | None = None) -> Tensor:
-    """bool[R, R] over the samples laid end to end, each pair by the definition in words."""
+    """bool[R, R] over the samples laid end to end, each row by the definition."""
     batch, length = doc_start.shape
     sees = torch.zeros(batch * length, batch * length, dtype=torch.bool)
     for sample in range(batch):
@@ -143,7 +143,7 @@ def test_documents_longer_than_a_chunk(mask, window):
 
 
 def test_scores_beyond_exp_stay_finite():
-    """Scores of thousands overflow exp where anything but a difference to the log-sum-exp enters it."""
+    """exp of scores of thousands overflows, unless it is taken of their difference to the log-sum-exp only."""
     doc_start, kv_end = long_intervals("ism", seq_len=1792)
     query, key, value, gradient = tensors(doc_start.size)
     made = (40 * query, 40 * key, value, gradient)
@@ -166,7 +166,7 @@ def test_the_log_sum_exp_is_that_of_all_keys():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-def test_narrow_dtypes_are_as_near_as_dense_attention_in_them(dtype):
+def test_narrow_dtypes_are_as_exact_as_dense_attention_in_them(dtype):
     doc_start, kv_end = long_intervals("ism", seq_len=1792)
     made = [each.to(dtype) for each in tensors(doc_start.size)]
     sees = seen(doc_start, kv_end)
@@ -183,7 +183,7 @@ def test_narrow_dtypes_are_as_near_as_dense_attention_in_them(dtype):
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(intervals=micro_batches(samples=4))
-def test_tables_hold_each_pair_of_the_mask_once(intervals):
+def test_tables_cover_each_pair_of_the_mask_once(intervals):
     doc_start, kv_end = intervals
     table = varlen_tables.tables(doc_start, kv_end)
     alone = set(table.alone.tolist())
@@ -206,7 +206,7 @@ def test_tables_hold_each_pair_of_the_mask_once(intervals):
 
 
 def test_padding_is_few_pieces():
-    """Two samples of nothing but padding: pieces of 128, and none over the border of the samples."""
+    """Two samples of padding only: pieces of 128 rows, none across the border of the samples."""
     row = np.arange(320, dtype=np.int32)
     table = varlen_tables.tables(np.stack([row, row]), np.stack([row + 1, row + 1]))
     assert table.documents.tolist() == [0, 128, 256, 320, 448, 576, 640]
@@ -216,12 +216,12 @@ def test_padding_is_few_pieces():
 @pytest.mark.parametrize(
     ("doc_start", "kv_end", "row"),
     [
-        ([0, 0, 0], [1, 1, 3], 1),  # a row that does not see itself
-        ([0, 0, 0], [3, 2, 3], 0),  # a row that sees further than the next: no block's common end
+        ([0, 0, 0], [1, 1, 3], 1),  # a row does not see itself
+        ([0, 0, 0], [3, 2, 3], 0),  # a row sees further than the next one, so they share no block
         ([0, 0, 0], [2, 3, 4], 0),  # one token ahead everywhere
-        ([0, 0, 2], [3, 3, 3], 1),  # on into the next document
+        ([0, 0, 2], [3, 3, 3], 1),  # a row sees into the next document
         ([0, 0, 0], [1, 2, 4], 2),  # beyond the last key
-        ([0, 0, 1], [1, 2, 3], 2),  # a window's start, not a document's
+        ([0, 0, 1], [1, 2, 3], 2),  # the start of a window, not of a document
         ([1, 1, 1], [1, 2, 3], 0),  # a row before its document's start
     ],
     ids=["blind", "uneven", "lookahead", "next-document", "beyond", "window", "before"],
@@ -234,8 +234,8 @@ def test_other_intervals_are_refused(doc_start, kv_end, row):
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_intervals_are_refused_or_tabulated_right(data):
-    """Whatever intervals come, the tables are of exactly these, or there are none."""
+def test_tables_are_right_or_refused(data):
+    """For any intervals the tables represent exactly these, or are refused."""
     length = data.draw(st.integers(1, 6))
     doc_start = np.array([[data.draw(st.integers(0, row)) for row in range(length)]])
     kv_end = np.array([[data.draw(st.integers(row + 1, length)) for row in range(length)]])
@@ -257,7 +257,7 @@ def same_index(found: Index, expected: Index) -> bool:
 @settings(max_examples=30, deadline=None)
 @given(intervals=micro_batches())
 def test_tables_of_the_batch_are_used_as_they_are(intervals):
-    """Nothing is copied to the host and computed there."""
+    """Nothing is copied to the host to be computed there."""
     batch = varlen_tables.tables(*intervals).as_batch()
     assert tuple(batch) == varlen_tables.NAMES
     expected = prepare(intervals_of(*intervals)).index
@@ -271,8 +271,8 @@ def test_tables_of_the_batch_are_used_as_they_are(intervals):
     [(1, slice(0, 1)), (1, slice(1, 2)), (2, slice(0, 4)), (2, slice(0, 2)), (2, slice(2, 4))],
     ids=["first", "second", "joined", "joined-first", "joined-second"],
 )
-def test_tables_of_a_batch_that_was_joined_or_cut_are_made_anew(joined, kept):
-    """As accelerate dispatches batches, and as torch's DataParallel cuts them: every tensor along its first axis."""
+def test_tables_of_a_joined_or_split_batch_are_computed_again(joined, kept):
+    """As accelerate joins batches and torch's DataParallel splits them: each tensor along its first axis."""
     doc_start, kv_end = (np.repeat(each, 2, axis=0) for each in intervals_under("ism", SHORT, 32))
     batch = {"doc_start": doc_start, "kv_end": kv_end, **varlen_tables.tables(doc_start, kv_end).as_batch()}
     batch = {name: np.concatenate([array] * joined)[kept] for name, array in batch.items()}
@@ -294,8 +294,8 @@ def operands(mask: str = "ism", *, documents=LONG, seq_len: int = 1792, **option
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["ism", "causal"])
-def test_torch_knows_the_operators(mask):
-    """Schema, shapes without data, autograd and tracing, as torch's own checks have it."""
+def test_the_operators_pass_the_checks_of_torch(mask):
+    """torch's own checks of schema, fake tensors, autograd and tracing."""
     query, key, value, gradient, index, scale = operands(mask, documents=SHORT, seq_len=32)
     passes = (*index, None, scale)
     query.requires_grad_()
@@ -316,8 +316,8 @@ def test_a_compiled_function_is_one_graph():
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_flash_kernels_are_called_as_torch_has_them():
-    """On the device meta: the installed torch's signature and shapes, without a GPU."""
+def test_flash_kernels_have_the_expected_signature_and_shapes():
+    """On the device meta, which needs no GPU."""
     query, key, value, gradient, index, scale = operands(heads=4, dtype=torch.bfloat16, device="meta")
     for window in (None, 100):
         inputs = Inputs(query, key, value)
@@ -338,8 +338,8 @@ WIDTHS = (64, 96, 128, 256)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("mask", masks.MASKS)
-def test_flash_kernels_are_as_near_as_flash_attention(mask, window, width, dtype):
-    """Against dense attention in float64; the yardstick is torch's FlashAttention on its own causal problem."""
+def test_flash_kernels_are_as_exact_as_flash_attention(mask, window, width, dtype):
+    """Against dense attention in float64, compared with the error of torch's FlashAttention under the causal mask."""
     *made, index, _ = operands(mask, heads=8, width=width, dtype=dtype, device="cuda")
     scale = width**-0.5
     doc_start, kv_end = long_intervals(mask, seq_len=1792)
@@ -379,7 +379,7 @@ def test_no_layer_waits_for_the_device():
 
 
 @ON_GPU
-def test_the_same_gradients_each_time_where_torch_is_asked_for_them():
+def test_deterministic_algorithms_give_the_same_gradients():
     *made, index, scale = operands(heads=8, width=64, dtype=torch.bfloat16, device="cuda")
     torch.use_deterministic_algorithms(True)
     try:

@@ -41,7 +41,7 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("mask", ["ism", "causal"])
 def test_law_1_is_computed_in_two_passes(passes, mask):
-    """test_laws.py has the laws under each backend; here is that it is this one's operator that computes them."""
+    """test_laws.py has the laws with each backend; this test checks that the operator computes them."""
     test_laws.test_law_1_one_pass_equals_k_passes("llama", "varlen", mask)
     assert (max(passes) > 0) == (mask == "ism")
 
@@ -60,15 +60,15 @@ def gradients(model, batch, **options):
 
 
 def assert_same(found, expected, *, within: float = 2e-6):
-    """Losses, and gradients relative to the largest of each: the models' norms work in float32 whatever the dtype."""
+    """Losses, and gradients relative to the largest of each; the models' norms compute in float32 in any dtype."""
     torch.testing.assert_close(found[0], expected[0], rtol=within, atol=0)
     for name, gradient in expected[1].items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=within * scale)
 
 
-def test_autocast_computes_in_its_own_dtype(monkeypatch):
-    """Under autocast the norms and rotations leave float32 queries beside bfloat16 values."""
+def test_autocast_decides_the_dtype(monkeypatch):
+    """Under autocast, norms and rotations return float32 queries beside bfloat16 values."""
     dtypes = []
     real = varlen._forward
     monkeypatch.setattr(
@@ -84,7 +84,7 @@ def test_autocast_computes_in_its_own_dtype(monkeypatch):
 
 
 def test_training_with_tables_from_workers_is_training_with_sdpa(tmp_path):
-    """A few steps over a DataLoader; the batches of one worker carry the tables."""
+    """A few steps over a DataLoader, whose worker adds the tables to the batches."""
     samples = [sample(DOCUMENTS * (1 + seed % 2), seed=seed) for seed in range(6)]
     dataset = PackedDataset(write_packed(tmp_path / "packed", samples))
 
@@ -106,7 +106,7 @@ def test_training_with_tables_from_workers_is_training_with_sdpa(tmp_path):
     assert found[0] != found[-1]
 
 
-def test_a_cache_takes_the_dense_path(passes):
+def test_calls_with_a_cache_are_computed_densely(passes):
     """A prefill with the keys of a cache before it, and a decoded token."""
     model = attach(tiny_model(), backend="varlen")
     batch = {name: tensor[:1, :12] for name, tensor in batch_of().items() if name not in ("labels", "block_table")}
@@ -125,7 +125,7 @@ def test_a_cache_takes_the_dense_path(passes):
 
 
 def test_evaluation_with_sdpa_and_tables():
-    """Another backend leaves the tables aside."""
+    """Another backend ignores the tables."""
     model = attach(tiny_model(), backend="sdpa")
     torch.testing.assert_close(model(**batch_of(tables=True)).loss, model(**batch_of()).loss)
 
@@ -171,7 +171,7 @@ def test_refused_layers():
 
 
 def test_what_flash_attention_cannot_compute_is_refused():
-    """Asked on a GPU alone; a CPU computes both."""
+    """Checked on a GPU only; a CPU computes both."""
     half, single = (torch.empty(1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     varlen._check_flash(nn.Module(), half, 256)
     with pytest.raises(UnsupportedModelError, match=r"in torch\.float32; .* Load the model in bfloat16"):
