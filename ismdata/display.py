@@ -59,6 +59,9 @@ class LogReporter:
         >>> LogReporter().note("nothing is printed")
     """
 
+    def __repr__(self) -> str:
+        return "LogReporter()"
+
     def note(self, text: str) -> None:
         _LOG.info(text)
 
