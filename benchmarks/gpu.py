@@ -1,12 +1,11 @@
-"""Everything that only a GPU can show, in one call: is it right there, does it wait, what does it take.
+"""Check and time everything that needs a GPU, in one call.
 
     PYTHONPATH=. python benchmarks/gpu.py -o DIR [--seconds 460]
     PYTHONPATH=. python benchmarks/gpu.py -o DIR --device cpu --small     # the script itself, tried without a GPU
 
-It needs torch, transformers and what the core of ismdata imports, no network and no other package. Sections run in the
-order of SECTIONS; one that fails is recorded with its traceback and the others run all the same; one for which no time
-is left is recorded as skipped. After each, DIR/gpu.json has all that is known so far. DIR/gpu.log has what was printed,
-DIR/bench what `ismdata bench attention` writes. Exit code 1 where a section failed.
+Needs torch, transformers and the core requirements of ismdata, no network. Sections run in the order of SECTIONS. If
+one fails, its traceback is recorded and the others still run. DIR/gpu.json is written after each section. Exit code 1
+if a section failed.
 """
 
 from __future__ import annotations
@@ -332,11 +331,11 @@ def layer_peak(backend: str, seq_len: int, heads: Heads, call: Call) -> int:
     return peak
 
 
+@dataclass(frozen=True)
 class _Indented(LogReporter):
     """Passes notes on to the script's own output, indented."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    call: Call
 
     def note(self, text: str) -> None:
         self.call.say(f"  {text}")
