@@ -1,7 +1,7 @@
-"""What lies on disk between the commands: folders written whole or not at all, their index, both shard formats, and the
-dataset and collator that read them.
+"""The folders that commands write and read: output folders, their index and journal, converted conversations, packed
+shards, their verification, and the dataset and collator for training.
 
-The names that other packages use are listed in `__init__.pyi` and load on first use.
+`__init__.pyi` lists the names that other packages import; they load on first use.
 """
 
 import lazy_loader

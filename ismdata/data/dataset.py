@@ -41,9 +41,7 @@ class PackedDataset(Dataset[Sample]):
 
     @property
     def layout(self) -> str:
-        """`plain`, or `glm`: [MASK] and [START] before each answer and two positions per token (Figure 2 b of the ISM
-        paper).
-        """
+        """`plain`, or `glm`: [MASK] and [START] before answers, two positions per token (Figure 2 b)."""
         return self.shards.layout
 
     @property

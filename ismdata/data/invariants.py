@@ -41,7 +41,7 @@ ROW_TOTALS = ("documents", "sequences", "tokens", "target_tokens", "padding_toke
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class RowFormat:
     """What a packed folder's index says about each of its rows."""
 
     seq_len: int
@@ -71,7 +71,7 @@ class Rows:
     position_ids_2: NDArray[np.int32] | None  # [R * T]
 
     @classmethod
-    def of(cls, batch: pa.RecordBatch, first: int, terms: Terms) -> Rows:
+    def of(cls, batch: pa.RecordBatch, first: int, row_format: RowFormat) -> Rows:
         """The rows of a record batch, without copying where Arrow allows it."""
 
         def flat(name: str) -> NDArray[Any]:
@@ -93,18 +93,18 @@ class Rows:
             spans=shards.span_matrix(batch.column("spans").flatten()),
             block_table=flat("block_table").reshape(batch.num_rows, -1, 4),
             row_ids=per_row("conversation_ids"),
-            loss_weight=flat("loss_weight") if terms.weighted else None,
-            position_ids_2=flat("position_ids_2") if terms.glm else None,
+            loss_weight=flat("loss_weight") if row_format.weighted else None,
+            position_ids_2=flat("position_ids_2") if row_format.glm else None,
         )
 
     def __len__(self) -> int:
         return len(self.row_documents)
 
-    def halves(self, terms: Terms) -> Iterator[Rows]:
+    def halves(self, row_format: RowFormat) -> Iterator[Rows]:
         """Yield the first and the second half of the rows."""
         middle = len(self) // 2
         for start, stop in ((0, middle), (middle, len(self))):
-            tokens = slice(start * terms.seq_len, stop * terms.seq_len)
+            tokens = slice(start * row_format.seq_len, stop * row_format.seq_len)
             documents = slice(int(self.row_documents[:start].sum()), int(self.row_documents[:stop].sum()))
             spans = slice(int(self.row_spans[:start].sum()), int(self.row_spans[:stop].sum()))
             yield Rows(
@@ -122,7 +122,7 @@ class Rows:
                 position_ids_2=None if self.position_ids_2 is None else self.position_ids_2[tokens],
             )
 
-    def totals(self, terms: Terms) -> dict[str, int]:
+    def totals(self, row_format: RowFormat) -> dict[str, int]:
         """ROW_TOTALS of these rows."""
         tokens = int(self.seq_lens.sum(dtype=np.int64))
         return {
@@ -130,11 +130,11 @@ class Rows:
             "sequences": len(self),
             "tokens": tokens,
             "target_tokens": int(np.count_nonzero(self.loss_mask)),
-            "padding_tokens": len(self) * terms.seq_len - tokens,
+            "padding_tokens": len(self) * row_format.seq_len - tokens,
         }
 
 
-def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None:
+def check_rows(path: Path, rows: Rows, row_format: RowFormat, problems: Problems) -> None:
     """Add a problem for each invariant that rows violate.
 
     If spans do not tile their documents, the rows are halved until the faulty ones are found; only these are left
@@ -142,47 +142,39 @@ def check_rows(path: Path, rows: Rows, terms: Terms, problems: Problems) -> None
     """
     try:
         tiling = tile(
-            rows.row_documents, rows.seq_lens, rows.row_spans, rows.spans, seq_len=terms.seq_len, first_row=rows.first
+            rows.row_documents,
+            rows.seq_lens,
+            rows.row_spans,
+            rows.spans,
+            seq_len=row_format.seq_len,
+            first_row=rows.first,
         )
     except DataError as error:
         if len(rows) == 1:
             problems.add_rows(path, "spans", str(error), 1)
         else:
-            for half in rows.halves(terms):
-                check_rows(path, half, terms, problems)
+            for half in rows.halves(row_format):
+                check_rows(path, half, row_format, problems)
         return
 
     def report(kind: str, bad: NDArray[np.bool_], found: Callable[[int], str]) -> None:
         """Add a problem if any token is bad, bool[R * T]; `found` describes the token at an offset."""
         at = np.flatnonzero(bad)
         if len(at):
-            row, token = divmod(int(at[0]), terms.seq_len)
+            row, token = divmod(int(at[0]), row_format.seq_len)
             sentence = f"row {rows.first + row}, token {token}: {found(int(at[0]))}"
-            problems.add_rows(path, kind, sentence, len(np.unique(at // terms.seq_len)))
+            problems.add_rows(path, kind, sentence, len(np.unique(at // row_format.seq_len)))
 
-    doc_start, kv_end = tiled_intervals(tiling, mask=terms.mask)
-    _check_ids(rows, tiling, terms, report)
-    _check_targets(rows, tiling, kv_end, terms, report)
-    if terms.glm is None:
+    doc_start, kv_end = tiled_intervals(tiling, mask=row_format.mask)
+    _check_ids(rows, tiling, row_format, report)
+    _check_targets(rows, tiling, kv_end, row_format, report)
+    if row_format.glm is None:
         position = np.arange(len(doc_start), dtype=doc_start.dtype)
         position -= doc_start
         _check_positions("position_ids", rows.position_ids, position, report)
     else:
-        _check_glm(rows, tiling, terms.glm, report)
-    shape = (len(rows), terms.seq_len)
-    expected = block_table(doc_start.reshape(shape), kv_end.reshape(shape))
-    # Offsets count from the first of the R rows, those of a table from its own row. int16 wraps around, and so does the
-    # subtraction, which makes the result right.
-    expected -= (np.arange(len(rows)) * (terms.seq_len // BLOCK_SIZE)).astype(np.int16)[:, None, None]
-    if not np.array_equal(rows.block_table, expected):
-        at = np.argwhere(rows.block_table != expected)
-        row, block, column = at[0].tolist()
-        name = ("visible_lo", "visible_hi", "full_lo", "full_hi")[column]
-        sentence = (
-            f"row {rows.first + row}, token {block * BLOCK_SIZE}: block_table {name} of block row {block} is "
-            f"{rows.block_table[row, block, column]}; expected {expected[row, block, column]}"
-        )
-        problems.add_rows(path, "block_table", sentence, len(np.unique(at[:, 0])))
+        _check_glm(rows, tiling, row_format.glm, report)
+    _check_block_table(path, rows, doc_start, kv_end, problems)
     odd = np.flatnonzero(rows.row_ids != rows.row_documents)
     if len(odd):
         row = int(odd[0])
@@ -199,6 +191,26 @@ _Report = Callable[[str, NDArray[np.bool_], Callable[[int], str]], None]
 def _check_positions(name: str, found: NDArray[Any], expected: NDArray[Any], report: _Report) -> None:
     if not np.array_equal(found, expected):
         report(name, found != expected, lambda at: f"{name} is {found[at]}; expected {expected[at]}")
+
+
+def _check_block_table(
+    path: Path, rows: Rows, doc_start: NDArray[Any], kv_end: NDArray[Any], problems: Problems
+) -> None:
+    """Check the block tables against the intervals of the R rows laid end to end, [R * T]."""
+    shape = (len(rows), -1)
+    expected = block_table(doc_start.reshape(shape), kv_end.reshape(shape))
+    # Offsets count from the first of the R rows, those of a table from its own row. int16 wraps around, and so does the
+    # subtraction, which makes the result right.
+    expected -= (np.arange(len(rows)) * rows.block_table.shape[1]).astype(np.int16)[:, None, None]
+    if not np.array_equal(rows.block_table, expected):
+        at = np.argwhere(rows.block_table != expected)
+        row, block, column = at[0].tolist()
+        name = ("visible_lo", "visible_hi", "full_lo", "full_hi")[column]
+        sentence = (
+            f"row {rows.first + row}, token {block * BLOCK_SIZE}: block_table {name} of block row {block} is "
+            f"{rows.block_table[row, block, column]}; expected {expected[row, block, column]}"
+        )
+        problems.add_rows(path, "block_table", sentence, len(np.unique(at[:, 0])))
 
 
 def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Report) -> None:
@@ -229,32 +241,34 @@ def _check_glm(rows: Rows, tiling: Tiling, tokens: tuple[int, int], report: _Rep
     )
 
 
-def _check_ids(rows: Rows, tiling: Tiling, terms: Terms, report: _Report) -> None:
+def _check_ids(rows: Rows, tiling: Tiling, row_format: RowFormat, report: _Report) -> None:
     """Check that token ids are in the vocabulary, and that padding has the pad id."""
     ids = rows.input_ids
-    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= terms.vocab_size):
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= row_format.vocab_size):
         report(
             "input_ids",
-            (ids < 0) | (ids >= terms.vocab_size),
-            lambda at: f"input_ids is {ids[at]}; expected 0 to {terms.vocab_size - 1}",
+            (ids < 0) | (ids >= row_format.vocab_size),
+            lambda at: f"input_ids is {ids[at]}; expected 0 to {row_format.vocab_size - 1}",
         )
     padding = tiling.kind < 0
     if padding.any():
         tokens = ragged_arange(tiling.start[padding], tiling.length[padding])
         wrong = np.zeros(len(ids), bool)
-        wrong[tokens] = ids[tokens] != terms.pad_id
-        report("padding", wrong, lambda at: f"input_ids is {ids[at]} on padding; expected the pad id {terms.pad_id}")
+        wrong[tokens] = ids[tokens] != row_format.pad_id
+        report(
+            "padding", wrong, lambda at: f"input_ids is {ids[at]} on padding; expected the pad id {row_format.pad_id}"
+        )
 
 
-def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Terms, report: _Report) -> None:
+def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], row_format: RowFormat, report: _Report) -> None:
     """Check that targets are those of the mask, that no token sees the target it predicts, and the loss weights."""
-    loss_mask = rows.loss_mask
-    expected = tiled_targets(tiling, mask=terms.mask)
+    loss_mask, seq_len = rows.loss_mask, row_format.seq_len
+    expected = tiled_targets(tiling, mask=row_format.mask)
     if not np.array_equal(loss_mask, expected):
         report(
             "loss_mask",
             loss_mask != expected,
-            lambda at: f"loss_mask is {loss_mask[at]}; expected {expected[at]} under the {terms.mask} mask",
+            lambda at: f"loss_mask is {loss_mask[at]}; expected {expected[at]} under the {row_format.mask} mask",
         )
     target = np.flatnonzero(loss_mask)
     leaking = target[kv_end[target - 1] > target] if len(target) else target
@@ -265,8 +279,8 @@ def _check_targets(rows: Rows, tiling: Tiling, kv_end: NDArray[Any], terms: Term
             "leak",
             leaks,
             lambda at: (
-                f"a target that token {at % terms.seq_len - 1} predicts and sees: its kv_end is "
-                f"{kv_end[at - 1] - at // terms.seq_len * terms.seq_len}; expected at most {at % terms.seq_len}"
+                f"a target that token {at % seq_len - 1} predicts and sees: its kv_end is "
+                f"{kv_end[at - 1] - at // seq_len * seq_len}; expected at most {at % seq_len}"
             ),
         )
     weight = rows.loss_weight

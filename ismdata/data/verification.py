@@ -24,7 +24,7 @@ from ismdata.choices import LAYOUTS, MASKS
 from ismdata.data import shards
 from ismdata.data.arrow_stream import read_batches
 from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, layout_faults, leaves_folder, load_index
-from ismdata.data.invariants import ROW_TOTALS, Rows, Terms, check_rows
+from ismdata.data.invariants import ROW_TOTALS, RowFormat, Rows, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
 from ismdata.errors import DataError, shown
@@ -349,29 +349,29 @@ def _all_read(index: dict[str, Any], intact: list[ShardFile]) -> bool:
 def _verify_packed(folder: Path, index: dict[str, Any], problems: Problems) -> dict[str, int]:
     if not _has_layout(index, _PACKED_LAYOUT, folder / INDEX_NAME, problems):
         return {}
-    terms = _terms(folder, index, problems)
+    row_format = _row_format(folder, index, problems)
     intact = _check_files(folder, [*index["shards"], index["quarantine"], *index["files"]], problems)
     _check_quarantine(folder, index, intact, problems)
     _check_conservation(folder, index["counts"], "packed", problems)
-    if terms is None:
+    if row_format is None:
         return {}
     totals: Counter[str] = Counter()
     conversations = 0
     sound = _all_read(index, intact)
     for file in _shards(index, intact):
         path = folder / file.name
-        for first_row, batch in _batches(folder, file, terms.schema, problems):
+        for first_row, batch in _batches(folder, file, row_format.schema, problems):
             if _has_nulls(path, first_row, batch, problems):
                 sound = False
                 continue
             conversations += _conversations(batch.column("conversation_ids"))
-            at_once = max(1, _TOKENS_AT_ONCE // terms.seq_len)
+            at_once = max(1, _TOKENS_AT_ONCE // row_format.seq_len)
             for start in range(0, batch.num_rows, at_once):
-                rows = Rows.of(batch.slice(start, at_once), first_row + start, terms)
-                totals.update(rows.totals(terms))
-                check_rows(path, rows, terms, problems)
+                rows = Rows.of(batch.slice(start, at_once), first_row + start, row_format)
+                totals.update(rows.totals(row_format))
+                check_rows(path, rows, row_format, problems)
     counts = {"conversations": conversations} | {name: totals[name] for name in ROW_TOTALS}
-    counts["lower_bound_sequences"] = -(-counts["tokens"] // terms.seq_len)
+    counts["lower_bound_sequences"] = -(-counts["tokens"] // row_format.seq_len)
     if sound:
         for name, found in counts.items():
             _expect_total(folder, f"totals.{name}", index["totals"][name], found, problems)
@@ -384,7 +384,7 @@ def _expect_total(folder: Path, name: str, claimed: int, counted: int, problems:
         problems.add(f"{folder / INDEX_NAME}: {name} is {claimed}; expected {counted}, which the shards hold")
 
 
-def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | None:
+def _row_format(folder: Path, index: dict[str, Any], problems: Problems) -> RowFormat | None:
     """What the index says about each row; None, and problems, if a value is impossible."""
     path, before = folder / INDEX_NAME, len(problems)
     if index["seq_len"] % BLOCK_SIZE or not index["seq_len"]:
@@ -404,7 +404,7 @@ def _terms(folder: Path, index: dict[str, Any], problems: Problems) -> Terms | N
         problems.add(f"{path}: glm_tokens is {json.dumps(glm)[:80]}; expected mask and start, ids in the vocabulary")
     if len(problems) > before:
         return None
-    return Terms(
+    return RowFormat(
         seq_len=index["seq_len"],
         mask=index["mask"],
         weighted=index["weighted"],

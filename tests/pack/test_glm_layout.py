@@ -22,7 +22,7 @@ from ismdata.convert.pipeline import convert
 from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import write_index
-from ismdata.data.invariants import Rows, Terms, check_rows
+from ismdata.data.invariants import RowFormat, Rows, check_rows
 from ismdata.data.problems import Problems
 from ismdata.data.shards import PackedShards, packed_schema
 from ismdata.data.verification import verify
@@ -361,9 +361,9 @@ def test_tokens_that_cannot_be(options, message, tmp_path, converted):
 # -- verification ------------------------------------------------------------------------------------------------------
 
 
-def rows_of(shards: PackedShards) -> tuple[Rows, Terms]:
+def rows_of(shards: PackedShards) -> tuple[Rows, RowFormat]:
     index = shards.index
-    terms = Terms(
+    row_format = RowFormat(
         seq_len=shards.seq_len,
         mask=shards.mask,
         weighted=shards.weighted,
@@ -373,15 +373,15 @@ def rows_of(shards: PackedShards) -> tuple[Rows, Terms]:
         glm=(index["glm_tokens"]["mask"], index["glm_tokens"]["start"]),
     )
     batch = shards.table(0).combine_chunks().to_batches()[0]
-    return Rows.of(batch, 0, terms), terms
+    return Rows.of(batch, 0, row_format), row_format
 
 
 def broken(shards: PackedShards, column: str, at: Any, value: int) -> list[str]:
-    rows, terms = rows_of(shards)
+    rows, row_format = rows_of(shards)
     changed = getattr(rows, column).copy()
     changed[at] = value
     problems = Problems()
-    check_rows(Path("shard"), replace(rows, **{column: changed}), terms, problems)
+    check_rows(Path("shard"), replace(rows, **{column: changed}), row_format, problems)
     return problems.sentences()
 
 
@@ -399,7 +399,7 @@ def test_verification_names_what_is_wrong(tmp_path, converted, glm_tokenizer):
     ]
     for place in (start, start - 1):
         (found,) = broken(shards, "input_ids", place, 5)
-        assert f"expected [START] ({start_id}) as an untrained span of its own after [MASK] ({mask_id})" in found
+        assert f"expected [START] ({start_id}) as an untrained span of one token, after [MASK] ({mask_id})" in found
     number = int(np.flatnonzero(sequence.spans[:, 0] == start)[0])
     assert any("untrained span" in sentence for sentence in broken(shards, "spans", (number, 3), 1))
 
@@ -408,8 +408,8 @@ def test_verification_names_what_is_wrong(tmp_path, converted, glm_tokenizer):
     ("changes", "message"),
     [
         ({"layout": "other"}, "layout is 'other'; expected one of plain, glm"),
-        ({"glm_tokens": {"mask": 3}}, "expected mask and start within the vocabulary"),
-        ({"glm_tokens": {"mask": 3, "start": 10**6}}, "expected mask and start within the vocabulary"),
+        ({"glm_tokens": {"mask": 3}}, "expected mask and start, ids in the vocabulary"),
+        ({"glm_tokens": {"mask": 3, "start": 10**6}}, "expected mask and start, ids in the vocabulary"),
         ({"layout": "plain"}, "columns are"),
     ],
     ids=["name", "missing", "beyond", "columns"],
@@ -432,7 +432,7 @@ def test_the_batch_has_both_positions(tmp_path, converted, glm_tokenizer):
     assert batch["position_ids_2"].tolist() == [dataset[0].sequence.position_ids_2.tolist()]
     assert str(batch["position_ids_2"].dtype) == "torch.int64"
     assert "position_ids_2" not in Collator()([plain[0]])
-    with pytest.raises(UsageError, match="GLM layout and plain"):
+    with pytest.raises(UsageError, match="GLM layout and others in the plain layout"):
         Collator()([dataset[0], plain[0]])
 
 
