@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -21,12 +22,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from ismdata.data.index import read_index
 from ismdata.data.shards import FORMAT
 from ismdata.pack.planning.best_fit import best_fit_decreasing, fewest_bins
 from ismdata.pack.planning.choose import best_bins
-from ismdata.pack.planning.cutting_stock import relaxed_bound
 from ismdata.pack.planning.plan import lower_bound, plan
+from tests.support.relaxed_bound import relaxed_bound
 
 #: Lengths are made in pieces of so many, so that making them takes no more memory than planning them.
 _PIECE = 1 << 22

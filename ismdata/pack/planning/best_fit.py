@@ -1,9 +1,10 @@
-"""Histogram of lengths to bins: which lengths share a sequence, and how often. Documents come later (plan.py).
+"""Best-fit decreasing on the histogram of lengths, the type of its result, and a lower bound on the number of bins.
 
-Here is what a plan is, a number of bins that none goes below, and the plan of best-fit-decreasing. It works on the
-histogram of lengths instead of the documents: bins that hold the same lengths are one class with a count, so the work
-grows with the number of distinct lengths and not with the number of documents, while the bins are those of the
-item-by-item algorithm.
+A bin is a sequence that documents are to be put into. All planning algorithms decide which lengths share a bin, and how
+often; plan.py then assigns documents. Bins that hold the same lengths form one class with a count, so the work grows
+with the number of distinct lengths, not with the number of documents.
+
+Shape legend: T = seq_len, C classes of bins, E entries.
 
 >>> best_fit_decreasing(np.bincount([5, 3, 2, 6], minlength=9), seq_len=8).rows
 2
@@ -20,31 +21,45 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True)
 class Bins:
-    """Classes of identical bins. Class c stands for `count[c]` bins; entry i puts `times[i]` documents of length
-    `length[i]` into every bin of class `owner[i]`."""
+    """Bins, in classes of identical ones.
 
-    count: NDArray[np.int64]  # [C]
-    owner: NDArray[np.int64]  # [E]
-    length: NDArray[np.int64]  # [E]
-    times: NDArray[np.int64]  # [E]
+    Attributes:
+        count: int64[C], number of bins in each class.
+        owner: int64[E], the class of each entry.
+        length: int64[E], a length that each bin of the class holds.
+        times: int64[E], how many documents of that length each bin of the class holds.
+    """
+
+    count: NDArray[np.int64]
+    owner: NDArray[np.int64]
+    length: NDArray[np.int64]
+    times: NDArray[np.int64]
 
     @property
     def rows(self) -> int:
+        """Number of bins."""
         return int(self.count.sum())
 
 
 NO_BINS = Bins(**{name: np.zeros(0, np.int64) for name in ("count", "owner", "length", "times")})
 
-#: Lengths, how often each is in a bin, and how many such bins.
+#: Lengths, how often a bin holds each, and how many such bins there are.
 Pattern = tuple[NDArray[np.int64], NDArray[np.int64], int]
 
 
 def fewest_bins(histogram: NDArray[np.int64], seq_len: int) -> int:
-    """A number of bins that no plan can go below: the bound L2 of Martello and Toth, at least ceil(sum / T).
+    """Return the lower bound L2 of Martello and Toth on the number of bins, at least ceil(tokens / T).
 
-    For a threshold a: lengths above T - a leave no room for any of a or more; those above T / 2 go one to a bin, and of
-    those between a and T / 2 only what fits beside them needs no bin of its own. The largest such count over all a
-    holds. histogram: int64[T + 1], documents per length.
+    For a threshold a: a bin with a length above T - a has no room for a length of a or more. Lengths above T / 2 need a
+    bin each. Lengths from a to T / 2 need more bins if they exceed the room beside lengths of T / 2 to T - a. The bound
+    is the largest number of bins over all thresholds.
+
+    Args:
+        histogram: int64[T + 1], documents per length.
+        seq_len: T.
+
+    Returns:
+        A number of bins that no plan can go below.
     """
     length = np.arange(seq_len + 1)
     documents, tokens = np.cumsum(histogram), np.cumsum(histogram * length)
@@ -58,16 +73,23 @@ def fewest_bins(histogram: NDArray[np.int64], seq_len: int) -> int:
 
 
 def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
-    """Longest documents first, each into the fullest bin that still has room for it.
+    """Put the longest documents first, each into the fullest bin that has room for it.
 
-    All bins of one class take the same documents, so a length is laid down in a few steps however many documents have
-    it: the fullest bins with room r take floor(r / L) documents of length L each before any other bin is looked at,
-    for each documents makes its bin fuller still. A class that is filled leaves room r mod L < r / 2, hence is
-    visited at most log2(T) times.
+    The result is that of the algorithm on single documents, in time that depends on the number of distinct lengths. All
+    documents of length L are placed in a few steps: each of the fullest bins, with room r, takes floor(r / L) of them
+    before another bin is considered, because each document makes its bin fuller still. A filled class has room
+    r mod L < r / 2 left, so it is visited at most log2(T) times.
+
+    Args:
+        histogram: int64[T + 1], documents per length.
+        seq_len: T.
+
+    Returns:
+        The bins.
     """
     if not histogram.any():
         return NO_BINS
-    # What a class holds is a linked list, newest entry first: bins of one origin share their tail.
+    # The content of a class is a linked list, newest entry first. Classes split from the same class share its tail.
     entry_length: list[int] = []
     entry_times: list[int] = []
     entry_before: list[int] = []
@@ -78,9 +100,9 @@ def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
         entry_before.append(before)
         return len(entry_length) - 1
 
-    # Classes are (room, newest entry, bins). Those with room for the present length are on a stack, the fullest on top.
-    # The others wait by their room; as the length sinks they come to have room again, and less of it than all on the
-    # stack: so the stack stays sorted without being searched.
+    # Classes are (room, newest entry, bins). Those with room for the current length are on a stack, the fullest on top.
+    # The others wait in a table by room. As lengths decrease, they fit again, with less room than all on the stack, so
+    # pushing them keeps the stack sorted.
     roomy: list[tuple[int, int, int]] = []
     waiting: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
     above = seq_len
@@ -101,13 +123,13 @@ def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
                 untouched = bins - filled - (left > 0)
                 if untouched and newest >= 0:
                     roomy.append((room, newest, untouched))
-                if left:  # fewer than one bin takes
+                if left:  # fewer than a bin has room for
                     roomy.append((room - left * length, put(left, length, newest), 1))
                     left = 0
     classes = roomy + [class_ for room in sorted(waiting) for class_ in waiting[room]]
     newest_of = np.array([newest for _, newest, _ in classes], np.int64)
     before_of = np.array(entry_before, np.int64)
-    # Unroll all lists side by side, one entry of each a step.
+    # Unroll all lists in parallel, one entry of each per step.
     owners, entries = [], []
     owner = np.arange(len(classes))
     at = newest_of
@@ -126,7 +148,7 @@ def best_fit_decreasing(histogram: NDArray[np.int64], seq_len: int) -> Bins:
 
 
 def with_patterns(bins: Bins, patterns: list[Pattern]) -> Bins:
-    """The same bins and, after them, a class for each pattern of lengths, times and number of bins."""
+    """Append a class of bins for each pattern."""
     entries = [len(length) for length, _, _ in patterns]
     return Bins(
         count=np.concatenate([bins.count, np.array([count for _, _, count in patterns], np.int64)]),

@@ -1,7 +1,6 @@
-"""Histogram of lengths to bins that are filled to the last token: documents drawn as the corpus has them, then one, two
-or three that end the sequence exactly.
+"""Exact completion: fill bins to the last token, with random documents and one to three more that fit exactly.
 
-It wins over best-fit where lengths are alike: left with nothing short, best-fit finds nothing to close its gaps with.
+It beats best-fit decreasing if lengths are similar: that algorithm has no short documents left to close its gaps.
 """
 
 from __future__ import annotations
@@ -11,34 +10,41 @@ from numpy.typing import NDArray
 
 from ismdata.pack.planning.best_fit import Bins, Pattern, best_fit_decreasing, fewest_bins, with_patterns
 
-#: It ends where bins that cannot be filled have lost room for one in so many of all tokens.
+#: Stop when bins that could not be filled have left room for 1 / _LOST_SHARE of all tokens.
 _LOST_SHARE = 2000
 
-#: Exact completion draws this often for one bin before it fills it as well as it can.
+#: Attempts at filling a bin exactly, before it is filled as far as possible.
 _DRAWS = 4
 
-#: A pattern is used for one part in so many of the remaining documents at once.
+#: Use a pattern for at most 1 / _PATTERN_SHARE of the remaining documents at a time.
 _PATTERN_SHARE = 1024
 
-#: How many lengths are tried as the first of three that fill a bin.
+#: Lengths to try as the first of three that fill a bin.
 _TRIPLES = 64
 
 
 def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
-    """Bins filled to the last token, as long as that can be; then whatever is left.
+    """Fill bins exactly as long as possible, then pack the rest best-fit.
 
-    Drawing documents in proportion to the histogram keeps its shape, so exact ends can be found nearly to the last bin.
-    What remains after each quarter of the documents is also packed best-fit, and the shortest of these plans is
-    returned. It ends early where the bins made so far are no fuller than those of best-fit alone, and where too many of
-    them could not be filled. A pattern is used for a small share of the remaining documents at once: their number grows
-    with the logarithm of the corpus.
+    Drawing documents in proportion to the histogram keeps its shape, so that exact fits are found until few documents
+    are left. Each time a quarter of the remaining documents is placed, the rest is also packed best-fit, and the
+    shortest of these plans is returned. The search ends early if the bins are no fuller than those of best-fit alone,
+    or if too many of them could not be filled. Each pattern is used for a small share of the remaining documents, so
+    the number of patterns grows with the logarithm of the corpus.
+
+    Args:
+        histogram: int64[T + 1], documents per length.
+        seq_len: T.
+
+    Returns:
+        The bins.
     """
-    rng = np.random.Generator(np.random.PCG64(seq_len))  # part of the algorithm: no seed may change the number of bins
+    rng = np.random.Generator(np.random.PCG64(seq_len))  # not the user's seed: it must not change the number of bins
     stock = histogram.astype(np.int64)
     patterns: list[Pattern] = []
     rows, documents = 0, int(stock.sum())
     length_of = np.arange(seq_len + 1)
-    tokens, alone = int(stock @ length_of), 0  # of all documents, and the bins that best-fit alone takes
+    tokens, alone = int(stock @ length_of), 0  # of all documents; the bins of best-fit alone
     best, best_rows, best_patterns, checkpoint = stock, np.iinfo(np.int64).max, 0, documents
     lost = 0
     while documents and lost * _LOST_SHARE <= tokens:
@@ -50,7 +56,7 @@ def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
             alone = alone or with_rest
             no_fuller = rows and (tokens - int(stock @ length_of)) * alone <= tokens * rows
             if no_fuller or rows + fewest_bins(stock, seq_len) >= best_rows:
-                break  # bins like these save nothing, or nothing that could still be done would save a bin
+                break  # these bins are no fuller than best-fit's, or the rest cannot save a bin any more
         pattern = _fill_bin(stock, seq_len, rng)
         length, times = np.unique(pattern, return_counts=True)
         bins = min(int((stock[length] // times).min()), 1 + documents // (len(pattern) * _PATTERN_SHARE))
@@ -66,7 +72,7 @@ def exact_completion(histogram: NDArray[np.int64], seq_len: int) -> Bins:
 
 
 def _fill_bin(stock: NDArray[np.int64], seq_len: int, rng: np.random.Generator) -> list[int]:
-    """Lengths for one bin, at least one, out of the stock (int64[T + 1], documents per length; left as it was)."""
+    """Lengths for one bin, at least one. stock: int64[T + 1], remaining documents per length; not changed."""
     present = np.flatnonzero(stock)
     up_to = np.cumsum(stock[present])
     documents = int(up_to[-1])
@@ -76,7 +82,7 @@ def _fill_bin(stock: NDArray[np.int64], seq_len: int, rng: np.random.Generator) 
     for attempt in range(_DRAWS):
         draw = rng.choice(documents, size=min(documents, int(seq_len / mean) + 1), replace=False)
         head = present[np.searchsorted(up_to, draw, side="right")]
-        # The end is found most often where it is two or three documents long.
+        # Exact fits are found most often if two or three documents remain to be chosen.
         kept = int(np.searchsorted(np.cumsum(head), seq_len - (2.2 + attempt % 2) * mean, side="right"))
         picked = head[:kept].tolist()
         np.subtract.at(stock, head[:kept], 1)
@@ -86,7 +92,7 @@ def _fill_bin(stock: NDArray[np.int64], seq_len: int, rng: np.random.Generator) 
             return picked + end
         if attempt < _DRAWS - 1:
             np.add.at(stock, head[:kept], 1)
-    while True:  # nothing fits exactly: the longest that fits, until something does
+    while True:  # nothing fits exactly: add the longest length that fits, and try again
         fitting = present[: np.searchsorted(present, room, side="right")]
         fitting = fitting[stock[fitting] > 0]
         if not len(fitting):
@@ -101,7 +107,7 @@ def _fill_bin(stock: NDArray[np.int64], seq_len: int, rng: np.random.Generator) 
 
 
 def _exact_end(stock: NDArray[np.int64], room: int, present: NDArray[np.int64]) -> list[int]:
-    """One, two or three lengths from the stock that sum to `room`, the fewest first; empty if none were found.
+    """One, two or three lengths in stock that sum to `room`, as few as possible; empty if none were found.
 
     present: the lengths that may be in stock, ascending.
     """
@@ -121,7 +127,7 @@ def _exact_end(stock: NDArray[np.int64], room: int, present: NDArray[np.int64]) 
 
 
 def _exact_pair(stock: NDArray[np.int64], room: int, present: NDArray[np.int64]) -> list[int]:
-    """Two lengths from the stock that sum to `room`, as unequal as can be; empty if there are none."""
+    """Two lengths in stock that sum to `room`, as unequal as possible; empty if there are none."""
     half, end = np.searchsorted(present, [-(-room // 2), room])
     longer = present[half:end]
     both = (stock[longer] > 0) & (stock[room - longer] > 0)

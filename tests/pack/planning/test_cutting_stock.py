@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ismdata.pack.planning import choose as best_bins
 from ismdata.pack.planning import cutting_stock, exact_completion
 from ismdata.pack.planning.best_fit import best_fit_decreasing, fewest_bins
-from ismdata.pack.planning.cutting_stock import column_generation, relaxed_bound
+from ismdata.pack.planning.cutting_stock import column_generation
 from ismdata.pack.planning.plan import plan
 from tests.pack.planning.test_plan import fewest_bins as fewest_by_trying
 from tests.pack.planning.test_plan import histogram, rooms_of
+from tests.support.relaxed_bound import relaxed_bound
 
 lengths_of_a_few = st.lists(st.integers(1, 24), min_size=1, max_size=9)
 
@@ -111,7 +112,7 @@ def test_conversations_of_which_a_sequence_holds_a_few_leave_no_gaps(seq_len):
     lengths = np.random.default_rng(0).normal(0.3 * seq_len, 0.08 * seq_len, 900).clip(40, seq_len).astype(int)
     counted = histogram(lengths, seq_len)
     bound = fewest_bins(counted, seq_len)
-    earlier = min(make(counted, seq_len).rows for make in best_bins._PLANS[:2])
+    earlier = min(make(counted, seq_len).rows for make in best_bins._ALGORITHMS[:2])
     assert earlier > 1.01 * bound
     assert plan(lengths, seq_len=seq_len, seed=0).rows <= 1.002 * bound
 
@@ -154,14 +155,14 @@ def test_the_same_bins_each_time():
 @pytest.mark.parametrize("solved", [0, 3, 12])
 def test_what_the_solver_cannot_do_costs_no_document(monkeypatch, solved):
     """It gives up after some solutions: what was decided on stays."""
-    solve, calls = cutting_stock._Relaxation.solve, itertools.count()
+    solve, calls = cutting_stock.Relaxation.solve, itertools.count()
 
     def giving_up(relaxation):
         if next(calls) >= solved:
-            raise cutting_stock._NotSolved
+            raise cutting_stock.NotSolved
         return solve(relaxation)
 
-    monkeypatch.setattr(cutting_stock._Relaxation, "solve", giving_up)
+    monkeypatch.setattr(cutting_stock.Relaxation, "solve", giving_up)
     counted = histogram(np.random.default_rng(3).normal(300, 90, 300).clip(20, 1024).astype(int), 1024)
     found = column_generation(counted, 1024)
     assert laid(found, 1024).tolist() == counted.tolist()
@@ -170,7 +171,7 @@ def test_what_the_solver_cannot_do_costs_no_document(monkeypatch, solved):
 
 def test_a_solver_that_ends_without_a_solution_is_noticed():
     counted = histogram([3, 5] * 4, 8)
-    relaxation = cutting_stock._Relaxation(counted, best_fit_decreasing(counted, 8))
+    relaxation = cutting_stock.Relaxation(counted, best_fit_decreasing(counted, 8))
     relaxation._solver.setOptionValue("simplex_iteration_limit", 0)
-    with pytest.raises(cutting_stock._NotSolved):
+    with pytest.raises(cutting_stock.NotSolved):
         relaxation.solve()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from ismdata.errors import UsageError
 from ismdata.pack.planning import best_fit as bins
-from ismdata.pack.planning import plan as packing
+from ismdata.pack.planning import grouping, placement, work
 from ismdata.pack.planning.exact_completion import exact_completion
 from ismdata.pack.planning.plan import lower_bound, plan
 
@@ -187,59 +186,60 @@ def test_a_sequence_may_be_longer_than_16_bits_count():
     check(plan(lengths, seq_len=1 << 17, seed=0), lengths.tolist(), 1 << 17)
 
 
-@pytest.fixture(params=["whole", "pieces"])
-def pieces(request, monkeypatch):
-    """Work as it is cut for small corpora, not at all, and as for large ones, into many pieces."""
-    if request.param == "pieces":
-        monkeypatch.setattr(packing, "_PIECE", 128)
-        monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
-        monkeypatch.setattr(packing, "_DEALT_TOGETHER", 4)
-        monkeypatch.setattr(packing, "_LAID_AT_ONCE", 16)
-        monkeypatch.setattr(packing, "_ROWS_OF_A_PART", 32)
-        monkeypatch.setattr(packing, "_BINS_DEALT_TOGETHER", 4)
-        monkeypatch.setattr(packing, "_ORDERED_PLACES", 0)
+@pytest.fixture(params=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """Work as it is cut for small corpora, not at all, and as for large ones, into many chunks."""
+    if request.param == "chunks":
+        monkeypatch.setattr(grouping, "_CHUNK", 128)
+        monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
+        monkeypatch.setattr(grouping, "_NEIGHBOURS", 4)
+        monkeypatch.setattr(placement, "_DOCUMENTS_PER_COPY", 16)
+        monkeypatch.setattr(placement, "_SECTION_ROWS", 32)
+        monkeypatch.setattr(placement, "_BINS_PER_DEAL", 4)
+        monkeypatch.setattr(placement, "_MAX_ORDERED_PLACES", 0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_pieces_of_work_leave_no_trace(monkeypatch, size):
+def test_chunks_leave_no_trace(monkeypatch, size):
     lengths = np.random.default_rng(3).integers(1, 100, 500)
-    monkeypatch.setattr(packing, "_PIECE", size)
-    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
-    monkeypatch.setattr(packing, "_DEALT_TOGETHER", size)
-    monkeypatch.setattr(packing, "_LAID_AT_ONCE", size)
-    monkeypatch.setattr(packing, "_ROWS_OF_A_PART", size)
-    monkeypatch.setattr(packing, "_BINS_DEALT_TOGETHER", size)
-    monkeypatch.setattr(packing, "_ORDERED_PLACES", size)
-    monkeypatch.setattr(packing, "_FEWEST_ORDERS", 1)
+    monkeypatch.setattr(grouping, "_CHUNK", size)
+    monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
+    monkeypatch.setattr(grouping, "_NEIGHBOURS", size)
+    monkeypatch.setattr(placement, "_DOCUMENTS_PER_COPY", size)
+    monkeypatch.setattr(placement, "_SECTION_ROWS", size)
+    monkeypatch.setattr(placement, "_BINS_PER_DEAL", size)
+    monkeypatch.setattr(placement, "_MAX_ORDERED_PLACES", size)
+    monkeypatch.setattr(placement, "_MIN_ORDERS", 1)
     check(plan(lengths, seq_len=128, seed=5), lengths.tolist(), 128)
 
 
 @pytest.mark.parametrize("documents", [1, 3, 4, 127, 128, 129, 1000, 4099])
-def test_each_document_is_dealt_to_one_piece_and_keeps_what_it_has(monkeypatch, documents):
-    monkeypatch.setattr(packing, "_PIECE", 128)
-    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
-    monkeypatch.setattr(packing, "_DEALT_TOGETHER", 4)
-    pieces = packing._Pieces.of(documents, 16, seed=1)
+def test_each_document_is_dealt_to_one_chunk_and_keeps_what_it_has(monkeypatch, documents):
+    monkeypatch.setattr(grouping, "_CHUNK", 128)
+    monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
+    monkeypatch.setattr(grouping, "_NEIGHBOURS", 4)
+    chunks = grouping.Chunks.deal(documents, 16, seed=1)
     numbers, dealt = np.arange(documents), []
-    for piece in range(len(pieces.sizes)):
-        own = pieces.documents_of(piece).tolist()
-        assert pieces.shuffled(piece, pieces.take(piece, numbers)).tolist() == own
+    for chunk in range(len(chunks.sizes)):
+        own = chunks.documents_of(chunk).tolist()
+        assert chunks.shuffle(chunk, chunks.take(chunk, numbers)).tolist() == own
         dealt += own
-    assert len(pieces.sizes) == -(-documents // 128)
+    assert len(chunks.sizes) == -(-documents // 128)
     assert sorted(dealt) == numbers.tolist()
 
 
 def test_documents_are_sorted_by_length(monkeypatch):
-    """Piece after piece, from one of them on, and inside a piece in its shuffled order."""
-    monkeypatch.setattr(packing, "_PIECE", 128)
-    monkeypatch.setattr(packing, "_LENGTHS_PER_COUNT", 0)
+    """Piece after chunk, from one of them on, and inside a chunk in its shuffled order."""
+    monkeypatch.setattr(grouping, "_CHUNK", 128)
+    monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
     lengths = np.random.default_rng(0).integers(1, 20, 3000)
-    pieces = packing._Pieces.of(len(lengths), 20, seed=1)
+    chunks = grouping.Chunks.deal(len(lengths), 20, seed=1)
     by_length = np.empty(len(lengths), np.uint32)
-    with ThreadPoolExecutor(3) as threads:
-        before = packing._sort_pieces(lengths, by_length, 20, pieces, threads)
-        found = packing._merge_pieces(by_length, before, pieces, 1, threads)
-    in_turn = [pieces.documents_of(piece) for piece in range(len(pieces.sizes))]
+    monkeypatch.setattr(work, "thread_count", lambda: 3)
+    with work.worker_threads() as run:
+        before = grouping.sort_chunks(lengths, by_length, 20, chunks, run)
+        found = grouping.merge_chunks(by_length, before, chunks, 1, run)
+    in_turn = [chunks.documents_of(chunk) for chunk in range(len(chunks.sizes))]
     expected = sorted(np.concatenate(in_turn).tolist(), key=lambda document: lengths[document])
     firsts = set()
     for length in range(1, 20):
@@ -248,17 +248,17 @@ def test_documents_are_sorted_by_length(monkeypatch):
         firsts.add(same.index(own[0]))
         assert own[0] in [documents[lengths[documents] == length][:1] for documents in in_turn]
         assert own == same[same.index(own[0]) :] + same[: same.index(own[0])]
-    assert len(firsts) > 10  # each length begins with a piece of its own
+    assert len(firsts) > 10  # each length begins with a chunk of its own
     for turn, documents in enumerate(in_turn):
         assert (before[turn + 1] - before[turn]).tolist() == histogram(lengths[documents], 20).tolist()
     assert before[-1].tolist() == histogram(lengths, 20).tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_threads_leave_no_trace(monkeypatch, pieces, threads):
+def test_threads_leave_no_trace(monkeypatch, chunks, threads):
     lengths = np.random.default_rng(3).integers(1, 100, 5000)
     expected = plan(lengths, seq_len=128, seed=5)
-    monkeypatch.setattr(packing, "_threads", lambda: threads)
+    monkeypatch.setattr(work, "thread_count", lambda: threads)
     found = plan(lengths, seq_len=128, seed=5)
     assert found.order.tolist() == expected.order.tolist()
     assert found.row_documents.tolist() == expected.row_documents.tolist()
@@ -329,7 +329,7 @@ def correlation(one, other):
     return abs(np.corrcoef(one, other)[0, 1])
 
 
-def test_neither_length_nor_source_order_leaks(pieces):
+def test_neither_length_nor_source_order_leaks(chunks):
     """Against place in the training order and against place inside the row, over 12 seeds: noise is about 0.007."""
     lengths = np.sort(np.random.default_rng(0).lognormal(4, 0.8, 20_000).clip(1, 1024).astype(int))
     place = np.arange(len(lengths))
@@ -348,11 +348,11 @@ def test_neither_length_nor_source_order_leaks(pieces):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distinct", [1, 10, 300])
-def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, pieces, distinct):
-    """Not the next one, nor one that is dealt to the next piece, however many documents have the same length: rows at
+def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, chunks, distinct):
+    """Not the next one, nor one that is dealt to the next chunk, however many documents have the same length: rows at
     random are a third of all apart, and one in fifty is as near as a hundredth.
     """
-    monkeypatch.setattr(packing, "_PIECE", 1024)
+    monkeypatch.setattr(grouping, "_CHUNK", 1024)
     random = np.random.default_rng(0)
     near = Counter()
     for seed in range(6):
@@ -369,7 +369,7 @@ def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, pieces, dist
     assert max(near.values()) < 4
 
 
-def test_documents_of_one_length_are_shuffled_among_their_places(pieces):
+def test_documents_of_one_length_are_shuffled_among_their_places(chunks):
     """All alike, source order is all there is: neither along the rows, nor inside them, nor side by side."""
     found = plan(np.full(20_000, 100), seq_len=1000, seed=0)
     assert found.row_documents.tolist() == [10] * 2000
@@ -390,7 +390,7 @@ def test_lengths_out_of_range_are_refused(where, length):
 
 
 def test_of_many_lengths_out_of_range_the_first_is_named(monkeypatch):
-    monkeypatch.setattr(packing, "_PIECE", 16)
+    monkeypatch.setattr(grouping, "_CHUNK", 16)
     lengths = np.full(1000, 5)
     lengths[[321, 400, 999]] = 70_005, 0, 200  # the first would be 4,469 in 16 bits
     with pytest.raises(UsageError, match="document 321 has 70005 tokens"):
