@@ -1,8 +1,9 @@
-"""A run's folder and its checkpoints: what a crash leaves, and whether the same command may go on from it.
+"""The checkpoints of a run, and whether an interrupted run may be resumed from them.
 
-While a run works it writes into `.NAME.partial` beside its output and renames that last. In it `run.json` says what
-decides the run's course, and `checkpoints/checkpoint-N` holds the state after step N. A checkpoint is good when its
-`index.json`, written last, names each of its files with size and hash; any other is what a crash left, and is removed.
+A run writes into `.NAME.partial` beside its output and renames that last. There `run.json` records what the run's
+result depends on, and `checkpoints/checkpoint-N` has the state after step N. A checkpoint is good once its
+`index.json`, which is written last, names each of its files with size and hash. A crash leaves one without, which is
+removed.
 """
 
 from __future__ import annotations
@@ -40,12 +41,23 @@ _CONTENT = {
 
 
 def training_folder(final: Path, *, inputs: Sequence[Path], overwrite: bool) -> AbstractContextManager[Path]:
-    """`open_output` for a training run: an unfinished folder is kept if it has a checkpoint, whatever ended the run."""
+    """Open the output folder of a run. Whatever ends the run, the unfinished folder is kept if it has a checkpoint.
+
+    Args:
+        final: The output folder.
+        inputs: Folders that the output must not replace.
+        overwrite: Whether to replace an older output.
+
+    Returns:
+        A context manager that yields the folder to write into, as `open_output` does.
+    """
     leftovers = _CheckpointLeftovers(overwrite=overwrite)
     return open_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=inputs, leftovers=leftovers)
 
 
 class _CheckpointLeftovers:
+    """Keeps an unfinished folder if it has a checkpoint."""
+
     def __init__(self, *, overwrite: bool) -> None:
         self._overwrite = overwrite
 
@@ -66,19 +78,28 @@ class _CheckpointLeftovers:
         return what_is_left(partial)
 
 
-def go_on(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None to begin; and what the user should be told.
+def find_checkpoint(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint to resume from. Removes unfinished and damaged ones, and writes run.json for a new run.
 
-    identity: all that decides the run's course. Where the run that left a checkpoint had another, raises UsageError (an
-    option differs) or DataError (the data or the model), unless `overwrite`: then it is removed. Writes run.json.
+    Args:
+        partial: The run's unfinished folder.
+        identity: What the run's result depends on.
+        overwrite: Whether to remove the checkpoints of another run instead of raising.
+
+    Returns:
+        The checkpoint, None to start from the beginning; and lines for the user.
+
+    Raises:
+        UsageError: if the checkpoints are of a run with other options.
+        DataError: if they are of a run with other data or another initial model.
     """
-    told = []
+    notes = []
     good: Path | None = None
     for path in reversed(checkpoints(partial)):
         try:
             check_checkpoint(path)
         except DataError as error:
-            told.append(f"left aside: {error}")
+            notes.append(f"skipped a checkpoint: {error}")
             continue
         good = path
         break
@@ -87,18 +108,18 @@ def go_on(partial: Path, identity: Mapping[str, Any], *, overwrite: bool) -> tup
         if different is not None and not overwrite:
             raise different
         if different is not None:
-            told.append(f"started anew, since --overwrite was given: {different}")
+            notes.append(f"starting over, since --overwrite was given: {different}")
             good = None
     for path in checkpoints(partial):
         if path != good and (good is None or step_of(path) > step_of(good)):
             shutil.rmtree(path)
     if good is None:
         _write_json(partial / RUN_NAME, dict(identity))
-    return good, told
+    return good, notes
 
 
 def _difference(partial: Path, checkpoint: Path, identity: Mapping[str, Any]) -> DataError | UsageError | None:
-    """In what the run that wrote `checkpoint` differs from this one."""
+    """The error that says how the run that wrote `checkpoint` differs from this one; None if it does not."""
     former = json.loads((partial / RUN_NAME).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(dict(identity)))
     name = f"{partial}: the run interrupted after step {step_of(checkpoint)}"
@@ -113,17 +134,18 @@ def _as_run(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checkpoints(partial: Path) -> list[Path]:
-    """The checkpoint folders of a run, good or not, by step."""
+    """A run's checkpoint folders, good or not, sorted by step."""
     found = [path for path in (partial / CHECKPOINTS_NAME).glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder's name gives."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Name all files of a checkpoint in its index, written last: from then on it is good."""
+    """Write a checkpoint's index, which names all its files and makes it good."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     described = []
     for path in files:
@@ -135,9 +157,9 @@ def seal_checkpoint(checkpoint: Path) -> None:
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Raise DataError unless a checkpoint is as it was sealed."""
+    """Raise DataError unless a checkpoint is complete and unchanged since it was sealed."""
     if not (checkpoint / INDEX_NAME).is_file():
-        raise DataError(f"{checkpoint}: not finished; a crash fell into writing it")
+        raise DataError(f"{checkpoint}: no {INDEX_NAME}; the run was interrupted while writing it")
     for entry in load_index(checkpoint)["files"]:
         file = ShardFile(**entry)
         file.check_size(checkpoint)
@@ -145,20 +167,21 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def remove_old_checkpoints(partial: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints."""
     for path in checkpoints(partial)[:-keep]:
         shutil.rmtree(path)
 
 
 def what_is_left(partial: Path) -> str:
-    """A sentence on what a run that stops leaves behind."""
+    """A sentence for the user: from where a run that stops now can be resumed."""
     found = [path for path in checkpoints(partial) if (path / INDEX_NAME).is_file()]
     if not found:
-        return "There was no checkpoint yet, so nothing was kept"
-    return f"The checkpoint of step {step_of(found[-1])} stays; the same command goes on from there"
+        return "There was no checkpoint yet, so nothing is kept"
+    return f"The checkpoint of step {step_of(found[-1])} is kept; the same command resumes from it"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync_path(beside)

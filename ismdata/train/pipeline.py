@@ -41,7 +41,7 @@ from ismdata.data import PackedDataset, check_serves, partial_folder
 from ismdata.display import LOGGED, Reporter
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
-from ismdata.train.checkpoints import CHECKPOINTS_NAME, go_on, step_of, training_folder
+from ismdata.train.checkpoints import CHECKPOINTS_NAME, find_checkpoint, step_of, training_folder
 from ismdata.train.export import save_model, write_card
 from ismdata.train.lora import with_lora
 from ismdata.train.loss import TrainingCollator, compute_loss_at_targets
@@ -251,7 +251,7 @@ def _open_model(run: _Run, reporter: Reporter) -> PreTrainedModel:
 def _find_checkpoint(run: _Run, trained: nn.Module, reporter: Reporter, *, overwrite: bool) -> Path | None:
     """The checkpoint to resume from, the same on all processes; None to start from the beginning."""
     identity = _identity(run, trained)
-    found = on_first_process(lambda: go_on(run.partial, identity, overwrite=overwrite))
+    found = on_first_process(lambda: find_checkpoint(run.partial, identity, overwrite=overwrite))
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         box = [found]
         torch.distributed.broadcast_object_list(box, src=0)

@@ -98,7 +98,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_its_batch(packed, model, tmp_
         ) as raised:
             run(packed, output, model=model, steps=6, save_every=3, batch_size=2)
     message = str(raised.value)
-    assert "The checkpoint of step 3 stays; the same command goes on from there" in message
+    assert "The checkpoint of step 3 is kept; the same command resumes from it" in message
     saved = load_file(tmp_path / "model-step-4-batch.safetensors")
     row = int(re.search(r"--row (\d+)", message)[1])
     assert torch.equal(saved["input_ids"][0], Collator()([PackedDataset(packed)[row]])["input_ids"][0])

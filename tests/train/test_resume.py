@@ -167,7 +167,7 @@ def test_after_a_damaged_checkpoint_the_one_before_is_used(packed, model, undist
     interrupted_run(packed, model, output, crash_after)
     DAMAGES["a file cut short"](partial_of(output) / "checkpoints" / "checkpoint-4")
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
-    assert reporter.notes[1].startswith("left aside:")
+    assert reporter.notes[1].startswith("skipped a checkpoint:")
     assert reporter.notes[2] == f"resuming after step 2 of {STEPS}"
     assert_the_same(output, undisturbed)
 
@@ -178,7 +178,7 @@ def test_without_a_good_checkpoint_the_run_starts_again(packed, model, undisturb
     for folder in checkpoints(partial_of(output)):
         (folder / "index.json").unlink()
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
-    assert [line[:10] for line in reporter.notes[1:4]] == ["left aside", "left aside", "step 1/6  "]
+    assert [line[:10] for line in reporter.notes[1:4]] == ["skipped a ", "skipped a ", "step 1/6  "]
     assert_the_same(output, undisturbed)
 
 
@@ -229,7 +229,7 @@ def test_overwrite_resumes_the_same_run_and_replaces_another(packed, model, undi
         run(packed, output, model=model, overwrite=True, **(OPTIONS | {"seed": 1}))
     reporter.notes.clear()
     run(packed, output, model=model, overwrite=True, **OPTIONS, reporter=reporter)
-    assert reporter.notes[1].startswith("started anew, since --overwrite was given:")
+    assert reporter.notes[1].startswith("starting over, since --overwrite was given:")
     assert_the_same(output, undisturbed)
 
 
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fault, packed, model, undis
         with pytest.raises(
             DataError,
             match=r"checkpoint-4: the checkpoint could not be written .*Free some space. The checkpo"
-            r"int of step 2 stays; the same command goes on from there",
+            r"int of step 2 is kept; the same command resumes from it",
         ):
             run(packed, output, model=model, **OPTIONS)
     (kept,) = checkpoints(partial_of(output))
