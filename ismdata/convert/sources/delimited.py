@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ismdata.convert.sources.blocks import Unreadable, ValueBlock
 from ismdata.convert.sources.framing import BLOCK_BYTES, MAX_RECORD_BYTES, ByteQueue, Framed
 from ismdata.errors import DataError, Refused
+
+if TYPE_CHECKING:
+    import _csv
 
 #: Cell separators, and the name of the layout.
 DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", "|": "CSV with bars"}
@@ -70,7 +73,7 @@ def detect_delimiter(head: bytes, is_record: Callable[[Any], bool], *, named: bo
     for delimiter in DELIMITERS:
         # The head may end inside a row, and only the first two rows matter here, so parsing is not strict.
         text = io.TextIOWrapper(io.BytesIO(whole), encoding="utf-8", errors="replace", newline="")
-        reader = csv.reader(text, delimiter=delimiter)
+        reader = _csv_reader(text, delimiter, strict=False)
         try:
             rows = [row for row in (next(reader, []) for _ in range(20)) if row][:2]
         except csv.Error:
@@ -123,9 +126,7 @@ def _lines(queue: ByteQueue) -> Iterator[str]:
 
 def _cells(lines: Iterator[str], delimiter: str, name: str) -> Iterator[tuple[int, list[str]]]:
     """Each non-blank row with the number of its first line. Raises DataError for a broken quote."""
-    # The library's limit is 128 KiB per cell. It is global to the process; set it to the limit of all formats.
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = _csv_reader(lines, delimiter, strict=True)
     while True:
         number = reader.line_num + 1
         try:
@@ -140,3 +141,9 @@ def _cells(lines: Iterator[str], delimiter: str, name: str) -> Iterator[tuple[in
             ) from error
         if any(cell.strip() for cell in row):
             yield number, row
+
+
+def _csv_reader(lines: Iterable[str], delimiter: str, *, strict: bool) -> _csv._reader:
+    # The library limits a cell to 128 KiB. The limit is global to the process; set it to that of all formats.
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    return csv.reader(lines, delimiter=delimiter, strict=strict)

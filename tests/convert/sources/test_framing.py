@@ -463,3 +463,9 @@ def test_a_line_without_end_is_refused_in_tables_too(monkeypatch):
     assert framing.MAX_RECORD_BYTES > 100
     with pytest.raises(DataError, match="a line is longer than 100 bytes"):
         records_of(frame_rows(queue_of(b"q,a\n" + b"x" * 1000, 40), delimiter=","))
+
+
+def test_the_cell_limit_of_the_process_does_not_change_what_a_table_is():
+    data = b"q,a\n" + b"x" * 200_000 + b",y\n"
+    csv.field_size_limit(131_072)  # the library's default, until the first table is read
+    assert read(data) == read(data) == ("CSV", [(2, {"q": "x" * 200_000, "a": "y"})])
