@@ -36,8 +36,8 @@ from ismdata.rendering import (
     Encoding,
     TokenizerEngine,
     choose_backend,
+    choose_sample,
     disagreement,
-    stratified,
 )
 
 
@@ -92,7 +92,7 @@ def tokenize(
         try:
             return _tokenize_rest(job, backend, while_waiting)
         except BackendError as found:
-            if not chosen.may_leave:
+            if not chosen.may_fall_back:
                 raise disagreement(found) from found
             note(f"gigatoken is not used ({found}). Tokenizing starts again with tokenizers, which is slower.")
             backend = reference
@@ -125,7 +125,7 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
     for source in sources:
         for rows in source.batches_of(places[(places >= done) & (places < done + source.rows)] - done):
             texts = pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
-            taken.append(texts.take(pa.array(stratified(texts))))
+            taken.append(texts.take(pa.array(choose_sample(texts))))
         done += source.rows
     return pa.concat_arrays(taken)
 

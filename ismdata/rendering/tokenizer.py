@@ -1,8 +1,7 @@
-"""A tokenizer as the road needs it: plain text to ids, control tokens apart.
+"""A tokenizer that encodes plain text only; control tokens are inserted by id.
 
-Loading is transformers' `AutoTokenizer`, so a local folder, a hub name and a GGUF file all work. Encoding happens on a
-copy of the tokenizer from which the control tokens are taken out, so that no text can become one; the template's own
-control tokens are put in by id.
+transformers' `AutoTokenizer` loads it, so a local folder, a hub name and a GGUF file all work. A copy of the tokenizer
+without the control tokens encodes the text, so that no text can become one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.errors import DataError
@@ -25,16 +23,26 @@ from ismdata.rendering.tokenizer_backends import Reference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-#: Ranges of ids in which control tokens are looked for: two passes over all ids for each.
+#: Ranges of ids in which control tokens are searched for. Each takes two passes over all ids.
 _CONTROL_RANGES = 3
 
 
 def load_pretrained(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer at `name`: a local folder, a GGUF file or a hub name. Raises DataError with what to do."""
+    """Load a tokenizer with transformers.
+
+    Args:
+        name: A local folder, a GGUF file or a hub name.
+
+    Returns:
+        A fast tokenizer.
+
+    Raises:
+        DataError: If there is none, or it cannot be loaded.
+    """
     path = Path(name)
     try:
         if _is_plain_folder(path):
-            # What AutoTokenizer comes to as well, but it imports torch on the way.
+            # AutoTokenizer would use the same class, but it imports torch.
             from transformers import PreTrainedTokenizerFast
 
             return cast("PreTrainedTokenizerFast", PreTrainedTokenizerFast.from_pretrained(name))
@@ -68,9 +76,9 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
 
 
 def _is_plain_folder(path: Path) -> bool:
-    """Whether a folder holds a saved tokenizer that is of no model's own class, and no model, which could demand one.
+    """Whether a folder has a saved tokenizer of the general class, and no model, which could require another class.
 
-    Raises OSError, ValueError for files that cannot be read.
+    Raises OSError, ValueError if a file cannot be read.
     """
     settings = path / "tokenizer_config.json"
     if not settings.is_file() or not (path / "tokenizer.json").is_file() or (path / "config.json").exists():
@@ -84,7 +92,7 @@ def _is_plain_folder(path: Path) -> bool:
 
 
 def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
-    """The added tokens of a tokenizer with the flags that matter here."""
+    """The added tokens of a tokenizer, with their flags."""
     return [
         AddedToken(text=token.content, id=id, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip)
         for id, token in pretrained.added_tokens_decoder.items()
@@ -92,11 +100,20 @@ def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
 
 
 @lru_cache(maxsize=4)
-def without_tokens(backend: bytes, removed: frozenset[str], in_vocabulary: frozenset[str], name: str) -> Reference:
-    """A serialised tokenizer less some added tokens, twice: for text that opens a document, and for text inside one.
+def remove_tokens(backend: bytes, removed: frozenset[str], in_vocabulary: frozenset[str], name: str) -> Reference:
+    """Remove added tokens from a serialized tokenizer. All other tokens keep their ids.
 
-    in_vocabulary: those of them that are in the model's own vocabulary too. All other tokens keep their ids.
-    Raises DataError where they cannot.
+    Args:
+        backend: The serialized tokenizer.
+        removed: The texts of the tokens.
+        in_vocabulary: Those of them that are in the model's vocabulary too.
+        name: What errors call the tokenizer.
+
+    Returns:
+        The tokenizers for text that begins a document and for text inside one.
+
+    Raises:
+        DataError: If other tokens cannot keep their ids.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -106,13 +123,13 @@ def without_tokens(backend: bytes, removed: frozenset[str], in_vocabulary: froze
         if token["content"] in removed:
             if token["content"] in in_vocabulary:
                 continue
-            # Ids of added tokens follow their order: a token that holds one must stay, under a name no text has.
+            # The ids of added tokens follow their order, so the token stays, under a name that no text contains.
             token = {**token, "content": f"\U0010ffff{token['id']}\U0010ffff", "special": False}
         kept.append(token)
     description["added_tokens"] = kept
     description["truncation"] = description["padding"] = None
     rules = json.dumps(description)
-    text = _joined(rules, model)
+    text = _join(rules, model)
     opening = Backend.from_buffer(text)
     for token in kept:
         found = opening.token_to_id(token["content"])
@@ -121,23 +138,23 @@ def without_tokens(backend: bytes, removed: frozenset[str], in_vocabulary: froze
                 f"{name}: added token {token['content']!r} has id {token['id']}, but {found} without the control "
                 "tokens; expected consecutive ids. Save the tokenizer again with its added tokens in order"
             )
-    # Sentencepiece-like tokenizers put a blank before the first word of a text.
+    # Tokenizers like SentencePiece put a blank before the first word of a text.
     inner = json.dumps(_without_prepending(description)).replace(
         '"prepend_scheme": "first"', '"prepend_scheme": "never"'
     )
     inner = inner.replace('"prepend_scheme": "always"', '"prepend_scheme": "never"')
     if inner == rules:
         return Reference(opening, opening, text, text)
-    inside = _joined(inner, model)
+    inside = _join(inner, model)
     return Reference(opening, Backend.from_buffer(inside), text, inside)
 
 
-#: What stands before the model in a serialised tokenizer: no text in it can look so, its quotes would be escaped.
+#: What comes before the model in a serialized tokenizer. No text in it looks the same: its quotes would be escaped.
 _MODEL = b',"model":'
 
 
 def _rules_and_model(backend: bytes) -> tuple[dict[str, Any], memoryview]:
-    """A serialised tokenizer as its rules, read, and its model, the last and by far the longest part, as it is."""
+    """Split a serialized tokenizer into its rules, parsed, and its model, the last and longest part, as bytes."""
     at = backend.rfind(_MODEL + b"{")
     if at >= 0 and backend.startswith(b"{"):
         end = len(backend.rstrip()) - 1
@@ -147,7 +164,8 @@ def _rules_and_model(backend: bytes) -> tuple[dict[str, Any], memoryview]:
     return description, memoryview(model)
 
 
-def _joined(rules: str, model: memoryview) -> bytes:
+def _join(rules: str, model: memoryview) -> bytes:
+    """The opposite of `_rules_and_model`."""
     return b"".join((rules[:-1].encode(), _MODEL, model, b"}"))
 
 
@@ -164,9 +182,22 @@ def _without_prepending(description: dict[str, Any]) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """A loaded tokenizer under one template's control tokens.
+    """A loaded tokenizer, with the control tokens of one template.
 
-    `pad_id` is the tokenizer's pad id, else its eos id. Raises DataError when it has neither.
+    Attributes:
+        controls: The control tokens.
+        markers: The same, and the template's markers that are no tokens.
+        pad_id: The tokenizer's pad id, or its eos id if it has none.
+        unknown_id: The id of the unknown token; None if there is none.
+        control_ids: The ids of the control tokens without the unknown token, int32, sorted.
+
+    Args:
+        pretrained: The tokenizer.
+        name: What errors call it.
+        template: The source of the template.
+
+    Raises:
+        DataError: If the tokenizer has neither a pad nor an eos token.
     """
 
     def __init__(self, pretrained: PreTrainedTokenizerFast, *, name: str, template: str) -> None:
@@ -179,29 +210,27 @@ class Tokenizer:
         pad_id = pretrained.pad_token_id if pretrained.pad_token_id is not None else self.eos_id
         if pad_id is None:
             raise DataError(
-                f"{name}: the tokenizer has neither a pad nor an eos token; expected one to fill sequences with. "
+                f"{name}: the tokenizer has neither a pad nor an eos token; expected one for padding. "
                 "Set tokenizer.pad_token or eos_token and save it again"
             )
         self.pad_id: int = pad_id
-        # The unknown token is no sign of a stray control token: text that the vocabulary lacks becomes it.
+        # The unknown token is not counted as a control token: text that the vocabulary lacks becomes it.
         self.unknown_id: int | None = pretrained.unk_token_id
         self.control_ids = np.array(
             sorted({token.id for token in self.controls.tokens.values()} - {self.unknown_id}), np.int32
         )
 
     def find_controls(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
-        """The places of control tokens among ids."""
-        near = np.zeros(len(ids), bool)
+        """The indices of control tokens among ids, int64."""
+        in_range = np.zeros(len(ids), bool)
         for lowest, highest in self._control_ranges:
-            near |= (ids >= lowest) & (ids <= highest)
-        places = np.flatnonzero(near)
+            in_range |= (ids >= lowest) & (ids <= highest)
+        places = np.flatnonzero(in_range)
         return places[np.isin(ids[places], self.control_ids)]
 
     @cached_property
     def _control_ranges(self) -> list[tuple[np.int32, np.int32]]:
-        """A few ranges of ids that all control tokens are in, and few others: most often they lie together at the ends
-        of the vocabulary.
-        """
+        """A few ranges of ids that contain all control tokens and few other ids: most are at the vocabulary's ends."""
         if not len(self.control_ids):
             return []
         widest = np.argsort(np.diff(self.control_ids), kind="stable")[-_CONTROL_RANGES + 1 :]
@@ -209,12 +238,12 @@ class Tokenizer:
 
     @cached_property
     def serialized(self) -> bytes:
-        """The tokenizer as `tokenizer.json` holds it, in one line."""
+        """The content of `tokenizer.json`, in one line."""
         return str(self.pretrained.backend_tokenizer.to_str()).encode()
 
     @cached_property
     def _rules(self) -> dict[str, Any]:
-        """All of it but the model."""
+        """The serialized tokenizer without its model."""
         return _rules_and_model(self.serialized)[0]
 
     @cached_property
@@ -231,24 +260,24 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the tokenizer itself: its vocabulary, rules and named special tokens, wherever it was loaded from."""
+        """The hash of the tokenizer's vocabulary, rules and named special tokens, wherever it was loaded from."""
         digest = hashlib.sha256(self.serialized)
         digest.update(json.dumps(self.pretrained.special_tokens_map, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
     @cached_property
     def reference(self) -> Reference:
-        """The tokenizer without control tokens: for text that opens a document, and for text inside one."""
+        """The tokenizer without control tokens."""
         removed = frozenset(self.controls.tokens)
         model = self.pretrained.backend_tokenizer.model
         in_vocabulary = frozenset(text for text in removed if model.token_to_id(text) is not None)
-        return without_tokens(self.serialized, removed, in_vocabulary, self.name)
+        return remove_tokens(self.serialized, removed, in_vocabulary, self.name)
 
     def save(self, folder: Path) -> None:
-        """What `save_pretrained` writes. Nobody else may use the tokenizer meanwhile.
+        """Save the tokenizer as `save_pretrained` does. No other thread may use it meanwhile.
 
-        The model, by far the most of it, is taken out and put in as the text that is there already: to write it anew
-        takes a fifth of a second for 128,000 tokens, under Python's lock.
+        The model is taken out meanwhile, and written from its serialized text: serializing 128,000 tokens again takes a
+        fifth of a second, with the interpreter lock held.
         """
         from tokenizers.models import BPE
 
@@ -262,23 +291,18 @@ class Tokenizer:
             backend.model = model
         path = folder / "tokenizer.json"
         rules, _ = _rules_and_model(path.read_bytes())
-        path.write_bytes(_joined(json.dumps(rules, ensure_ascii=False), written))
+        path.write_bytes(_join(json.dumps(rules, ensure_ascii=False), written))
 
     def encode(self, texts: Sequence[str], *, opening: bool = False) -> list[list[int]]:
-        """Ids of each text as plain text: no control token comes of it. `opening`: a blank may be put before it."""
+        """The ids of texts, without control tokens. `opening`: they begin documents."""
         backend = self.reference.opening if opening else self.reference.inside
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_flat(
-        self, texts: pa.LargeStringArray, *, opening: bool = False
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All ids end to end, int32, and how many each text has, int64[len(texts)]."""
-        return self.reference.encode(texts, opening=opening)
-
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, control tokens included, blanks kept as they are."""
+        """The text of ids, with control tokens and unchanged blanks."""
         return str(self.pretrained.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     @property
     def special_tokens(self) -> dict[str, Any]:
+        """The named special tokens (`bos_token` and so on)."""
         return dict(self.pretrained.special_tokens_map)

@@ -1,8 +1,8 @@
-"""Who makes token ids of text: Hugging Face `tokenizers`, which is the reference, or `gigatoken`, which is faster.
+"""The implementations of tokenizers: Hugging Face `tokenizers`, the reference, and `gigatoken`, which is faster.
 
-Both take an Arrow array of texts and give flat ids. gigatoken reads the array's own buffers and gives its ids in one
-buffer; no Python object is made for a text or a token. It is believed only as far as it is compared: on a sample of the
-corpus before the work, and on one text in a thousand meanwhile.
+Both encode an Arrow array of texts to one flat array of ids. gigatoken reads the buffers of the array and returns its
+ids in one buffer, without a Python object per text or token. It is used only where its ids match the reference's: they
+are compared on a sample of the corpus at the beginning, and on one text in a thousand during the run.
 """
 
 from __future__ import annotations
@@ -33,39 +33,55 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-#: The share of texts that is compared with the reference on the way.
+#: The share of texts that is compared with the reference during a run.
 _SHARE = 0.001
 
-#: Texts and bytes of each stratum of a sample; a longer text is taken where it comes first in its stratum.
+#: Texts and bytes per stratum of a sample. The first text of a stratum may have more bytes, up to the last number.
 _STRATUM_TEXTS = 8
 _STRATUM_BYTES = 1 << 11
 _LONGEST_TEXT = 1 << 15
 
-#: Bytes of text that tokenizers gets at a time.
+#: Bytes of text that tokenizers encodes per call.
 _SLICE_BYTES = 1 << 20
 
-#: Bytes of text after which gigatoken forgets the words it has seen. Loading it takes as long as some 30 MB of text.
-_REMEMBERED_BYTES = 192 << 20
+#: Bytes of text after which gigatoken is reloaded, to clear its cache. Reloading takes as long as encoding 30 MB.
+_RELOAD_BYTES = 192 << 20
 
-#: What looks like a piece that a tokenizer may treat by itself.
-_SPECIAL_LOOKING = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
+#: Text for which a tokenizer may have a special rule.
+_SPECIAL = r"<\S+>|\[[A-Z/_]+\]|<[|｜]|[|｜]>|▁|\x{00A0}|\s{4,}"
 
 
 class TokenizerEngine(Protocol):
-    """Makes ids of plain text. `identity` names it with its version, as a journal records it."""
+    """Encodes plain text.
+
+    Attributes:
+        name: `hf` or `gigatoken`.
+        identity: The name with the version, for the journal.
+    """
 
     name: Literal["hf", "gigatoken"]
     identity: str
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """All ids end to end, int32, and how many each text has, int64[len(texts)].
+        """Encode texts.
 
-        texts: no nulls. opening: they open a document, so that a blank may be put before them.
+        Args:
+            texts: Texts without nulls.
+            opening: The texts begin documents: some tokenizers put a blank before them.
+
+        Returns:
+            The ids of all texts, int32, and the number of ids per text, int64[len(texts)].
+
+        Raises:
+            BackendRefused: If gigatoken fails.
         """
 
     def compare(self) -> None:
-        """Compare with the reference what is to be compared: before the first text, and again behind texts. Raises
-        BackendDiffers, BackendRefused.
+        """Compare ids with the reference's: call it before the first text and again after texts.
+
+        Raises:
+            BackendDiffers: If ids differ.
+            BackendRefused: If gigatoken fails.
         """
 
 
@@ -82,9 +98,12 @@ class BackendDiffers(BackendError):
 
 
 class Reference:
-    """Hugging Face `tokenizers`, without control tokens: one for text that opens a document, one for text inside.
+    """Hugging Face `tokenizers`, without control tokens.
 
-    `opening_json` and `inside_json` are what they were read from.
+    Attributes:
+        opening: The tokenizer for text that begins a document.
+        inside: The tokenizer for all other text.
+        opening_json, inside_json: The serialized tokenizers.
     """
 
     name: Literal["hf", "gigatoken"] = "hf"
@@ -97,22 +116,23 @@ class Reference:
         self.opening_json, self.inside_json = opening_json, inside_json
 
     def compare(self) -> None:
-        """Nothing: it is the reference."""
+        """Do nothing: this is the reference."""
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Encode texts."""
         backend = self.opening if opening else self.inside
         slices = _slices(texts, _SLICE_BYTES)
         if len(slices) == 1:
-            return _encoded(backend, texts)
-        # Two at a time: the ids of one are taken out of Python's objects, which holds Python's lock, while all cores
-        # work on the other. Slices, because tokenizers does not begin other texts before it is through with these.
+            return _encode(backend, texts)
+        # Two slices at a time: copying the ids of one out of Python objects holds the interpreter lock, while all cores
+        # encode the other.
         with ThreadPoolExecutor(2) as threads:
-            parts = list(threads.map(partial(_encoded, backend), slices))
+            parts = list(threads.map(partial(_encode, backend), slices))
         ids, lengths = zip(*parts, strict=True)
         return np.concatenate(ids), np.concatenate(lengths)
 
 
-def _encoded(backend: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _encode(backend: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     encoded = backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     ids = chain.from_iterable(map(attrgetter("ids"), encoded))
@@ -120,7 +140,7 @@ def _encoded(backend: tokenizers.Tokenizer, texts: pa.LargeStringArray) -> tuple
 
 
 def _slices(texts: pa.LargeStringArray, size: int) -> list[pa.LargeStringArray]:
-    """The texts in order in slices of at most `size` bytes, or of one longer text; at least one slice."""
+    """Cut an array into slices of at most `size` bytes, or of one longer text; at least one slice."""
     ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False))
     slices: list[pa.LargeStringArray] = []
     at = 0
@@ -133,31 +153,38 @@ def _slices(texts: pa.LargeStringArray, size: int) -> list[pa.LargeStringArray]:
 
 
 class Gigatoken:
-    """The same tokenizers, read by gigatoken. Raises ImportError where it is not installed, BackendRefused."""
+    """The reference's tokenizers in gigatoken.
+
+    Args:
+        reference: The reference.
+
+    Raises:
+        ImportError: If gigatoken is not installed.
+        BackendRefused: If gigatoken cannot load the tokenizer.
+    """
 
     name: Literal["hf", "gigatoken"] = "gigatoken"
 
     def __init__(self, reference: Reference) -> None:
         self.identity = f"gigatoken {version('gigatoken')}"
         same = reference.opening is reference.inside
-        self._inside = _Forgetting(reference.inside_json)
-        self._opening = self._inside if same else _Forgetting(reference.opening_json)
+        self._inside = _ReloadedTokenizer(reference.inside_json)
+        self._opening = self._inside if same else _ReloadedTokenizer(reference.opening_json)
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Raises BackendRefused where gigatoken fails."""
+        """Encode texts. Raises BackendRefused if gigatoken fails."""
         with _refusals():
             encoded = (self._opening if opening else self._inside).encode_batch(_as_awkward(texts)).layout
         offsets = np.asarray(encoded.offsets.data)
         ids = np.asarray(encoded.content.data)[offsets[0] : offsets[-1]]
-        # Ids are far below 2**31: the same bytes are int32.
+        # Ids are far below 2**31, so the bytes can be read as int32.
         return ids.view(np.int32), np.diff(offsets).astype(np.int64, copy=False)
 
 
-class _Forgetting:
-    """A tokenizer of gigatoken that is loaded anew once in a while.
+class _ReloadedTokenizer:
+    """A tokenizer of gigatoken that is reloaded from time to time. Threads can share it.
 
-    It remembers every word that it has seen, without a limit: 0.3 bytes and more for each byte of text. Threads may
-    share it, as a test shows.
+    gigatoken caches every word that it encodes, without a limit: at least 0.3 bytes per byte of text.
     """
 
     def __init__(self, serialized: bytes) -> None:
@@ -174,10 +201,11 @@ class _Forgetting:
         self._seen = 0
 
     def encode_batch(self, texts: Any) -> Any:
+        """Encode awkward's array of strings."""
         with self._calls:
-            # Nobody may hold on to the old one: another one takes as much memory.
-            self._calls.wait_for(lambda: self._seen <= _REMEMBERED_BYTES or not self._running)
-            if self._seen > _REMEMBERED_BYTES:
+            # Wait until no call uses the old tokenizer, so that its memory is free before a new one is loaded.
+            self._calls.wait_for(lambda: self._seen <= _RELOAD_BYTES or not self._running)
+            if self._seen > _RELOAD_BYTES:
                 del self._tokenizer
                 give_back()
                 self._load()
@@ -192,8 +220,8 @@ class _Forgetting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """Texts of the corpus and their ids: end to end, int32, and how many each has, int64."""
+class EncodedSample:
+    """Texts of the corpus with the ids of all, int32, and the number of ids per text, int64."""
 
     texts: pa.LargeStringArray
     opening: bool
@@ -201,58 +229,70 @@ class Sampled:
     lengths: NDArray[np.int64]
 
 
-class Compared:
-    """gigatoken, compared with the reference: on a sample before the first text, and on a random share of the texts
-    (the same share at every run).
+class ComparedGigatoken:
+    """gigatoken with a comparison of its ids: on a sample before the first text, and on a random share of the texts.
+
+    Args:
+        fast: gigatoken.
+        reference: The reference.
+        samples: Texts with the reference's ids.
     """
 
-    def __init__(self, fast: Gigatoken, reference: Reference, samples: Sequence[Sampled] = ()) -> None:
+    def __init__(self, fast: Gigatoken, reference: Reference, samples: Sequence[EncodedSample] = ()) -> None:
         self.name = fast.name
         self.identity = fast.identity
         self._fast, self._reference = fast, reference
-        self._samples = deque(samples)  # by the reference
-        self._found: deque[Sampled] = deque()  # by gigatoken
+        self._samples = deque(samples)  # encoded by the reference
+        self._unchecked: deque[EncodedSample] = deque()  # encoded by gigatoken
         self._comparing = Lock()
 
     def encode(self, texts: pa.LargeStringArray, *, opening: bool) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Raises BackendRefused."""
+        """Encode texts. Raises BackendRefused if gigatoken fails."""
         ids, lengths = self._fast.encode(texts, opening=opening)
-        # Of the texts alone, for calls may come in any order.
+        # The choice depends on the texts alone, since calls may come in any order.
         seed = (len(texts), len(ids))
         chosen = np.flatnonzero(np.random.default_rng(seed).random(len(texts)) < _SHARE)
         if len(chosen):
             places = ragged_arange((np.cumsum(lengths) - lengths)[chosen], lengths[chosen])
             taken = texts.take(pa.array(chosen))
-            self._found.append(Sampled(texts=taken, opening=opening, ids=ids[places], lengths=lengths[chosen]))
+            self._unchecked.append(
+                EncodedSample(texts=taken, opening=opening, ids=ids[places], lengths=lengths[chosen])
+            )
         return ids, lengths
 
     def compare(self) -> None:
-        """Raises BackendRefused, BackendDiffers. When it returns, all texts encoded before the call are compared."""
+        """Compare the texts that were encoded before the call. Raises BackendDiffers, BackendRefused."""
         with self._comparing:
             while self._samples:
                 sample = self._samples.popleft()
                 found = self._fast.encode(sample.texts, opening=sample.opening)
                 _compare(sample.texts, found, (sample.ids, sample.lengths))
-            while self._found:
-                sample = self._found.popleft()
+            while self._unchecked:
+                sample = self._unchecked.popleft()
                 expected = self._reference.encode(sample.texts, opening=sample.opening)
                 _compare(sample.texts, (sample.ids, sample.lengths), expected)
 
 
-def sampled(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
-    """Texts encoded by the reference in each of its ways."""
-    ways = (False, True) if reference.opening is not reference.inside else (False,)
-    encoded = [(way, *reference.encode(texts, opening=way)) for way in ways]
-    return [Sampled(texts=texts, opening=way, ids=ids, lengths=lengths) for way, ids, lengths in encoded]
+def encode_samples(texts: pa.LargeStringArray, reference: Reference) -> list[EncodedSample]:
+    """Encode texts by the reference: as text inside documents, and as text that begins one if that differs."""
+    positions = (False, True) if reference.opening is not reference.inside else (False,)
+    encoded = [(opening, *reference.encode(texts, opening=opening)) for opening in positions]
+    return [EncodedSample(texts=texts, opening=opening, ids=ids, lengths=lengths) for opening, ids, lengths in encoded]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """A backend, and what a user should be told about the choice. `may_leave`: whether the reference may take over."""
+class BackendChoice:
+    """The backend to use.
+
+    Attributes:
+        backend: The backend.
+        notes: Sentences that the user should see.
+        may_fall_back: Whether the reference may replace it if it fails or its ids differ.
+    """
 
     backend: TokenizerEngine
     notes: tuple[str, ...] = ()
-    may_leave: bool = False
+    may_fall_back: bool = False
 
 
 def choose_backend(
@@ -261,45 +301,66 @@ def choose_backend(
     sample: Callable[[], pa.LargeStringArray],
     *,
     recorded: str | None = None,
-) -> Chosen:
-    """The backend to use; gigatoken is yet to be compared on the texts that `sample` gives, by `compare`.
+) -> BackendChoice:
+    """Choose the backend. gigatoken still has to be compared on the sample: call its `compare`.
 
-    recorded: the identity of the backend that an interrupted run went with; `auto` stays with the reference then.
-    Raises UsageError where gigatoken is asked for and cannot be used.
+    Args:
+        wanted: `auto`, `hf` or `gigatoken`.
+        reference: The reference.
+        sample: Returns texts for the comparison; called only if gigatoken may be used.
+        recorded: The identity of the backend that an interrupted run used. `auto` keeps the reference.
+
+    Returns:
+        The backend, with notes for the user.
+
+    Raises:
+        UsageError: If gigatoken is wanted and cannot be used.
     """
     if wanted == "hf" or (wanted == "auto" and recorded == reference.identity):
-        return Chosen(backend=reference)
+        return BackendChoice(backend=reference)
     try:
-        # The reference works on the sample while gigatoken reads the vocabulary, which holds Python's lock.
+        # The reference encodes the sample while gigatoken loads the vocabulary, which holds the interpreter lock.
         with ThreadPoolExecutor(1) as thread:
-            expected = thread.submit(sampled, sample(), reference)
+            expected = thread.submit(encode_samples, sample(), reference)
             fast = Gigatoken(reference)
-            backend = Compared(fast, reference, expected.result())
+            backend = ComparedGigatoken(fast, reference, expected.result())
     except ImportError as error:
         if wanted == "auto":
-            return Chosen(backend=reference)
+            return BackendChoice(backend=reference)
         raise UsageError(
             "--tokenizer-backend gigatoken: gigatoken is not installed. Try: pip install 'ismdata[fast]'"
         ) from error
     except BackendRefused as error:
         if wanted == "auto":
-            note = f"gigatoken cannot be used with this tokenizer ({error}): tokenizers is used, which is slower."
-            return Chosen(backend=reference, notes=(note,))
+            note = f"gigatoken cannot be used with this tokenizer ({error}). tokenizers is used, which is slower."
+            return BackendChoice(backend=reference, notes=(note,))
         raise UsageError(
             f"--tokenizer-backend gigatoken: gigatoken cannot be used with this tokenizer ({error}). "
             "Choose --tokenizer-backend auto or hf"
         ) from error
-    return Chosen(backend=backend, may_leave=wanted == "auto")
+    return BackendChoice(backend=backend, may_fall_back=wanted == "auto")
 
 
 def disagreement(error: Exception) -> DataError:
-    """What is raised where gigatoken was asked for and does not give the reference's ids, or fails."""
-    return DataError(f"gigatoken does not agree with tokenizers: {error}. Choose --tokenizer-backend auto or hf")
+    """The error if gigatoken was requested and its ids differ from the reference's, or it fails.
+
+    Args:
+        error: A BackendError.
+
+    Returns:
+        The error to raise.
+    """
+    return DataError(f"gigatoken does not match tokenizers: {error}. Choose --tokenizer-backend auto or hf")
 
 
-def stratified(texts: pa.LargeStringArray) -> IntArray:
-    """Places of the longest and shortest texts, of some beyond ASCII, some with what looks like a special piece, and
-    some from all over. Sorted; the same for the same texts.
+def choose_sample(texts: pa.LargeStringArray) -> IntArray:
+    """Choose texts for a comparison of tokenizers: long and short ones, non-ASCII, unusual, and evenly spread ones.
+
+    Args:
+        texts: Texts without nulls.
+
+    Returns:
+        The indices of the texts, int64, sorted. They depend on the texts alone.
     """
     lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
     by_length = np.argsort(lengths, kind="stable")
@@ -307,7 +368,7 @@ def stratified(texts: pa.LargeStringArray) -> IntArray:
         by_length[::-1],
         by_length[lengths[by_length] > 0],
         _spread(np.flatnonzero(~pc.string_is_ascii(texts).to_numpy(zero_copy_only=False))),
-        _spread(np.flatnonzero(pc.match_substring_regex(texts, _SPECIAL_LOOKING).to_numpy(zero_copy_only=False))),
+        _spread(np.flatnonzero(pc.match_substring_regex(texts, _SPECIAL).to_numpy(zero_copy_only=False))),
         _spread(np.arange(len(texts))),
     ]
     chosen: IntArray = np.unique(np.concatenate([_within_budget(stratum, lengths) for stratum in strata]))
@@ -315,12 +376,12 @@ def stratified(texts: pa.LargeStringArray) -> IntArray:
 
 
 def _spread(places: IntArray) -> IntArray:
-    """Some of the places, evenly."""
+    """Some of the indices, evenly spread."""
     return places[np.linspace(0, len(places) - 1, min(len(places), _STRATUM_TEXTS)).astype(np.int64)]
 
 
 def _within_budget(places: IntArray, lengths: NDArray[Any]) -> IntArray:
-    """The first places, as many as may be encoded for a sample, but at least the first that is not overly long."""
+    """The first indices whose texts fit the budget of a stratum, without overly long texts; at least one."""
     places = places[lengths[places] <= _LONGEST_TEXT][:_STRATUM_TEXTS]
     within = np.cumsum(lengths[places]) <= _STRATUM_BYTES
     within[:1] = True
@@ -331,7 +392,7 @@ Ids = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 def _compare(texts: pa.LargeStringArray, found: Ids, expected: Ids) -> None:
-    """Raise BackendDiffers unless the ids found are those expected, each end to end with how many a text has."""
+    """Raise BackendDiffers unless the ids found are those expected."""
     if np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1]):
         return
     for text, ids, own in zip(texts.to_pylist(), _split(*found), _split(*expected), strict=True):
@@ -345,7 +406,7 @@ def _compare(texts: pa.LargeStringArray, found: Ids, expected: Ids) -> None:
 
 
 def _split(ids: NDArray[np.int32], lengths: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-    """The ids of each text."""
+    """The ids per text."""
     ends = np.cumsum(lengths).tolist()
     return [ids[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
 
@@ -356,14 +417,14 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # What panics in Rust is no Exception, and its class has no name to import.
+        # A panic in Rust is no Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BackendRefused((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 
 def _as_awkward(texts: pa.LargeStringArray) -> Any:
-    """The array's own buffers as awkward's array of strings."""
+    """The texts as awkward's array of strings, on the same buffers."""
     import awkward as ak
 
     _, offsets, characters = texts.buffers()

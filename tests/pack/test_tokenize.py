@@ -17,7 +17,7 @@ from ismdata.data.conversations import ConvertedFolder
 from ismdata.errors import DataError
 from ismdata.memory import kept_memory
 from ismdata.pack.tokenize import sampled_texts
-from ismdata.rendering.tokenizer_backends import stratified
+from ismdata.rendering.tokenizer_backends import choose_sample
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[ConvertedFol
         if places & set(range(first, first + len(batch))):
             contents = [message["content"] or "" for talk in batch.column("messages").to_pylist() for message in talk]
             texts = pa.array(contents, pa.large_string())
-            expected += texts.take(pa.array(stratified(texts))).to_pylist()
+            expected += texts.take(pa.array(choose_sample(texts))).to_pylist()
         first += len(batch)
     assert first == 650
     assert sampled_texts(sources).to_pylist() == expected

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ismdata.rendering.tokenizer import Tokenizer, load_pretrained, without_tokens
+from ismdata.rendering.tokenizer import Tokenizer, load_pretrained, remove_tokens
 from tests.conftest import encoding
 
 
@@ -50,7 +50,7 @@ def test_taking_tokens_out_does_not_depend_on_how_the_description_is_written(smo
     backend = tokenizer.pretrained.backend_tokenizer
     removed = frozenset(tokenizer.controls.tokens)
     for pretty in (False, True):
-        found = without_tokens(backend.to_str(pretty=pretty).encode(), removed, removed, "t")
+        found = remove_tokens(backend.to_str(pretty=pretty).encode(), removed, removed, "t")
         assert found.opening.to_str() == found.inside.to_str() == tokenizer.reference.inside.to_str()
         assert len(found.opening.encode("<|im_end|>").ids) > 1
 

@@ -32,15 +32,15 @@ from ismdata.rendering.encoding import Encoding, load_encoding
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
 from ismdata.rendering.tokenizer_backends import (
     BackendRefused,
-    Compared,
+    ComparedGigatoken,
+    EncodedSample,
     Gigatoken,
     Reference,
-    Sampled,
     TokenizerEngine,
     _slices,
     choose_backend,
-    sampled,
-    stratified,
+    choose_sample,
+    encode_samples,
 )
 from tests.conftest import encoding, template_named
 from tests.pack.test_pack import bytes_tokenizer
@@ -118,7 +118,7 @@ def test_gigatoken_forgets_what_it_has_seen(bytes_tokenizer: Path, monkeypatch: 
 
     load, loads = gigatoken.Tokenizer.from_json, []
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda text: loads.append(text) or load(text))
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 250)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._RELOAD_BYTES", 250)
     backend = Gigatoken(encoding(bytes_tokenizer).tokenizer.reference)
     first = len(loads)
     texts = large(["forty bytes of text that stand in a line"] * 2)
@@ -137,12 +137,12 @@ def test_a_sample_has_a_text_of_every_kind() -> None:
         900: "too long" * 10_000,
     }
     texts = large([odd.get(k, text) for k, text in enumerate(plain)])
-    found = stratified(texts).tolist()
+    found = choose_sample(texts).tolist()
     assert {137, 400, 500, 777} <= set(found)
     assert 900 not in found  # it alone would take longer than all the rest
-    assert found == sorted(set(found)) == stratified(texts).tolist()
+    assert found == sorted(set(found)) == choose_sample(texts).tolist()
     assert len(found) <= 40
-    assert len(stratified(large([]))) == 0
+    assert len(choose_sample(large([]))) == 0
 
 
 # ---- packing ----
@@ -244,7 +244,7 @@ def assert_left_for_the_reference(packed: Callable[..., Any], report: Any, notes
     assert "gigatoken is not used" in notes[0]
     assert used(report.output) == ("auto", "hf")
     assert content(report.output) == content(expected.output)
-    with pytest.raises(DataError, match=r"does not agree .*Choose --tokenizer-backend auto or hf"):
+    with pytest.raises(DataError, match=r"does not match .*Choose --tokenizer-backend auto or hf"):
         packed("asked-for", tokenizer_backend="gigatoken")
 
 
@@ -262,7 +262,7 @@ def test_a_difference_found_later_means_all_over_again(
     """The third of three batches has the only text that differs, and no sample sees it."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 111")
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     report, notes = packed()
     assert_left_for_the_reference(packed, report, notes, expected)
@@ -274,7 +274,7 @@ def test_a_difference_that_only_law_5_sees(
     """The template is not blamed for it: skeletons stay in use."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 0")
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 0.0)
     report, notes = packed()
     assert_left_for_the_reference(packed, report, notes, expected)
@@ -289,7 +289,7 @@ def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyP
     ]
     alone = Gigatoken(reference)
     expected = [alone.encode(batch, opening=False) for batch in batches]
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._REMEMBERED_BYTES", 4 << 20)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends._RELOAD_BYTES", 4 << 20)
     shared = Gigatoken(reference)
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(lambda batch: shared.encode(batch, opening=False), batches * 2))
@@ -304,7 +304,7 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
     """Also where another thread is at it: a batch is spooled when its own call returns."""
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     reference = load_encoding(str(bytes_tokenizer)).tokenizer.reference
-    backend = Compared(Gigatoken(reference), reference)
+    backend = ComparedGigatoken(Gigatoken(reference), reference)
     backend.encode(large(["text"]), opening=False)
     began, may_end = Event(), Event()
     encode = Reference.encode
@@ -327,13 +327,14 @@ def test_what_was_encoded_is_compared_once_the_comparison_is_over(
 
 def test_no_text_to_compare(bytes_tokenizer: Path) -> None:
     reference = load_encoding(str(bytes_tokenizer)).tokenizer.reference
-    Compared(Gigatoken(reference), reference, sampled(large([]), reference)).compare()
+    ComparedGigatoken(Gigatoken(reference), reference, encode_samples(large([]), reference)).compare()
 
 
 def test_each_way_has_a_gigatoken_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[bytes] = []
     monkeypatch.setattr(
-        "ismdata.rendering.tokenizer_backends._Forgetting", lambda serialized: read.append(serialized) or serialized
+        "ismdata.rendering.tokenizer_backends._ReloadedTokenizer",
+        lambda serialized: read.append(serialized) or serialized,
     )
     opening, inside = object(), object()
     apart: Any = Gigatoken(Reference(opening, inside, b"opening", b"inside"))  # type: ignore[arg-type]
@@ -348,11 +349,11 @@ def test_the_sample_that_is_compared_is_of_the_corpus(
 ) -> None:
     compared: list[str] = []
 
-    def noted(texts: pa.LargeStringArray, reference: Reference) -> list[Sampled]:
+    def noted(texts: pa.LargeStringArray, reference: Reference) -> list[EncodedSample]:
         compared.extend(texts.to_pylist())
-        return sampled(texts, reference)
+        return encode_samples(texts, reference)
 
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", noted)
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", noted)
     packed()
     assert compared
     assert (
@@ -456,7 +457,7 @@ def test_a_run_goes_on_with_the_backend_that_it_had(
     """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 55")
-    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.sampled", lambda texts, reference: [])
+    monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", lambda texts, reference: [])
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     killed(4)
     with pytest.raises(Death):
