@@ -78,7 +78,7 @@ def parse_split(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise UsageError(f"--split {text}: not numbers separated by slashes; {expected}") from error
     if len(shares) not in (2, 3):
-        raise UsageError(f"--split {text}: {len(shares)} shares; {expected}")
+        raise UsageError(f"--split {text}: found {len(shares)} share{'s'[: len(shares) != 1]}; {expected}")
     if not all(share > 0 for share in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
         raise UsageError(f"--split {text}: adds up to {math.fsum(shares):g}; {expected}")
     return shares

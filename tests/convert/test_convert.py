@@ -1,4 +1,4 @@
-"""`convert` as a whole: what each format becomes, what is refused, and that nothing vanishes or stays half-written."""
+"""`convert` end to end: what each format becomes, what is refused, and that no record is lost and no output partial."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lines(*records):
 
 @pytest.fixture
 def run(tmp_path):
-    """Write one corpus and convert it: the rows, the refusals and the report."""
+    """Write a corpus and convert it. Returns the rows, the refusals and the report."""
 
     def run(data, name="corpus.jsonl", **options):
         path = tmp_path / name
@@ -208,7 +208,7 @@ def test_ids_and_sources(run):
     assert [row["source"].rsplit("/")[-1] for row in rows] == ["corpus.jsonl:1", "corpus.jsonl:3", "corpus.jsonl:4"]
 
 
-def test_roles_of_the_call(run):
+def test_role_names_can_be_added(run):
     record = {"messages": [{"role": "Narrator", "content": "q"}, {"role": "assistant", "content": "a"}]}
     _, quarantine, _ = run(lines(record, {"messages": [{"role": "user", "content": "q"}]}))
     expected = "message 1 has role 'Narrator'; expected system, user, assistant or tool. "
@@ -335,7 +335,7 @@ def test_parquet_and_saved_datasets(tmp_path):
     assert (report.read, [source.format for source in report.sources]) == (3, ["messages", "messages"])
 
 
-def test_parquet_values_that_json_does_not_know(tmp_path):
+def test_parquet_values_that_json_cannot_express(tmp_path):
     from datetime import datetime
 
     record = {"dialog": ["q", "a"], "when": datetime(2020, 1, 2), "raw": b"\xff", "score": float("nan")}
@@ -377,7 +377,7 @@ def test_unusable_files_leave_nothing(tmp_path, data, message):
     assert [entry.name for entry in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_sources_that_are_none(tmp_path):
+def test_sources_that_cannot_be_read_are_refused(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(DataError, match=r"missing\.jsonl: no such file or folder"):
         convert([str(tmp_path / "missing.jsonl")], out)
@@ -433,7 +433,7 @@ def test_an_output_in_use_is_refused(run, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-# ---- the whole ----
+# ---- the whole run ----
 
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
@@ -463,7 +463,7 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     assert [row["messages"][0]["content"] for row in rows_of(tmp_path / "out1")] == expected
 
 
-def test_blocks_are_not_read_far_ahead():
+def test_few_blocks_are_read_ahead():
     given = []
     items = (given.append(n) or n for n in range(100))
     with WorkerPool(2, processes=False) as pool:
@@ -475,7 +475,7 @@ def test_blocks_are_not_read_far_ahead():
     assert len(given) == 100
 
 
-def test_the_index_tells_what_was_read(run, tmp_path):
+def test_the_index_describes_what_was_read(run, tmp_path):
     _, _, report = run(lines(["q", "a"], ["q", ""], []))
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["format"] == "ismdata.conversations/1"
@@ -490,7 +490,7 @@ def test_the_index_tells_what_was_read(run, tmp_path):
     assert (report.output, report.shards, report.seconds > 0) == (tmp_path / "out", 1, True)
 
 
-def test_progress_ends_at_the_whole(run):
+def test_progress_ends_at_the_total(run):
     reporter = Recorder()
     run(lines(["q", "a"]), reporter=reporter)
     stage, done, total = reporter.steps[-1]

@@ -1,4 +1,4 @@
-"""Digests against what they hash, written out, and against the conversations compared as JSON."""
+"""Digests, compared with hashes of bytes that are written out here, and with equality of conversations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.conftest import DATA, needs_data
 from tests.support.talks import FEW, MANY, pieces, said, table, talk
 
 
-def spelled(row: dict[str, Any], *, roles: bool = True) -> bytes:
-    """What is hashed, piece by piece."""
+def hashed_bytes(row: dict[str, Any], *, roles: bool = True) -> bytes:
+    """The bytes that are hashed."""
 
     def word(number: int) -> bytes:
         return struct.pack("<q", number)
@@ -36,8 +36,8 @@ def spelled(row: dict[str, Any], *, roles: bool = True) -> bytes:
         found += word(len(texts[0].encode()) << 8 | flags)
     found += "".join(message["content"] or "" for message in messages).encode()
     for name in names:
-        held = [message[name].encode() for message in messages if message.get(name) is not None]
-        found += b"".join([*(word(len(text)) for text in held), *held])
+        present = [message[name].encode() for message in messages if message.get(name) is not None]
+        found += b"".join([*(word(len(text)) for text in present), *present])
     return found + (row.get("tools") or "").encode()
 
 
@@ -52,8 +52,8 @@ def test_equal_digests_are_equal_conversations(rows: list[dict[str, Any]], roles
 
 @FEW
 @given(MANY, st.booleans())
-def test_digests_hash_the_spelling(rows: list[dict[str, Any]], roles: bool) -> None:
-    expected = b"".join(xxhash.xxh3_128_digest(spelled(row, roles=roles)) for row in rows)
+def test_digests_hash_these_bytes(rows: list[dict[str, Any]], roles: bool) -> None:
+    expected = b"".join(xxhash.xxh3_128_digest(hashed_bytes(row, roles=roles)) for row in rows)
     assert digests(table(rows), roles=roles).astype(">u8").tobytes() == expected
 
 
@@ -69,8 +69,8 @@ def test_digests_do_not_depend_on_chunks_and_slices(rows: list[dict[str, Any]], 
     assert np.array_equal(np.concatenate([digests(piece) for piece in cut]), expected)
 
 
-def test_digests_ignore_what_lies_under_a_null() -> None:
-    """Arrow leaves open what the bytes of a null value are."""
+def test_digests_ignore_the_bytes_of_a_null() -> None:
+    """Arrow does not define them."""
     [rows] = table([talk("a", None, "b"), talk("c")]).to_batches()
     messages = rows.column("messages")
     contents = messages.values.field("content")
@@ -96,13 +96,13 @@ def test_digests_ignore_what_lies_under_a_null() -> None:
         pytest.param(talk("a", tools=None), talk("a", tools=""), id="no tools"),
     ],
 )
-def test_digests_tell_structure(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_different_structures_have_different_digests(one: dict[str, Any], other: dict[str, Any]) -> None:
     first, second = digests(table([one, other]))
     assert not np.array_equal(first, second)
 
 
-def test_digests_stay() -> None:
-    """Splits and unfinished runs rely on it: a change here is a new format."""
+def test_digests_are_the_stored_ones() -> None:
+    """Splits and unfinished runs rely on them: a change here needs a new format number."""
     rows = [talk("Any hammers left?", "Yes, 14."), {**talk("你好", None), "tools": "[]"}]
     rows[1]["messages"][1]["tool_calls"] = '[{"function": {"name": "stock"}}]'
     assert [f"{a:016x}{b:016x}" for a, b in digests(table(rows)).tolist()] == GOLDEN
@@ -117,7 +117,7 @@ GOLDEN = [
     "6a629125e33588e397661039bf756563",
 ]
 
-#: Digests that share halves, which 128 random bits never do.
+#: Digests with equal halves, which 128 random bits practically never have.
 CLOSE = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=30)
 
 

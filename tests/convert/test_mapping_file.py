@@ -1,4 +1,4 @@
-"""The mapping file: what it says, what it refuses, that it reads as the built-in formats do; and what is guessed."""
+"""The mapping file: what it describes, what it refuses, how it compares with the formats, and what is guessed."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ DOCS = ROOT / "docs" / "mapping.md"
 
 
 def with_roles(mapped: Mapped, **roles: str) -> Mapped:
-    """As `convert` does it: the file's roles, then those of the command line."""
+    """The mapping with the file's roles and those of the command line, as `convert` combines them."""
     return with_choices(mapped, Choices(roles=role_table({**mapped.roles, **roles}), assistant=mapped.assistant))
 
 
 def conversations(corpus_format: CorpusFormat, records: Sequence[Any], roles: Any = CHOICES.roles) -> list[Any]:
-    """The messages of each conversation as role and content; the reason where a record is refused."""
+    """The messages of each conversation as role and content; the reason if a record is refused."""
     found: list[Any] = []
     for record in regroup_records(corpus_format, records) if isinstance(corpus_format, Mapped) else records:
         try:
@@ -56,7 +56,7 @@ def read(text: str, *records: Any, **roles: str) -> list[Any]:
     return conversations(mapped, records, mapped.roles)
 
 
-# ---- what the file can say ----
+# ---- valid files ----
 
 QA = [("user", "q"), ("assistant", "a")]
 
@@ -101,7 +101,7 @@ QA = [("user", "q"), ("assistant", "a")]
          [QA[0], ("assistant", None), QA[1]]),
     ],
 )  # fmt: skip
-def test_what_is_read(text: str, record: Any, expected: Any) -> None:
+def test_records_are_read_as_described(text: str, record: Any, expected: Any) -> None:
     assert read(text, record) == [expected]
 
 
@@ -118,14 +118,14 @@ def test_both_sides() -> None:
     ]
 
 
-def test_the_command_line_comes_before_the_file() -> None:
+def test_the_command_line_overrides_the_file() -> None:
     text = 'messages = "."\nrole = "by"\ncontent = "x"\n[roles]\nBo = "user"\nGPT = "user"'
     record = [{"by": "Bo", "x": "q"}, {"by": "GPT", "x": "a"}]
     assert read(text, record) == [[("user", "q"), ("user", "a")]]
     assert read(text, record, gpt="assistant") == [QA]
 
 
-def test_the_rest_of_a_record() -> None:
+def test_other_fields_of_a_record() -> None:
     text = 'messages = "d.t"\nrole = "by"\ncontent = "x"\nsystem = "d.s"\ntools = "d.f"\nid = "nr"'
     record = {
         "d": {"t": [{"by": "user", "x": "q", "weight": 2, "mood": "glad"}], "s": "Hi", "f": [{"name": "f"}], "k": 1},
@@ -149,7 +149,7 @@ def test_paths() -> None:
     assert remove_at(record, "x.y") == record
 
 
-# ---- what the file cannot say ----
+# ---- invalid files ----
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_paths() -> None:
         ("messages = ", "expected TOML"),
     ],
 )
-def test_what_cannot_be(text: str, said: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
@@ -185,7 +185,7 @@ def test_what_cannot_be(text: str, said: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         load_mapping(tmp_path / "absent.toml")
     (tmp_path / "latin.toml").write_bytes(b'messages = "\xe9"')
@@ -208,7 +208,7 @@ mappings = st.one_of(
 
 
 @given(mappings)
-def test_a_mapping_is_what_its_text_says(mapped: Mapped) -> None:
+def test_a_mapping_written_as_a_file_is_read_back(mapped: Mapped) -> None:
     assert parse_mapping(mapping_text(mapped), "my.toml") == mapped
 
 
@@ -237,7 +237,7 @@ def test_hostile_records_are_read_or_refused(mapped: Mapped, value: Any) -> None
 
 
 def documented() -> list[tuple[Any, str]]:
-    """The mappings of docs/mapping.md, each with the records that stand before it."""
+    """The mappings of docs/mapping.md, each with the records above it."""
     found, records = [], None
     for kind, body in re.findall(r"```(json|toml|text)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
         if kind == "toml":
@@ -250,8 +250,8 @@ def documented() -> list[tuple[Any, str]]:
     return found
 
 
-def test_documented_mappings_read_what_stands_beside_them() -> None:
-    """The first five stand below the records that they are for."""
+def test_documented_mappings_read_the_records_above_them() -> None:
+    """The first five have records."""
     found = documented()
     assert len(found) == 7
     for records, text in found[:5]:
@@ -267,7 +267,7 @@ def test_every_key_is_documented() -> None:
     assert [key for key in KEYS if f"`{key}`" not in text and f"`[{key}]`" not in text] == []
 
 
-# ---- mappings that do what built-in formats do, and what is guessed ----
+# ---- mappings that equal formats, and guesses ----
 
 TALKS = [
     ["Is it open?", "Until six.", "Good, thank you!"],
@@ -282,7 +282,7 @@ def listed(talk: list[str], role: str, content: str, names: Sequence[str] = SIDE
 
 
 def as_rows(**columns: str) -> list[dict[str, Any]]:
-    """Rows of a table whose columns are called otherwise."""
+    """Rows of a table with other column names."""
     return [
         {
             columns["dialogue"]: str(number),
@@ -324,7 +324,7 @@ SAMPLES: dict[str, tuple[list[Any], str]] = {
 
 
 def taken(corpus_format: CorpusFormat, records: list[Any]) -> list[Any]:
-    """Records as the format takes them: rows that belong together as one."""
+    """The records of the format: for rows, the rows of each dialogue."""
     if type(corpus_format).regroup is CorpusFormat.regroup:
         return records
     talks: dict[str, list[Any]] = {}
@@ -388,7 +388,7 @@ def test_unknown_shapes_are_guessed(name: str) -> None:
 
 
 @given(st.lists(values, max_size=4))
-def test_guessing_stands_anything(records: list[Any]) -> None:
+def test_any_records_can_be_guessed_from(records: list[Any]) -> None:
     mapped = guess_mapping(records)
     if mapped is not None:
         assert mapped == parse_mapping(mapping_text(mapped), "my.toml")
@@ -433,7 +433,7 @@ def test_rows_of_no_known_format_are_explained(tmp_path: Path) -> None:
     assert [one["content"] for one in found.conversations[0]["messages"]] == TALKS[0]
 
 
-def test_what_holds_no_messages_is_said_to(tmp_path: Path) -> None:
+def test_records_without_messages_are_explained(tmp_path: Path) -> None:
     found = explained(write(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}]))
     assert (found.format, found.mapping, found.conversations) == (None, None, ())
     assert "No messages were found in the records" in found.text()

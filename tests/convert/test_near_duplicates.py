@@ -1,4 +1,4 @@
-"""Near duplicates against the exact similarity of the sets that they stand for."""
+"""Near duplicates, compared with the exact Jaccard similarity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_shingles_are_runs_of_words(text: str) -> None:
         assert np.array_equal(shingles(text), shingles(f"{text} \n."))
 
 
-def test_a_script_without_blanks_has_a_word_a_letter() -> None:
+def test_each_character_is_a_word_in_scripts_without_spaces() -> None:
     assert words("你好，World!") == ["你", "好", "world"]
     assert words("สวัสดี") == list("สวัสดี")
     assert words("안녕 하세요") == ["안녕", "하세요"]
@@ -31,8 +31,8 @@ def jaccard(one: str, other: str) -> float:
     return len(first & second) / len(first | second)
 
 
-def test_near_finds_what_is_alike_and_only_that() -> None:
-    """Against the exact similarity: all pairs well above the threshold, none well below."""
+def test_near_finds_similar_texts_and_no_others() -> None:
+    """All pairs well above the threshold are found, none well below."""
     rng = np.random.default_rng(5)
     story = [f"w{k}" for k in rng.integers(0, 400, 300)]
     index = NearIndex()
@@ -54,7 +54,7 @@ def test_near_finds_what_is_alike_and_only_that() -> None:
     assert seen["near"] > 5 < seen["far"]
 
 
-def test_texts_without_words_are_alike_only_when_equal() -> None:
+def test_texts_without_words_are_similar_only_if_equal() -> None:
     index = NearIndex()
     for text in ("👍", "", "!!!"):
         assert index.nearest(index.signature(text)) is None

@@ -1,4 +1,4 @@
-"""Samples and splits: how many, how evenly, and what must stay together."""
+"""Samples and splits: their sizes, their uniformity, and what must stay in one part."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def test_a_sample_has_n_and_does_not_depend_on_chunks(count: int, n: int, seed: 
         assert np.array_equal(draw_sample(count, n, seed), chosen)
 
 
-def test_a_larger_sample_holds_the_smaller() -> None:
+def test_a_larger_sample_contains_the_smaller() -> None:
     assert not (draw_sample(100, 10, 3) & ~draw_sample(100, 20, 3)).any()
     assert (draw_sample(100, 10, 3) != draw_sample(100, 10, 4)).any()
 
 
 def test_samples_are_uniform() -> None:
-    """Chi-square over places and over neighbouring pairs, for 2,000 fixed seeds: 39 and 19 degrees of freedom."""
+    """Chi-square tests of single conversations and of adjacent pairs, for 2,000 fixed seeds."""
     chosen = np.array([draw_sample(40, 8, seed) for seed in range(2000)])
     expected = 2000 * 8 / 40
-    places = chosen.sum(axis=0)
-    assert ((places - expected) ** 2 / (expected * (1 - 8 / 40))).sum() * 39 / 40 < 72.1  # p = 0.001 at 72.05
+    drawn = chosen.sum(axis=0)
+    assert ((drawn - expected) ** 2 / (expected * (1 - 8 / 40))).sum() * 39 / 40 < 72.1  # df 39: p = 0.001 at 72.05
     together = (chosen[:, ::2] & chosen[:, 1::2]).sum(axis=0)
     expected = 2000 * 8 * 7 / (40 * 39)
-    assert ((together - expected) ** 2 / expected).sum() < 45.4  # p = 0.001 at 45.31
+    assert ((together - expected) ** 2 / expected).sum() < 45.4  # df 19: p = 0.001 at 45.31
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def test_split_is_parsed(text: str, parts: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "1", "0.9", "0.9/0.2", "1/0", "1.1/-0.1", "nan/1", "inf/0.1", "a/b", "0.25/0.25/0.25/0.25"]
 )
-def test_split_that_cannot_be(text: str) -> None:
+def test_invalid_splits_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected two or three positive shares"):
         parse_split(text)
 
 
-def test_sample_that_cannot_be() -> None:
+def test_an_empty_sample_is_refused() -> None:
     with pytest.raises(UsageError, match="--sample 0"):
         draw_sample(5, 0, 0)
 
@@ -70,14 +70,14 @@ def test_a_duplicate_and_a_group_stay_in_one_part(rows: list[dict[str, Any]], gr
         assert sides.setdefault(name or said(row, roles=False), side) == side
 
 
-def test_split_parts_have_their_sizes() -> None:
+def test_split_parts_have_their_shares() -> None:
     found = split_numbers(digests(table([talk(f"talk {k}") for k in range(5000)])), [None] * 5000, (0.7, 0.2, 0.1))
     counts = np.bincount(found, minlength=3)
     expected = np.array([3500, 1000, 500])
     assert ((counts - expected) ** 2 / expected).sum() < 13.8  # p = 0.001
 
 
-def test_split_puts_the_ends_of_the_range_inside() -> None:
+def test_the_ends_of_the_range_are_in_the_first_and_the_last_part() -> None:
     ends = np.array([[0, 0], [2**63 - 1, 0], [2**63, 0], [2**64 - 1, 0]], np.uint64)
     assert split_numbers(ends, [None] * 4, (0.5, 0.5)).tolist() == [0, 0, 1, 1]
     assert split_numbers(ends, [None] * 4, (0.1, 0.2, 0.7)).tolist() == [0, 2, 2, 2]

@@ -1,4 +1,4 @@
-"""Blocks read in processes give what blocks read in threads give, for every format; and no process is left behind."""
+"""Processes give the same results as threads, for every format, and none outlives its parent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TALKS = [ANCHOR, ((U, "What is it?"), (A, "A list.")), ((U, "One"), (A, "Two"), 
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_a_block_can_be_handed_to_another_process(name: str, tmp_path: Path) -> None:
+def test_blocks_and_results_can_be_pickled(name: str, tmp_path: Path) -> None:
     form = FORMATS[name]
     for layout in form.layouts:
         ending, data = written(form, [talk for talk in TALKS if form.holds(talk)], layout)
@@ -52,14 +52,14 @@ def test_a_block_can_be_handed_to_another_process(name: str, tmp_path: Path) -> 
 
 
 class Sized:
-    """What a test's reading gives."""
+    """A result with a size."""
 
     def __init__(self, of: Any) -> None:
         self.nbytes, self.of = 1, of
 
 
 def busy(number: int) -> Sized:
-    """Keeps Python busy, and tells where it did."""
+    """Use the CPU in Python, and return the process that did."""
     until = time.thread_time() + 0.02
     while time.thread_time() < until:
         pass
@@ -69,7 +69,7 @@ def busy(number: int) -> Sized:
 
 
 @pytest.mark.slow
-def test_processes_take_over_where_reading_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_take_over_if_threads_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_SECONDS", 0.1)
     with WorkerPool(2, processes=True) as pool:
         found = [pool.submit(busy, number).result().of for number in range(20)]
@@ -80,13 +80,13 @@ def test_processes_take_over_where_reading_is_slow(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("count", "processes"), [(1, True), (2, False)], ids=["one-worker", "threads-alone"])
-def test_threads_stay_where_processes_may_not_be(count: int, processes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_is_started_if_none_is_allowed(count: int, processes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_SECONDS", 0.0)
     with WorkerPool(count, processes=processes) as pool:
         assert {pool.submit(busy, number).result().of[1] for number in range(4)} == {os.getpid()}
 
 
-def test_the_same_bytes_from_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMATS["sharegpt"]
     talks = [
         ((S, f"Be brief, {n}."), (U, f"Question {n}"), (A, "" if n % 50 == 3 else f"Answer {n}")) for n in range(400)
