@@ -143,7 +143,7 @@ def _cells(lines: Iterator[str], delimiter: str, name: str) -> Iterator[tuple[in
             yield number, row
 
 
-def _csv_reader(lines: Iterable[str], delimiter: str, *, strict: bool) -> _csv._reader:
+def _csv_reader(lines: Iterable[str], delimiter: str, *, strict: bool) -> _csv.Reader:
     # The library limits a cell to 128 KiB. The limit is global to the process; set it to that of all formats.
     csv.field_size_limit(MAX_RECORD_BYTES)
     return csv.reader(lines, delimiter=delimiter, strict=strict)
