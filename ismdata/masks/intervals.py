@@ -300,8 +300,8 @@ def targets(seq_lens: ArrayLike, spans: ArrayLike, *, seq_len: int, mask: str) -
     Under `prefix` only the document's last answer counts, because an earlier one would see itself.
 
     Args:
-        seq_lens: int[D], lengths of the documents. The rest of `seq_len` is padding.
-        spans: int[S, 4] of start, end, kind, train; offsets count from the beginning of the sequence.
+        seq_lens: int[D], lengths of the documents.
+        spans: int[S, 4], as for `intervals`.
         seq_len: Tokens of the sequence, T.
         mask: `ism`, `causal` or `prefix`.
 

@@ -14,7 +14,7 @@ from ismdata.pack.conversation_batch import ConversationBatch
 from ismdata.pack.requests import RequestKey
 from ismdata.pack.skeleton_cache import SkeletonCache
 from ismdata.pack.texts import TextGroup
-from ismdata.rendering import Piece, as_template_messages, render_document
+from ismdata.rendering import Piece, as_template_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +52,14 @@ def render_individually(
     cache: SkeletonCache, batch: ConversationBatch, keys: Iterable[RequestKey]
 ) -> RenderedDocuments:
     """Render documents of a batch, each once, without encoding their texts."""
-    encoding = cache.encoding
     documents: dict[RequestKey, tuple[Piece, ...] | Refusal] = {}
     for key in dict.fromkeys(keys):
         c, head, lo, hi = key
         try:
             messages, tools = as_template_messages(batch.conversation(c))
-            documents[key] = render_document(
-                encoding.renderer,
-                encoding.tokenizer,
+            documents[key] = cache.encoding.document(
                 messages[:head] + messages[lo:hi],
                 tools,
-                encoding.history,
                 encode=False,
                 without_reasoning=cache.without_reasoning,
             )

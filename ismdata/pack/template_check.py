@@ -29,7 +29,6 @@ from ismdata.rendering import (
     as_template_messages,
     compile_chunks,
     insert_glm_tokens_in_pieces,
-    render_chunks,
 )
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def _render(encoder: BatchEncoder, requests: Requests, r: int) -> _Rendering:
     try:
         messages, tools = as_template_messages(batch.conversation(c))
         chosen = messages[: int(requests.head[r])] + messages[int(requests.lo[r]) : int(requests.hi[r])]
-        chunks, escapes = render_chunks(encoding.renderer, tokenizer, chosen, tools, encoding.history)
+        chunks, escapes = encoding.chunks(chosen, tools)
         pieces = compile_chunks(
             chunks,
             tokenizer,

@@ -16,8 +16,6 @@ from .messages import as_template_messages as as_template_messages
 from .pieces import Piece as Piece
 from .pieces import Slot as Slot
 from .pieces import compile_chunks as compile_chunks
-from .pieces import render_chunks as render_chunks
-from .pieces import render_document as render_document
 from .refusals import MOST_MESSAGES as MOST_MESSAGES
 from .refusals import CannotRender as CannotRender
 from .refusals import TooManyMessages as TooManyMessages

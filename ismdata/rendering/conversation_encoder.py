@@ -92,17 +92,7 @@ class ConversationEncoder:
     def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The tokens that end the last answer and are known only once other messages follow it.
 
-        Templates with `TemplateProfile.next_turn_ends` have some; all others none.
-
-        Args:
-            messages: The conversation so far.
-            tools: The tools described to the template.
-
-        Returns:
-            Token ids.
-
-        Raises:
-            CannotRender: If the template refuses or rewrites the conversation.
+        Templates with `TemplateProfile.next_turn_ends` have some; all others none. Raises CannotRender.
         """
         return self._next(messages, tools)[0] if self.next_turn_end_ids else []
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ismdata.choices import History
 from ismdata.errors import DataError, UsageError
 from ismdata.rendering.chat_template import BUILT_IN, DEFAULT_DATE, ChatTemplate, Message, built_in
+from ismdata.rendering.control_tokens import Escapes
 from ismdata.rendering.glm_tokens import GlmTokens, choose_tokens
-from ismdata.rendering.pieces import Piece, render_document
-from ismdata.rendering.renderer import Renderer
+from ismdata.rendering.pieces import Piece, compile_chunks
+from ismdata.rendering.renderer import Chunk, Renderer
 from ismdata.rendering.sensitivity import Sensitivity, find_sensitivity
 from ismdata.rendering.template_probe import TemplateProfile, probe_template
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
@@ -75,12 +76,37 @@ class Encoding:
         )
         return replace(self, glm=glm)
 
-    def document(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[Piece, ...]:
-        """Encode one conversation individually: the reference for what `pack` writes.
+    def chunks(self, messages: Sequence[Message], tools: list[Any] | None = None) -> tuple[list[Chunk], Escapes]:
+        """Render one conversation individually and cut it.
 
         Args:
             messages: The conversation, as templates take it.
             tools: The tools described to the template.
+
+        Returns:
+            The chunks, still escaped, and what undoes the escaping.
+
+        Raises:
+            CannotRender: If the conversation cannot be rendered or its text cannot be escaped.
+        """
+        (messages, tools), escapes = self.tokenizer.controls.escape([list(messages), tools])
+        return self.renderer.cut(messages, tools, self.history), escapes
+
+    def document(
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None = None,
+        *,
+        encode: bool = True,
+        without_reasoning: bool = False,
+    ) -> tuple[Piece, ...]:
+        """Encode one conversation individually: the reference, and the only way for conversations without a skeleton.
+
+        Args:
+            messages: The conversation, as templates take it.
+            tools: The tools described to the template.
+            encode: Encode all text. Otherwise text stays in `parts`, one per piece.
+            without_reasoning: Give the reasoning in an answer a span of its own, which answers no message.
 
         Returns:
             The document's pieces, without the tokens of the GLM layout.
@@ -88,7 +114,14 @@ class Encoding:
         Raises:
             CannotRender: If the conversation cannot be rendered or its text cannot be escaped.
         """
-        return render_document(self.renderer, self.tokenizer, messages, tools, self.history)
+        chunks, escapes = self.chunks(messages, tools)
+        return compile_chunks(
+            chunks,
+            self.tokenizer,
+            lambda text: (escapes.undo(text),),
+            encode=encode,
+            without_reasoning=without_reasoning,
+        )
 
     def save(self, folder: Path) -> None:
         """Save the tokenizer with its template, and how the template is rendered, into `folder`."""
@@ -118,11 +151,10 @@ def load_encoding(
 
     Args:
         tokenizer: A local folder, a GGUF file or a hub name.
-        chat_template: A Jinja file or the name of a built-in template. By default the tokenizer's own template, or
-            ChatML if it has none.
-        history: What is done about earlier turns (docs/templates.md).
-        arguments: What `--template-arg` passes to the template.
-        date: The date that the template prints.
+        chat_template: As for `probe_encoding`.
+        history: As for `probe_encoding`.
+        arguments: As for `probe_encoding`.
+        date: As for `probe_encoding`.
 
     Returns:
         The encoding.

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-from ismdata.choices import History
-from ismdata.rendering.chat_template import Message
-from ismdata.rendering.control_tokens import AddedToken, Escapes
-from ismdata.rendering.renderer import Chunk, Renderer
+from ismdata.rendering.control_tokens import AddedToken
+from ismdata.rendering.renderer import Chunk
 from ismdata.rendering.tokenizer import Tokenizer
 
 #: What a template strips from one side of a content: nothing, all blanks, or line breaks.
@@ -60,65 +58,6 @@ class Piece:
     controls: int = 0
     chunk: int = 0
     unwritten: bool = False
-
-
-def render_document(
-    renderer: Renderer,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: list[Any] | None,
-    history: History,
-    *,
-    encode: bool = True,
-    without_reasoning: bool = False,
-) -> tuple[Piece, ...]:
-    """Render one conversation individually: the reference, and the only way for conversations without a skeleton.
-
-    Args:
-        renderer: The probed template.
-        tokenizer: Its tokenizer.
-        messages: The conversation, as templates take it.
-        tools: The tools described to the template.
-        history: What is done about earlier turns.
-        encode: Encode all text. Otherwise text stays in `parts`, one per piece.
-        without_reasoning: Give the reasoning in an answer a span of its own, which answers no message.
-
-    Returns:
-        The pieces of the document.
-
-    Raises:
-        CannotRender: If the conversation cannot be rendered or its text cannot be escaped.
-    """
-    chunks, escapes = render_chunks(renderer, tokenizer, messages, tools, history)
-    return compile_chunks(
-        chunks, tokenizer, lambda text: (escapes.undo(text),), encode=encode, without_reasoning=without_reasoning
-    )
-
-
-def render_chunks(
-    renderer: Renderer,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    tools: list[Any] | None,
-    history: History,
-) -> tuple[list[Chunk], Escapes]:
-    """Render one conversation individually and cut it.
-
-    Args:
-        renderer: The probed template.
-        tokenizer: Its tokenizer.
-        messages: The conversation, as templates take it.
-        tools: The tools described to the template.
-        history: What is done about earlier turns.
-
-    Returns:
-        The chunks, still escaped, and what undoes the escaping.
-
-    Raises:
-        CannotRender: If the conversation cannot be rendered or its text cannot be escaped.
-    """
-    (messages, tools), escapes = tokenizer.controls.escape([list(messages), tools])
-    return renderer.cut(messages, tools, history), escapes
 
 
 def compile_chunks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ismdata.masks import ANSWER
 from ismdata.rendering.chat_template import Message
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, with_markers
 from ismdata.rendering.encoding import Encoding, probe_encoding, read_template
-from ismdata.rendering.pieces import render_chunks
 from ismdata.rendering.refusals import CannotRender
 from ismdata.rendering.renderer import Renderer
 from ismdata.rendering.tokenizer import load_pretrained
@@ -109,7 +108,7 @@ def find_refusal(encoding: Encoding, shape: str, history: History) -> CannotRend
     tools = TOOLS if with_tools else None
     try:
         for end in ends:
-            render_chunks(encoding.renderer, encoding.tokenizer, messages[:end], tools, history)
+            replace(encoding, history=history).chunks(messages[:end], tools)
     except CannotRender as error:
         return error
     return None
@@ -275,7 +274,7 @@ def _example(encoding: Encoding) -> list[dict[str, Any]]:
     tools = TOOLS if with_tools else None
     for attempt in ([*system, *messages], messages, messages[:2]):
         try:
-            chunks, escapes = render_chunks(encoding.renderer, encoding.tokenizer, attempt, tools, encoding.history)
+            chunks, escapes = encoding.chunks(attempt, tools)
         except CannotRender:
             continue
         last = max((chunk.message for chunk in chunks), default=-1)

@@ -1,4 +1,4 @@
-"""The masks against the brute-force vectors and against a token-by-token oracle on random documents."""
+"""The masks are compared with brute-force vectors and, on random documents, with a token-by-token oracle."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DOCUMENT = st.lists(SPAN, min_size=1, max_size=6)
 
 @st.composite
 def rows(draw):
-    """One to four sequences of one seq_len, from empty ones to full ones."""
+    """One to four sequences of the same seq_len, from empty to full."""
     packed = draw(st.lists(st.lists(DOCUMENT, max_size=4), min_size=1, max_size=4))
     longest = max(sum(length for spans in row for length, _, _ in spans) for row in packed)
     seq_len = -(-max(longest, 1) // 8) * 8
@@ -129,7 +129,7 @@ def test_no_target_is_seen_by_the_token_that_predicts_it(rows, mask):
 @given(rows(), st.data())
 @settings(max_examples=200, deadline=None)
 def test_spans_that_do_not_tile_are_refused(rows, data):
-    """One border moved, one span dropped, doubled or put in another place: always an error, never a wrong mask."""
+    """One border moved, one span dropped, doubled or moved: always an error, never a wrong mask."""
     place = [(number, at) for number, row in enumerate(rows) for at in range(len(row.spans))]
     if not place:
         return

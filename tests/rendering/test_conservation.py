@@ -1,6 +1,6 @@
-"""Law 7: no text is lost, none stands in the wrong kind of span. One small template for each way it was broken.
+"""Law 7: no text is lost or in the wrong kind of span. One small template for each way in which this once failed.
 
-The templates are made for these tests; each has what made a public one go wrong, and little else.
+Each template has what made a public one fail, and little else.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def calls(*ports: str, name: str = "tide") -> dict[str, Any]:
 
 TALK = [u("one?"), a("1."), u("two?"), a("2.")]
 
-#: Turns as `<|im_start|>role … <|im_end|>`, what a role says given by the caller.
+#: Turns as `<|im_start|>role … <|im_end|>`; the caller gives the expression for a message's text.
 CHATML = (
     "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% endfor %%}"
     "{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
@@ -73,7 +73,7 @@ def made(tmp_path: Path, smollm2: Path) -> Any:
 
 
 def cut(chunks: Sequence[Chunk]) -> list[tuple[str, str]]:
-    """Contexts joined, each answer by itself."""
+    """Contexts joined, each answer separate."""
     joined: list[tuple[str, str]] = []
     for chunk in chunks:
         kind = "answer" if chunk.kind == ANSWER else "context"
@@ -90,7 +90,7 @@ def fed_by_chat(with_: Encoding, messages: list[dict[str, Any]]) -> list[str]:
     return [with_.renderer.next_context(messages[:k])[2] for k in places]
 
 
-# ---- F1: what ends the conversation ends no answer in history ----
+# ---- F1: the token that ends the conversation ends no answer in history ----
 
 ONLY_AT_THE_END = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}"
@@ -151,7 +151,7 @@ def test_f2_a_system_prompt_that_moves_cannot_be_appended(made: Any) -> None:
     ]
 
 
-# ---- F3: history is cut, and answers follow each other ----
+# ---- F3: history is cut, and answers follow one another ----
 
 CUTS_REASONING = CHATML % (
     "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
@@ -171,7 +171,7 @@ def test_f3_an_answer_holds_no_other_answer_and_no_header(made: Any) -> None:
         assert chunks[-3].text.endswith("<|im_start|>assistant\n")
 
 
-# ---- F4: the two renderings part before the header ----
+# ---- F4: the two renderings diverge before the header ----
 
 TWO_WAYS_TO_THE_HEADER = (
     "<|begin|>{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}\n<|eot|>"
@@ -199,7 +199,7 @@ def test_f4_no_header_is_trained(made: Any) -> None:
     ]
 
 
-# ---- F5: the same talk, cut the same way on both roads ----
+# ---- F5: a conversation is cut the same way individually and with a skeleton ----
 
 OPENS_REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -208,7 +208,7 @@ OPENS_REASONING = (
 
 
 def test_f5_a_name_changes_no_border(made: Any) -> None:
-    """The name has the conversation rendered by itself; the template does not write it."""
+    """Because of the name the conversation is rendered individually; the template does not write the name."""
     with_ = made(OPENS_REASONING)
     talk = [u("one?"), a("<think>\nhm\n</think>\n\n1."), u("two?"), a("2.")]
     named = [{**talk[0], "name": "ann"}, *talk[1:]]
@@ -227,7 +227,7 @@ def test_f5_a_name_changes_no_border(made: Any) -> None:
 
 
 def test_f5_the_roads_are_compared_by_spans(made: Any) -> None:
-    """The same tokens with a border elsewhere are a difference."""
+    """The same tokens with another border count as different."""
     with_ = made(OPENS_REASONING)
     rows = [{"id": "0", "source": "t:0", "messages": TALK}]
     batch = ConversationBatch.from_rows(pa.RecordBatch.from_pylist(rows, schema=CONVERSATION_SCHEMA), with_.sensitivity)
@@ -240,7 +240,7 @@ def test_f5_the_roads_are_compared_by_spans(made: Any) -> None:
         dataclasses.replace(comparison, spans=[moved]).check()
 
 
-# ---- F6: a later system message moves to the front, or nowhere ----
+# ---- F6: a later system message moves to the front, or is dropped ----
 
 TO_THE_FRONT = (
     "{% for m in messages if m.role == 'system' %}{{ m.content }}\n{% endfor %}"
@@ -302,7 +302,7 @@ def test_f7_a_call_with_reasoning_is_written_once(history: str, made: Any) -> No
 
 
 def test_f7_answers_that_a_template_puts_side_by_side_share_no_character(made: Any) -> None:
-    """What closes the first of two answers was taken for the beginning of the second as well."""
+    """The end of the first of two answers is not the beginning of the second as well."""
     merged = (
         "{% for m in messages %}{% set before = messages[loop.index0 - 1].role %}"
         "{% if loop.first or m.role == 'user' or before == 'user' %}"
@@ -335,7 +335,7 @@ def test_f8_a_call_that_is_left_out(history: str, made: Any) -> None:
 
 
 def call() -> dict[str, Any]:
-    """One that differs from another of the same tool in nothing that is text."""
+    """It differs from another call of the same tool only in values that are no text."""
     return {"type": "function", "function": {"name": "tide", "arguments": {"day": 1}}}
 
 
@@ -347,7 +347,7 @@ def test_text_beside_a_call_is_not_dropped_in_silence(made: Any) -> None:
         made(only_calls).renderer.append(talk, CALL_TOOLS)
 
 
-# ---- F9 and F10: what ends an answer ----
+# ---- F9 and F10: the end of an answer ----
 
 ALWAYS_OPEN = (
     "<s>{% for m in messages %}<|START|><|{{ m.role }}|>{{ m.content }}<|STOP|><|END|>{% endfor %}"
@@ -356,7 +356,7 @@ ALWAYS_OPEN = (
 
 
 def test_f9_the_next_turns_first_token_is_not_trained(made: Any) -> None:
-    """It stands behind the last answer too, and directly behind the token that ends it; two tokens end it."""
+    """The user's end follows the last answer too, directly after the answer's own token: two tokens end it."""
     found = made(ALWAYS_OPEN).renderer.profile
     assert found.end_of_turn == found.history_end == "<|STOP|><|END|>"
     assert [text for kind, text in cut(made(ALWAYS_OPEN).renderer.append(TALK)) if kind == "answer"] == [
@@ -455,7 +455,7 @@ def test_f13_null_stays_null(made: Any) -> None:
 
 
 def test_null_that_only_history_does_not_take(made: Any) -> None:
-    """A template that takes the content of earlier answers apart."""
+    """A template that splits the content of earlier answers."""
     parts = CALLS.replace("m.content or ''", "m.content.split('</think>')[-1] if not loop.last else m.content or ''")
     with_ = made(parts)
     assert with_.renderer.template.call_content == "empty"
@@ -464,7 +464,7 @@ def test_null_that_only_history_does_not_take(made: Any) -> None:
 
 
 def test_a_marker_that_every_header_has_is_no_other_turns(made: Any) -> None:
-    """A call is a turn of the model's own behind its text: it writes that header, which shares a marker with all."""
+    """A call is a turn of its own after the text: the model writes its header, which shares a marker with all."""
     shared = (
         "{% for m in messages %}{{ m.role }}<|role_sep|>\n{{ m.content or '' }}<|message_sep|>\n"
         "{% for call in m.tool_calls or [] %}function call<|role_sep|>\n{{ call.function.name }}"
@@ -502,7 +502,7 @@ def test_an_answer_that_opens_a_document_is_trained_whole(made: Any) -> None:
     ]
 
 
-# ---- on every text and place ----
+# ---- every text and position ----
 
 
 @pytest.mark.slow
@@ -511,7 +511,7 @@ def test_an_answer_that_opens_a_document_is_trained_whole(made: Any) -> None:
     "text", ["", " ", "user", "assistant\n", "1.", "<|im_end|>", "<think>", "</think>", "{{ x }}", "…"]
 )
 def test_texts_that_look_like_anything(text: str, history: str, made: Any) -> None:
-    """Whatever is said, contexts and answers hold their own texts in order, or the conversation is refused."""
+    """Contexts and answers contain their own texts in order, whatever these are, or the conversation is refused."""
     for source in (CHATML % "{{ m.content }}", CUTS_REASONING, ONLY_AT_THE_END, TWO_WAYS_TO_THE_HEADER, ALWAYS_OPEN):
         with_ = made(source)
         talk = [
@@ -541,7 +541,7 @@ def test_texts_that_look_like_anything(text: str, history: str, made: Any) -> No
 
 
 def test_a_text_traced_by_words_here_and_whole_there_ends_at_one_place(made: Any) -> None:
-    """The result has the later rendering traced by words, which leaves the full stop of the call out of its text."""
+    """With the result, the rendering is traced by words: the call's text is then without its full stop."""
     as_json = CALLS.replace(
         "{{ m.content or '' }}", "{{ m.content | tojson if m.role == 'tool' else m.content or '' }}"
     )
@@ -552,7 +552,7 @@ def test_a_text_traced_by_words_here_and_whole_there_ends_at_one_place(made: Any
 
 
 def test_a_result_that_names_its_tool_ends_no_call(made: Any) -> None:
-    """Calls without any text are found by the tool's name, which the template writes again in the result's header."""
+    """Calls without text are located by the tool's name, which the template repeats in the result's header."""
     named = CALLS.replace("{{ m.role }}", "{{ m.role }}{% if m.role == 'tool' %} tide{% endif %}")
     talk = [u("flood?"), a(None, tool_calls=[call()]), t("14:05"), a("At five past two.")]
     assert [text for kind, text in cut(made(named).renderer.append(talk, CALL_TOOLS)) if kind == "answer"] == [

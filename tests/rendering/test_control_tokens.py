@@ -1,4 +1,4 @@
-"""Control tokens are found as the tokenizer finds them: at the first place there is one, and there the longest."""
+"""Control tokens are found as the tokenizer finds them: at the first possible position, and there the longest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ismdata.rendering import control_tokens
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens
 
-#: Few characters, so that texts begin alike; some mean something in an expression.
+#: Few characters, so that texts share prefixes; some are special in regular expressions.
 CHARACTERS = "ab<|.*\\\n"
 
 
@@ -20,7 +20,7 @@ def controls(texts):
 
 
 def one_after_the_other(texts):
-    """The oracle: at each place all texts in turn, the longest first."""
+    """The oracle: tries all texts at each position, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
@@ -41,7 +41,7 @@ def test_as_when_all_are_tried_in_turn(levels, texts, text):
 
 @pytest.mark.slow
 def test_texts_that_begin_one_another_without_end():
-    """Runs of blanks are added tokens of some tokenizers; an expression cannot be nested a thousand times."""
+    """Some tokenizers have runs of blanks as added tokens; a regular expression cannot be nested a thousand times."""
     texts = ["a" * length for length in range(1, 1500)]
     pieces = controls(texts).cut("a" * 1234 + "b" + "a" * 2000)
     assert [piece if isinstance(piece, str) else len(piece.text) for piece in pieces] == [1234, "b", 1499, 501]

@@ -1,4 +1,4 @@
-"""The tokens that a session feeds are those that `pack` makes of the finished conversation, for real templates."""
+"""For real templates, a session feeds the tokens that `pack` writes for the finished conversation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TALK = [
 
 
 class WideModel(ScriptedModel):
-    """With room for a real vocabulary."""
+    """A scripted model with the size of a real vocabulary."""
 
     generation_config = SimpleNamespace(eos_token_id=EOS)
 
@@ -65,7 +65,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [None, *NAMES], ids=str)
 def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
-    """A model that writes the answers as `pack` encodes them; the conversation that comes out is packed again."""
+    """The model writes the answers as `pack` encodes them; then the resulting conversation is packed."""
     with_ = encoding(smollm2, template_named(name), markers=True) if name else encoding(smollm2)
     talk = TALK
     try:
@@ -90,13 +90,12 @@ def test_a_session_feeds_what_pack_makes_of_it(name, smollm2):
 
 
 def test_a_question_taken_back_takes_the_end_that_it_brought(smollm2):
-    """Under GLM's template the token that ends an answer is fed with the next question, once, and goes with it."""
+    """Under GLM's template the token that ends an answer is fed once, with the next question, and removed with it."""
     with_ = encoding(smollm2, template_named("glm4moe"), markers=True)
     pieces = with_.document(TALK)
     written = [[id for piece in pieces if piece.message == k for id in piece.ids] for k in (2, 4)]
     [user] = {written[0][-1]} & ConversationEncoder(with_).next_turn_end_ids
-    # The model writes that token to stop. It is fed alone before the next question; what the model says
-    # to it is dropped.
+    # The model writes that token to stop. It is fed alone before the next question; the logits after it are dropped.
     unheard = 0
     model = WideModel([*written[0][:-1], user, unheard, 11, 12, EOS, unheard, *written[1][:-1], user])
     session = Session(model, ConversationEncoder(with_), mask="ism", system=TALK[0]["content"])
@@ -111,7 +110,7 @@ def test_a_question_taken_back_takes_the_end_that_it_brought(smollm2):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_next_context_is_what_pack_makes(name, smollm2):
-    """What ends the last answer and the context behind it, read off the conversation with the next answer packed."""
+    """The end of the last answer and the context after it are those of the packed conversation with the next answer."""
     renderer = encoding(smollm2, template_named(name), markers=True).renderer
     compared = 0
     for messages in conversations(11):

@@ -35,7 +35,7 @@ def said_by(source: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "gptoss", "glm4moe", "phi3", "gemma3", "cohere2"])
 def test_what_is_reported_is_what_pack_does(name: str, smollm2: Path, tmp_path: Path) -> None:
-    """Each shape as a corpus of one conversation: packed where the report says so, refused for its reason elsewhere."""
+    """Each shape as a corpus of one conversation is packed if the report says so, otherwise refused for its reason."""
     facts = report_template(encoding(smollm2, template_named(name), markers=True)).facts
     assert set(facts["shapes"]) == set(SHAPES)
     folder = tmp_path / "tokenizer"
@@ -168,7 +168,7 @@ def folders(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("options", [{}, {"history": "expand"}, {"mask": "prefix"}, {"train_on": "last"}], ids=str)
 def test_sound_folders_hold_every_text(options: dict[str, Any], folders: Path, smollm2: Path) -> None:
-    """Whole conversations, one document per answer, pieces of a long one."""
+    """Whole conversations, one document per answer, parts of a long one."""
     pack([folders / "converted"], folders / "packed", tokenizer=str(smollm2), seq_len=256, **options)
     found = verify_conversations(verify(folders / "packed"), [folders / "converted"])
     assert found.problems == []
@@ -176,7 +176,7 @@ def test_sound_folders_hold_every_text(options: dict[str, Any], folders: Path, s
 
 
 def rewritten(folders: Path, change: Any) -> None:
-    """The packed rows with `change` made to each."""
+    """The packed rows, each changed by `change`."""
     path = folders / "packed" / "shard-00000.arrow"
     table = pa.ipc.open_stream(path).read_all()
     rows = table.to_pylist()
@@ -226,7 +226,7 @@ def unknown_name(row: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_wrong_is_found(change: Any, said: str, folders: Path, smollm2: Path) -> None:
-    """Rows whose ids and spans may look sound to every other check."""
+    """Changed rows, some of which pass every other check."""
     pack([folders / "converted"], folders / "packed", tokenizer=str(smollm2), seq_len=1024)
     rewritten(folders, change)
     problems, _ = check_texts(folders / "packed", [folders / "converted"])

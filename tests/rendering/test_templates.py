@@ -1,4 +1,4 @@
-"""Law 5: a document's tokens are the model's own, for every chat template that trl ships and two real tokenizers."""
+"""Law 5: a document's tokens are the model's own, for every chat template that TRL ships and two real tokenizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def said(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 def rendered(with_: Encoding, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The tokenizer's own rendering, the date fixed as ours is."""
+    """The tokenizer's own rendering, with the same fixed date."""
     template = with_.renderer.template
     if template.typed_content:
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
@@ -55,7 +55,7 @@ def rendered_or_none(with_: Encoding, messages: list[dict[str, Any]], **options:
 
 
 def chunks_of(with_: Encoding, messages: list[dict[str, Any]]) -> list[Chunk] | None:
-    """Chunks under the encoding's history; None where the template refuses the conversation, as it may."""
+    """The chunks under the encoding's history; None if the template itself refuses the conversation."""
     cut = with_.renderer.append if with_.history == "append" else with_.renderer.expand
     try:
         return cut(messages)
@@ -173,7 +173,7 @@ def test_chat_feeds_what_was_packed(template: Path, smollm2: Path) -> None:
 @pytest.mark.slow
 @by_template
 def test_chat_feeds_what_expand_packed(template: Path, smollm2: Path) -> None:
-    """Rendered anew each turn: the blocks are the document's contexts and earlier answers, up to the newest answer."""
+    """Under `expand`, the blocks are the document's contexts and earlier answers, up to the newest answer."""
     with_ = encoding(smollm2, template, "expand", markers=True)
     encoder = ConversationEncoder(with_)
     compared = 0
@@ -194,7 +194,7 @@ def test_chat_feeds_what_expand_packed(template: Path, smollm2: Path) -> None:
 
 
 def test_append_qwen3(smollm2: Path) -> None:
-    """The empty reasoning that Qwen3 writes into the newest answer stays where it was fed."""
+    """The empty reasoning that Qwen3 writes into the newest answer stays once it was fed."""
     with_ = encoding(smollm2, template_named("qwen3"), markers=True)
     chunks = with_.renderer.append(said((S, "Be kind."), (U, "Hi"), (A, "Hello"), (U, "How?"), (A, "Fine")))
     assert [chunk.text for chunk in chunks] == [
@@ -221,7 +221,7 @@ def test_append_gpt_oss(smollm2: Path) -> None:
 
 
 def test_append_deepseek_r1(smollm2: Path) -> None:
-    """The generation prompt opens reasoning, a finished answer has none: the context ends where they part."""
+    """The generation prompt opens reasoning, a finished answer has none: the context ends where they diverge."""
     with_ = encoding(smollm2, template_named("deepseek_r1_distill"), markers=True)
     chunks = with_.renderer.append(said((U, "Hi"), (A, "<b>Hello</b>"), (U, "How?"), (A, "Fine")))
     assert [chunk.text for chunk in chunks][-4:] == [
@@ -233,7 +233,7 @@ def test_append_deepseek_r1(smollm2: Path) -> None:
 
 
 def test_two_answers_in_a_row(smollm2: Path) -> None:
-    """The second answer begins behind its own generation prompt, though Qwen3 rewrites the first one when it comes."""
+    """The second answer begins after its own generation prompt, although Qwen3 then rewrites the first one."""
     with_ = encoding(smollm2, template_named("qwen3"), markers=True)
     chunks = with_.renderer.append(said((U, "q"), (A, "first"), (A, "second")))
     assert [chunk.text for chunk in chunks if chunk.kind == ANSWER] == [
@@ -256,7 +256,7 @@ TOOL_TALK: list[dict[str, Any]] = [
 @by_template
 @pytest.mark.parametrize("history", ["append", "expand"])
 def test_tool_results_stand_before_the_answer_that_uses_them(template: Path, history: Any, smollm2: Path) -> None:
-    """Or the conversation is refused: a result that is lost or in an answer trains the wrong thing."""
+    """Otherwise the conversation is refused: a result that is lost or inside an answer would train the wrong text."""
     with_ = encoding(smollm2, template, history, markers=True)
     try:
         pieces = with_.document(TOOL_TALK)
@@ -311,7 +311,7 @@ def test_templates_that_act_on_what_is_said(expression: str, content: str, smoll
 
 @pytest.mark.parametrize("kind", ["first", "always", "Prepend", "never"])
 def test_tokenizers_that_put_a_blank_before_words(kind: str, tmp_path: Path) -> None:
-    """Sentencepiece-like tokenizers: a whole rendering, encoded by the tokenizer itself, is what the pieces are."""
+    """Tokenizers like SentencePiece: the pieces have the ids of the whole rendering by the tokenizer."""
     letters = [chr(code) for code in range(32, 127)]
     backend = Tokenizer(
         models.BPE(vocab={c: k for k, c in enumerate(["<unk>", "▁", *letters])}, merges=[], unk_token="<unk>")
@@ -347,7 +347,7 @@ def test_a_tail_of_the_end_is_no_target(smollm2: Path) -> None:
 
 @by_template
 def test_text_never_becomes_a_control_token(template: Path, smollm2: Path) -> None:
-    """Messages that spell out control tokens have as many of them as messages that do not."""
+    """Messages whose text looks like control tokens get no more control tokens than other messages."""
     with_ = encoding(smollm2, template, markers=True)
     controls = set(with_.tokenizer.control_ids.tolist())
     spelled = "".join(with_.tokenizer.controls.tokens)
@@ -381,7 +381,7 @@ def test_escaping_avoids_private_characters_in_use() -> None:
 
 
 def test_paired_markup_stays_what_it_is(deepseek: Path) -> None:
-    """<think> is no control token: an answer with reasoning has it as the tokenizer does."""
+    """<think> is no control token: in an answer the tokenizer encodes it as usual."""
     with_ = encoding(deepseek, template_named("qwen2_5"))
     pretrained = with_.tokenizer.pretrained
     assert "<think>" not in with_.tokenizer.controls.tokens
@@ -436,7 +436,7 @@ def test_arguments() -> None:
 
 
 def test_rewritten_history_that_cannot_be_followed(smollm2: Path, tmp_path: Path) -> None:
-    """A template that drops earlier turns altogether cannot be fed append-only; the refusal says what can be done."""
+    """`append` cannot follow a template that drops earlier turns; the refusal says what to do."""
     forgetful = tmp_path / "forgetful.jinja"
     forgetful.write_text(
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

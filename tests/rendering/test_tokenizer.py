@@ -1,4 +1,4 @@
-"""A tokenizer is loaded, saved and stripped of its control tokens as transformers has it, only faster."""
+"""Tokenizers are loaded and saved as by transformers, only faster; control tokens can be removed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_plain_folder_loads_as_auto_tokenizer_does(smollm2: Path, deepseek: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "deepseek"])
 def test_saving_writes_what_save_pretrained_does(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The model, which is put in as text, included; and the tokenizer is afterwards what it was."""
+    """Including the model, which is written as text. Afterwards the tokenizer is unchanged."""
     tokenizer = Tokenizer(load_pretrained(str(request.getfixturevalue(name))), name=name, template="")
     (tmp_path / "ours").mkdir()
     before = tokenizer.pretrained.backend_tokenizer.to_str()

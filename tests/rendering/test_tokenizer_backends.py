@@ -1,4 +1,4 @@
-"""gigatoken is as good as the reference, or it is not used: the same shards whichever makes the ids."""
+"""gigatoken has the ids of the reference or is not used: the shards do not depend on the backend."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ __all__ = ["bytes_tokenizer"]  # a fixture
 
 pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
 
-#: Texts that tokenizers take apart in ways of their own.
+#: Texts that tokenizers split in different ways.
 PIECES = st.sampled_from(
     [
         "",
@@ -97,7 +97,7 @@ def test_ids_are_those_of_each_text_alone(
 
 @given(texts=TEXTS, cut=st.integers(0, 3), size=st.integers(1, 30))
 def test_slices_are_the_texts_in_order(texts: list[str], cut: int, size: int) -> None:
-    """Each as long as it may be."""
+    """Each as long as allowed."""
     slices = [part.to_pylist() for part in _slices(large(["left out"] * cut + texts).slice(cut), size)]
     assert [text for part in slices for text in part] == texts
     assert all(slices) or slices == [[]]
@@ -113,7 +113,7 @@ def gigatoken_for(reference: Reference) -> Gigatoken:
 
 
 def test_gigatoken_forgets_what_it_has_seen(bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is loaded anew where it has seen enough, and gives the same ids."""
+    """It is reloaded after a number of bytes, and gives the same ids."""
     import gigatoken
 
     load, loads = gigatoken.Tokenizer.from_json, []
@@ -186,7 +186,7 @@ def packed(
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """All files of a folder, and its index less what names the backend and the index's own hash."""
+    """All files of a folder, and its index without the backend's name and the index's own hash."""
     found: dict[str, Any] = {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -222,7 +222,7 @@ def test_the_same_bytes_for_any_backend_and_any_number_of_workers(
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """gigatoken gives a wrong id for texts that hold one of the words in this list."""
+    """gigatoken gives a wrong id for texts that contain one of the words in this list."""
     words: list[str] = []
     encode = Gigatoken.encode
 
@@ -239,7 +239,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def assert_left_for_the_reference(packed: Callable[..., Any], report: Any, notes: list[str], expected: Any) -> None:
-    """gigatoken was given up with one note, the shards are the reference's, and asking for gigatoken is refused."""
+    """gigatoken was dropped with one note, the shards are the reference's, and requesting gigatoken is an error."""
     assert len(notes) == 1
     assert "gigatoken is not used" in notes[0]
     assert used(report.output) == ("auto", "hf")
@@ -259,7 +259,7 @@ def test_a_difference_on_the_sample_means_the_reference(packed: Callable[..., An
 def test_a_difference_found_later_means_all_over_again(
     packed: Callable[..., Any], wrong: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third of three batches has the only text that differs, and no sample sees it."""
+    """The only text that differs is in the third of three batches, and no sample has it."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 111")
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", lambda texts, reference: [])
@@ -282,7 +282,7 @@ def test_a_difference_that_only_law_5_sees(
 
 @pytest.mark.slow
 def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while one of them loads it anew, and whether it works in threads of its own or not."""
+    """Also while one of them reloads it, and whether or not it uses threads of its own."""
     reference = Tokenizer(load_pretrained(str(deepseek)), name="deepseek", template="").reference
     batches = [
         large([f"word{n} {k} of many, naïve 你好 " * 8 for k in range(12_000 // (1 + 40 * (n % 2)))]) for n in range(6)
@@ -301,7 +301,7 @@ def test_threads_may_share_gigatoken(deepseek: Path, monkeypatch: pytest.MonkeyP
 def test_what_was_encoded_is_compared_once_the_comparison_is_over(
     bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where another thread is at it: a batch is spooled when its own call returns."""
+    """Also if another thread is comparing: a batch is spooled when its own call returns."""
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends._SHARE", 1.0)
     reference = load_encoding(str(bytes_tokenizer)).tokenizer.reference
     backend = ComparedGigatoken(Gigatoken(reference), reference)
@@ -383,7 +383,7 @@ def test_gigatoken_is_not_installed(packed: Callable[..., Any], monkeypatch: pyt
 
 
 class PanicException(BaseException):
-    """As Rust's panics come to Python."""
+    """How Rust's panics appear in Python."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError, PanicException], ids=["error", "panic"])
@@ -425,7 +425,7 @@ def test_an_interrupt_is_no_failure(bytes_tokenizer: Path, monkeypatch: pytest.M
         backend.encode(large(["a"]), opening=False)
 
 
-# ---- going on after a crash ----
+# ---- resuming after a crash ----
 
 
 class Death(BaseException):
@@ -434,7 +434,7 @@ class Death(BaseException):
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Record after every batch, and die at the batch of that number (counted over all runs)."""
+    """Record after every batch, and end at the batch of that number, counted over all runs."""
 
     def at(number: int) -> None:
         make, made = ismdata.pack.tokenize.make_documents, []
@@ -454,7 +454,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_run_goes_on_with_the_backend_that_it_had(
     packed: Callable[..., Any], wrong: list[str], killed: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left aside in the second batch, killed in the second of the reference's: gigatoken is not asked again."""
+    """gigatoken is dropped in the second batch, the run ends in the reference's second: gigatoken is not used again."""
     expected, _ = packed("expected", tokenizer_backend="hf")
     wrong.append(" 55")
     monkeypatch.setattr("ismdata.rendering.tokenizer_backends.encode_samples", lambda texts, reference: [])
