@@ -118,6 +118,7 @@ def _differ_in_content_only(one: Mapping[str, Any], other: Mapping[str, Any]) ->
 
 
 def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> dict[str, Any]:
+    """A canonical message, with all fields of `conversation.MESSAGE_TYPE`."""
     name = raw.get("role")
     if name is None:
         raise Refused("missing_role", f"message {number} has no role; expected {_expected_roles()}")
@@ -175,7 +176,9 @@ def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]],
         elif kind not in _TEXT_PARTS | _REASONING_PARTS:
             raise Refused("unsupported_content", f"message {number} has a part of type {kind!r}; expected text only")
         elif not isinstance(body, str):
-            raise Refused("invalid_content", f"message {number}'s {kind} part holds {kind_of(body)}; expected a string")
+            raise Refused(
+                "invalid_content", f"message {number}'s {kind} part contains {kind_of(body)}; expected a string"
+            )
         else:
             (texts if kind in _TEXT_PARTS else reasoning).append(body)
     text = None if calls and not texts else "".join(texts)
@@ -183,6 +186,7 @@ def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]],
 
 
 def _calls_of_message(raw: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """The calls in `tool_calls` and `function_call`."""
     calls = raw.get("tool_calls")
     found = [] if calls is None or calls == "" else _calls_of_value(calls, number)
     if raw.get("function_call") is not None:
@@ -191,6 +195,7 @@ def _calls_of_message(raw: Mapping[str, Any], number: int) -> list[dict[str, Any
 
 
 def _calls_of_text(text: str | None, number: int) -> list[dict[str, Any]]:
+    """The calls in the content of a message whose role says that it is one."""
     calls = _calls_of_value(text, number)
     if not calls:
         raise Refused("invalid_tool_call", f"message {number} calls no tool; expected {_EXPECTED_CALL}")
@@ -274,6 +279,7 @@ def _string(raw: Mapping[str, Any], name: str, number: int) -> str | None:
 
 
 def _check_text(value: Any, where: str) -> None:
+    """Raise Refused if a string cannot be encoded as UTF-8."""
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")

@@ -163,7 +163,7 @@ class CorpusFormat(ABC):
 class SourceBlock(NamedTuple):
     """A block with all that is needed to read it. Worker processes receive it pickled."""
 
-    block: Block
+    records: Block
     place: Place
     corpus_format: CorpusFormat
 

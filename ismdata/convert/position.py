@@ -83,7 +83,7 @@ class Position:
             if count == expected:
                 yield block
                 continue
-            checksum = _chain(checksum, block_checksum(block.block))
+            checksum = _chain(checksum, block_checksum(block.records))
             count += 1
             if count == expected:
                 self._check_unchanged(checksum, name)

@@ -58,11 +58,11 @@ def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
     Returns:
         The same rows and quarantine entries as `read_records`, and the block's checksum.
     """
-    checksum = block_checksum(block.block)
-    columns = block.corpus_format.parse_block(block.block)
+    checksum = block_checksum(block.records)
+    columns = block.corpus_format.parse_block(block.records)
     if columns is None:
         return replace(read_records(block, rules), checksum=checksum)
-    numbers = pa.array(block.block.numbers).cast(pa.string())
+    numbers = pa.array(block.records.numbers).cast(pa.string())
     sources = pc.binary_join_element_wise(block.place.prefix, numbers, "")
     own_ids = pc.binary_join_element_wise(f"{block.place.stem}-", numbers, "")
     rows, fallback = assemble(columns, rules, sources=sources, own_ids=own_ids)
@@ -86,7 +86,7 @@ def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
 
 def read_records(block: SourceBlock, rules: Rules) -> BlockResult:
     """Read all records of a block on the general path."""
-    return _read_chosen(block, rules, range(len(block.block.numbers)))[0]
+    return _read_chosen(block, rules, range(len(block.records.numbers)))[0]
 
 
 def block_checksum(block: Block) -> int:
