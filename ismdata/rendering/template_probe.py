@@ -19,9 +19,8 @@ The last row is a decision: the model must write that token to stop, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -121,9 +120,13 @@ def probe_template(template: ChatTemplate, markers: ControlTokens) -> tuple[Chat
     template = _with_call_format(template)
     prompt = opened[markers.common_prefix(alone, opened) :]
     difference = _first_difference(template, tools)
+    endings = _find_endings(template, answered, prompt, markers, tools)
     return template, TemplateProfile(
         generation_prompt=prompt,
-        **_endings(template, answered, prompt, markers, tools),
+        end_of_turn=endings.end_of_turn,
+        history_end=endings.history_end,
+        next_turn_ends=endings.next_turn_ends,
+        user_header=endings.user_header,
         prefix_stable=difference is None,
         difference=difference,
     )
@@ -198,16 +201,25 @@ def _rendered(template: ChatTemplate, messages: list[Message], tools: list[Any] 
 # -- what ends an answer -----------------------------------------------------------------------------------------------
 
 
-def _endings(
+class _Endings(NamedTuple):
+    """The fields of the profile of the same names."""
+
+    end_of_turn: str
+    history_end: str
+    next_turn_ends: tuple[str, ...] = ()
+    user_header: str = ""
+
+
+def _find_endings(
     template: ChatTemplate, answered: str, prompt: str, markers: ControlTokens, tools: list[Any] | None
-) -> Mapping[str, Any]:
-    """The fields of the profile about the end of an answer and the header of a user's turn."""
+) -> _Endings:
+    """Find what ends an answer and what opens a user's turn."""
     close = answered[answered.index(_ANSWER) + len(_ANSWER) :]
     text = _rendered(template, [_USER, _REPLY, _USER_AGAIN], tools)
     if text is None or not all(content in text for content in (_QUESTION, _ANSWER, _SECOND_QUESTION)):
         # This template accepts one exchange only.
         end = _through_controls(close, markers, openers=frozenset()) or close.rstrip()
-        return {"end_of_turn": end, "history_end": end, "next_turn_ends": (), "user_header": ""}
+        return _Endings(end, end)
     opening = text[: text.index(_QUESTION)]
     later = text[text.index(_ANSWER) + len(_ANSWER) : text.index(_SECOND_QUESTION)]
     openers = _openers(text, opening, markers)
@@ -222,12 +234,7 @@ def _endings(
     if not end:
         found = (in_history or _leading_control(later, markers), _control_before_result(template, markers))
         ends = tuple(dict.fromkeys(token for token in found if token))
-    return {
-        "end_of_turn": end,
-        "history_end": in_history,
-        "next_turn_ends": ends,
-        "user_header": _user_header(opening, later[len(in_history) :], markers),
-    }
+    return _Endings(end, in_history, ends, _user_header(opening, later[len(in_history) :], markers))
 
 
 def _openers(text: str, opening: str, markers: ControlTokens) -> frozenset[str]:
