@@ -222,7 +222,7 @@ def unknown_name(row: dict[str, Any]) -> None:
         (train_question, "not in the context|is in the answer"),
         (untrain, "is a target 0 times"),
         (swap_names, "not the conversation's"),
-        (unknown_name, "none of the conversations"),
+        (unknown_name, "not in the converted folders"),
     ],
 )
 def test_what_is_wrong_is_found(change: Any, said: str, folders: Path, smollm2: Path) -> None:
