@@ -34,7 +34,7 @@ from ismdata.rendering import insert_glm_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchedBatch:
-    """A batch whose texts a background thread is encoding. Made by `prefetch`, used by `BatchEncoder`.
+    """A batch whose texts a background thread is encoding. Returned by `prefetch`, for a `BatchEncoder`.
 
     Attributes:
         batch: The batch.
@@ -110,13 +110,13 @@ class _KnownDocuments:
     def places(self, requests: Requests) -> IntArray:
         """Return for each request the place of the known document with the same messages; -1 if there is none."""
         names = ("conversation", "head", "lo", "hi")
-        known, asked = (
+        known, wanted = (
             np.stack([getattr(each, name) for name in names], axis=1, dtype=np.int64)
             for each in (self.requests, requests)
         )
-        if np.array_equal(known, asked):
-            return np.arange(len(asked))
-        numbers, firsts = number_rows(np.concatenate([known, asked]))
+        if np.array_equal(known, wanted):
+            return np.arange(len(wanted))
+        numbers, firsts = number_rows(np.concatenate([known, wanted]))
         places = firsts[numbers[len(known) :]]
         return np.where(places < len(known), places, -1)
 

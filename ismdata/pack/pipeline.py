@@ -97,8 +97,8 @@ def pack(
         if tally.unwritten_reasoning:
             answers = "answer" if tally.unwritten_reasoning == 1 else "answers"
             reporter.note(
-                f"The template does not write the reasoning of {tally.unwritten_reasoning:,} {answers}: it is left "
-                "out, and the text behind it is trained."
+                f"The template omits the reasoning of {tally.unwritten_reasoning:,} {answers}: only the text after it "
+                "is trained."
             )
         counts = conversation_counts(job.conversations, tally.conversations, quarantine.reasons)
         totals = tally.totals(lengths, options.seq_len, sequences=planned.rows)

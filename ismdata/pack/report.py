@@ -99,12 +99,12 @@ def packed_index(
     """The index of a packed folder.
 
     Args:
-        job: The run, its tokenizer and quarantine written.
+        job: The run; its folder holds the tokenizer and the quarantine.
         shards: The finished shards, in order.
         counts: From `conversation_counts`.
         totals: From `Tally.totals`.
         weighted: Whether the shards have loss weights.
-        backend: Name of the tokenizer backend that made the ids.
+        backend: Name of the tokenizer backend that encoded the texts.
 
     Returns:
         The content of `index.json`, without its own hash.

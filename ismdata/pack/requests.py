@@ -93,7 +93,7 @@ class PieceTable:
         run: int64[P], number in the batch's `BatchRuns`.
         length: int64[P], tokens.
         controls: int64[P], control tokens that the template wrote.
-        refused: Documents that cannot be made, by request.
+        refused: Why documents are refused, by request.
     """
 
     request: IntArray

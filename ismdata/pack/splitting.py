@@ -256,7 +256,7 @@ def _part_requests(
             rows.append((r, head, lo, answers[part.last] + 1, answers[part.target]))
     table = np.array(rows, np.int64).reshape(-1, 5)
     parents = table[:, 0]
-    made = Requests(
+    split_requests = Requests(
         conversation=requests.conversation[parents],
         head=table[:, 1],
         lo=table[:, 2],
@@ -264,4 +264,4 @@ def _part_requests(
         target_from=table[:, 4],
         cut=np.full(len(table), cut),
     )
-    return made, parents
+    return split_requests, parents

@@ -1,4 +1,4 @@
-"""Verify that a packed folder holds the texts of the conversations it was made of, each in its place.
+"""Verify that a packed folder holds the texts of its conversations, each in its place.
 
 This shares no code with what makes spans: it decodes tokens and looks for the words of each message. So it also finds
 errors that the checks of `pack` have in common. It cannot see punctuation, white space, texts without words, and which
@@ -250,11 +250,11 @@ def _documents(
             else:
                 blocks.append((is_answer, whole, target))
             at += 1
-        made = [
+        described = [
             _Block(is_answer=is_answer, words=words_of(whole), target=words_of(target))
             for is_answer, whole, target in blocks
         ]
-        documents.append((name, made))
+        documents.append((name, described))
     return documents
 
 

@@ -26,7 +26,7 @@ class TextGroup:
 
     Attributes:
         texts: The texts.
-        opening: Whether they open a document; some tokenizers put a blank before such texts.
+        opening: Whether they open a document; some tokenizers put a space before such texts.
         places: int64, where each text belongs in an array of the caller's.
     """
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, repeat
@@ -36,8 +36,8 @@ from ismdata.rendering import (
     Encoding,
     TokenizerEngine,
     choose_backend,
-    choose_sample,
     disagreement,
+    stratified,
 )
 
 
@@ -79,32 +79,32 @@ def tokenize(
     """
     while_waiting = cache(while_waiting)
     journal, note = job.journal, job.reporter.note
+    state = journal.state or {}
+    recorded, skeletons = state.get("backend"), state.get("skeletons", True)
     reference = job.encoding.tokenizer.reference
-    recorded = (journal.state or {}).get("backend")
     chosen = choose_backend(job.options.tokenizer_backend, reference, sample, recorded=recorded)
     for text in chosen.notes:
         note(text)
     backend = chosen.backend
     if recorded not in (None, backend.identity):
         note(f"The interrupted run tokenized with {recorded}; now {backend.identity} is used. Tokenizing starts again.")
-        journal.record({"skeletons": (journal.state or {}).get("skeletons", True), "backend": backend.identity}, [])
+        journal.record({"skeletons": skeletons, "backend": backend.identity}, [])
     while True:
         try:
             return _tokenize_rest(job, backend, while_waiting)
-        except BackendError as found:
+        except BackendError as error:
             if not chosen.may_fall_back:
-                raise disagreement(found) from found
-            note(f"gigatoken is not used ({found}). Tokenizing starts again with tokenizers, which is slower.")
+                raise disagreement(error) from error
+            note(f"gigatoken is not used ({error}). Tokenizing starts again with tokenizers, which is slower.")
             backend = reference
-            skeletons = (journal.state or {}).get("skeletons", True)
-        except SkeletonMismatch as found:
-            if not (journal.state or {}).get("skeletons", True):
+        except SkeletonMismatch as error:
+            if not skeletons:
                 raise DataError(
-                    f"{found}: two renderings of the conversation differ; expected the same text each time. The "
+                    f"{error}: two renderings of the conversation differ; expected the same text each time. The "
                     "template uses random numbers or the time. Remove that in a copy and pass it: --chat-template FILE"
-                ) from found
+                ) from error
             note(
-                f"{found}: the template does more than its probing showed. Each conversation is rendered "
+                f"{error}: the template does more than its probing showed. Each conversation is rendered "
                 "individually, which is slower."
             )
             skeletons = False
@@ -112,12 +112,12 @@ def tokenize(
         journal.record({"skeletons": skeletons, "backend": backend.identity}, [])
 
 
-#: Batches of the sources whose texts are sampled for the comparison of backends.
+#: Batches whose texts are sampled to compare tokenizer backends.
 _SAMPLED_BATCHES = 4
 
 
 def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
-    """A stratified sample of the texts of some batches, spread evenly over all rows. Raises DataError."""
+    """Return a stratified sample of the texts of some batches, spread evenly over all rows. Raises DataError."""
     total = sum(source.rows for source in sources)
     places = np.unique(np.linspace(0, total, _SAMPLED_BATCHES, endpoint=False).astype(np.int64))
     taken = [pa.array([], pa.large_string())]
@@ -125,7 +125,7 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
     for source in sources:
         for rows in source.batches_of(places[(places >= done) & (places < done + source.rows)] - done):
             texts = pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
-            taken.append(texts.take(pa.array(choose_sample(texts))))
+            taken.append(texts.take(pa.array(stratified(texts))))
         done += source.rows
     return pa.concat_arrays(taken)
 
@@ -133,7 +133,7 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
 def tokenizer_texts(
     sources: Sequence[ConvertedFolder], encoding: Encoding, options: PackOptions
 ) -> Iterator[pa.LargeStringArray]:
-    """Yield the texts that `pack` gives its tokenizer: those of messages, with what the template writes around them.
+    """Yield the texts that `pack` passes to its tokenizer: contents, with what the template writes around them.
 
     Benchmarks measure the tokenizer alone on them.
 
@@ -157,11 +157,11 @@ def tokenizer_texts(
 
 
 def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callable[[], None]) -> TokenizedCorpus:
-    """Tokenize from where the journal is to the end.
+    """Tokenize what the journal does not record yet.
 
     Raises SkeletonMismatch if skeletons do not fit the template, BackendError if the backend fails.
     """
-    encoding, options, journal = job.encoding, job.options, job.journal
+    journal = job.journal
     state = journal.state or {}
     spool = Spool(job.folder / SCRATCH_NAME, keep=state.get("rows"))
     quarantine = Quarantine(job.folder, state.get("quarantine"))
@@ -175,31 +175,10 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
         give_back()  # otherwise fragmented free memory grows with the corpus
 
     cache = SkeletonCache(
-        encoding, backend=backend, use_skeletons=skeletons, without_reasoning=options.train_on == "content"
+        job.encoding, backend=backend, use_skeletons=skeletons, without_reasoning=job.options.train_on == "content"
     )
-    rows = _batches_from(job.sources, done)
-    samples = chain([LATER_SAMPLE if done else SAMPLE], repeat(LATER_SAMPLE))
-    with ThreadPoolExecutor(2) as checking, ThreadPoolExecutor(1) as prefetching:
-
-        def start(rows: pa.RecordBatch) -> PrefetchedBatch:
-            batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
-            return prefetch(cache, batch, requests_for(batch, options), prefetching)
-
-        def make(prefetched: PrefetchedBatch) -> _MadeBatch:
-            while_waiting()
-            sample = _sample(prefetched, next(samples))
-            encoder = BatchEncoder(cache, prefetched.batch, prefetched)
-            with _blame(encoder, sample):
-                comparison = checking.submit(template_check.prepare_comparison(encoder, sample).check)
-                result = make_documents(encoder, options)
-            checks = comparison, checking.submit(backend.compare)
-            return _MadeBatch(encoder=encoder, sample=sample, result=result, checks=checks)
-
-        # The texts of the next batch are encoded while this one is laid out. The checks of a batch run while the next
-        # one is made; it is spooled when they have passed.
-        for made in delay_by_one(map(make, delay_by_one(map(start, rows)))):
-            made.wait_for_checks()
-            batch, result = made.encoder.batch, made.result
+    with closing(spool), closing(quarantine), closing(_checked_batches(job, cache, done, while_waiting)) as batches:
+        for batch, result in batches:
             tally.weighted |= batch.weight is not None
             spool.append(result.documents, result.names)
             quarantine.add(_quarantined(batch, result.refused))
@@ -208,35 +187,69 @@ def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callab
             if journal.due():
                 record()
             job.reporter.progress("tokenize", done, job.conversations)
-    while_waiting()  # for a corpus without conversations
-    if done > state.get("done", 0) and journal.due():
-        record()
-    spool.close()
-    quarantine.close()
+        if done > state.get("done", 0) and journal.due():
+            record()
     return TokenizedCorpus(spool=spool, quarantine=quarantine, tally=tally, backend=backend.name)
 
 
-def _quarantined(batch: ConversationBatch, refused: Mapping[int, Refusal]) -> Iterator[Quarantined]:
-    """The refused conversations of a batch, in its order; `refused` has them by their number in the batch."""
-    for number, refusal in sorted(refused.items()):
-        record = batch.conversation(number)
-        yield Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
+def _checked_batches(
+    job: PackJob, cache: SkeletonCache, first_row: int, while_waiting: Callable[[], None]
+) -> Generator[tuple[ConversationBatch, BatchResult], None, None]:
+    """Yield batches and their documents, each when its checks have passed.
+
+    The texts of the next batch are encoded while this one is laid out. The checks of a batch run while the next one is
+    laid out.
+    """
+    encoding, options = job.encoding, job.options
+    samples = chain([LATER_SAMPLE if first_row else SAMPLE], repeat(LATER_SAMPLE))
+    with ThreadPoolExecutor(2) as checking, ThreadPoolExecutor(1) as prefetching:
+
+        def start(rows: pa.RecordBatch) -> PrefetchedBatch:
+            batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
+            return prefetch(cache, batch, requests_for(batch, options), prefetching)
+
+        def lay_out(prefetched: PrefetchedBatch) -> _UncheckedBatch:
+            while_waiting()
+            batch = prefetched.batch
+            sample = _sample(prefetched, next(samples))
+            encoder = BatchEncoder(cache, batch, prefetched)
+            with _blame(cache, batch, sample):
+                comparison = checking.submit(template_check.prepare_comparison(encoder, sample).check)
+                result = make_documents(encoder, options)
+            checks = comparison, checking.submit(cache.backend.compare)
+            return _UncheckedBatch(batch=batch, sample=sample, result=result, checks=checks)
+
+        rows = _batches_from(job.sources, first_row)
+        for unchecked in delay_by_one(map(lay_out, delay_by_one(map(start, rows)))):
+            with _blame(cache, unchecked.batch, unchecked.sample):
+                for check in unchecked.checks:
+                    check.result()
+            yield unchecked.batch, unchecked.result
+    while_waiting()  # for a corpus without conversations
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MadeBatch:
-    """The documents of a batch, and the checks of them that run in other threads."""
+class _UncheckedBatch:
+    """The documents of a batch while other threads check them.
 
-    encoder: BatchEncoder
+    Attributes:
+        batch: The batch.
+        sample: The documents that are compared with their individual renderings.
+        result: All documents.
+        checks: The comparison of the sample, and the backend's own with the reference.
+    """
+
+    batch: ConversationBatch
     sample: Requests
     result: BatchResult
     checks: Sequence[Future[Any]]
 
-    def wait_for_checks(self) -> None:
-        """Wait for the checks. Raises SkeletonMismatch, BackendError."""
-        with _blame(self.encoder, self.sample):
-            for check in self.checks:
-                check.result()
+
+def _quarantined(batch: ConversationBatch, refused: Mapping[int, Refusal]) -> Iterator[Quarantined]:
+    """The refused conversations of a batch, in order. refused: by number in the batch."""
+    for number, refusal in sorted(refused.items()):
+        record = batch.conversation(number)
+        yield Quarantined(source=record["source"], reason=refusal.reason, detail=refusal.detail, record=record)
 
 
 def _batches_from(sources: Sequence[ConvertedFolder], start: int) -> Iterator[pa.RecordBatch]:
@@ -254,16 +267,15 @@ def _sample(prefetched: PrefetchedBatch, conversations: int) -> Requests:
 
 
 @contextmanager
-def _blame(encoder: BatchEncoder, sample: Requests) -> Iterator[None]:
-    """Turn a SkeletonMismatch into BackendDiffers if the reference tokenizer gives no mismatch for the same sample."""
+def _blame(cache: SkeletonCache, batch: ConversationBatch, sample: Requests) -> Iterator[None]:
+    """Turn a SkeletonMismatch into BackendDiffers if the sample matches with the reference tokenizer."""
     try:
         yield
-    except SkeletonMismatch as found:
-        cache = encoder.cache
+    except SkeletonMismatch as error:
         if cache.backend.name == "hf":
             raise
         by_reference = SkeletonCache(
             cache.encoding, use_skeletons=cache.use_skeletons, without_reasoning=cache.without_reasoning
         )
-        template_check.prepare_comparison(BatchEncoder(by_reference, encoder.batch), sample).check()
-        raise BackendDiffers(str(found)) from found
+        template_check.prepare_comparison(BatchEncoder(by_reference, batch), sample).check()
+        raise BackendDiffers(str(error)) from error

@@ -259,7 +259,7 @@ def test_a_template_that_does_more_than_its_probing_showed(
         encoding="utf-8",
     )
     blind = Sensitivity(triggers=(), blank=False, everything=False)
-    monkeypatch.setattr("ismdata.rendering.encoding.sensitivity", lambda renderer, prepends: blind)
+    monkeypatch.setattr("ismdata.rendering.encoding.find_sensitivity", lambda renderer, prepends: blind)
     recorder = Recorder()
     report, shards = packed(
         tmp_path, corpus(tmp_path, [talk(2)]), bytes_tokenizer, chat_template=str(source), reporter=recorder
