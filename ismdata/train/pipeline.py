@@ -16,7 +16,7 @@ import signal
 import sys
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,13 @@ class _Run:
 
 
 def train(
-    packed: Path, *, output: Path, options: TrainOptions, overwrite: bool = False, reporter: Reporter = LOGGED
+    packed: Path,
+    *,
+    output: Path,
+    options: TrainOptions | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = LOGGED,
+    **fields: Any,
 ) -> TrainReport:
     """Train a model on the sequences of a packed folder.
 
@@ -122,6 +128,7 @@ def train(
         packed: A folder that `ismdata pack` wrote.
         output: The folder to write. It appears when it is complete.
         options: How to train.
+        fields: Fields of `TrainOptions`, in place of `options` or to change some of them.
         overwrite: Whether to replace an older output, or the checkpoints of another run.
         reporter: Receives a line per log, and the progress of the steps.
 
@@ -139,6 +146,7 @@ def train(
     Example:
         train(Path("packed"), output=Path("model"), options=TrainOptions(model="tiny", steps=100))
     """
+    options = TrainOptions(**fields) if options is None else replace(options, **fields)
     _quiet_libraries()
     if not is_first_process():
         reporter = SilentReporter()
