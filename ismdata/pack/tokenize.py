@@ -36,8 +36,8 @@ from ismdata.rendering import (
     Encoding,
     TokenizerEngine,
     choose_backend,
+    choose_sample,
     disagreement,
-    stratified,
 )
 
 
@@ -125,7 +125,7 @@ def sampled_texts(sources: Sequence[ConvertedFolder]) -> pa.LargeStringArray:
     for source in sources:
         for rows in source.batches_of(places[(places >= done) & (places < done + source.rows)] - done):
             texts = pc.fill_null(rows.column("messages").flatten().field("content"), "").cast(pa.large_string())
-            taken.append(texts.take(pa.array(stratified(texts))))
+            taken.append(texts.take(pa.array(choose_sample(texts))))
         done += source.rows
     return pa.concat_arrays(taken)
 
