@@ -180,8 +180,8 @@ def _before_forward(
         kv_end = torch.full_like(doc_start, past + 1)
     elif doc_start is None or kv_end is None:
         raise UsageError(
-            f"the attached model got {rows} tokens per row without doc_start and kv_end, which say what keys a row "
-            "sees: documents would see each other. Pass the Collator's batch, or intervals for a prefill"
+            f"the attached model got samples of {rows} tokens without doc_start and kv_end, which say what keys a "
+            "token sees: documents would see each other. Pass the Collator's batch, or intervals for a prefill"
         )
     elif doc_start.shape != (batch, rows) or kv_end.shape != (batch, rows):
         raise UsageError(
@@ -200,8 +200,8 @@ def _before_forward(
     )
     if intervals.one_pass and rows % backend.rows_multiple:
         raise UsageError(
-            f"the batch has {rows} tokens per row; the backend {vars(module)[_ATTACHMENT].backend} requires a multiple "
-            f"of {backend.rows_multiple}. Pad the rows, or use the backend sdpa"
+            f"the batch has samples of {rows} tokens; the backend {vars(module)[_ATTACHMENT].backend} needs a multiple "
+            f"of {backend.rows_multiple}. Pad the samples, or use the backend sdpa"
         )
     glm.check_positions(
         module,

@@ -2,10 +2,10 @@
 
 `attach` runs a few small forward passes without gradients. A document packed twice under causal intervals must give
 the logits of the stock model both times: positions restart, documents do not see each other, and nothing of the model's
-attention (sinks, capped scores, biases, windows) is lost. And changing a token must change exactly the rows that see it
-(law 4), for every pair of rows and tokens of a tiny packed sequence. At the start of training, `check_training`
-compares the backend's outputs and gradients with those of attention in plain matrix products. The model and the random
-state stay as they were.
+attention (sinks, capped scores, biases, windows) is lost. And changing a token must change the logits of the
+tokens that see it, and of no others, for every pair of tokens of a tiny packed sequence. At the start of training,
+`check_training` compares the backend's outputs and gradients with those of attention in plain matrix products. Model
+and random state stay as they were.
 """
 
 from __future__ import annotations

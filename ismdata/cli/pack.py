@@ -79,8 +79,8 @@ def pack_command(
 ) -> None:
     """Tokenize conversations and pack them into sequences.
 
-    Writes tokens, spans, targets, positions and block tables. Conversations read = packed + quarantined. Each answer
-    of a packed conversation is a target exactly once.
+    Writes tokens, spans, targets, positions and block tables. Conversations read = packed + quarantined. No
+    answer is trained twice.
     """
     from ismdata.cli.views import reports
     from ismdata.pack import pack

@@ -61,8 +61,8 @@ class Collator:
             - `position_ids_2`: int64[B, T], in the GLM layout
             - `loss_weight`: float32[B, T], if the shards have weights
             - `varlen_documents`, `varlen_alone`, `varlen_rows`, `varlen_blocks`: int32, and `varlen_longest`, a tensor
-              without elements whose shape is the value: with `tables`. They index the B samples laid end to end. For
-              a slice of a batch the backend computes its own; if batches are concatenated later (accelerate's
+              without elements whose shape is the value: with `tables`. They index the B samples laid end to end. If
+              a batch is sliced, the backend computes new ones; if batches are concatenated later (accelerate's
               `dispatch_batches`), turn `tables` off
         """
         packed_mask = _common_mask(samples)

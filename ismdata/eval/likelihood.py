@@ -125,8 +125,8 @@ def answer_losses(
         expected = ends[-1] if len(ends) else 0
         if len(losses) != expected:
             raise DataError(
-                f"{dataset.shards.folder}: rows {first} to {last - 1} have {len(losses)} targets, {expected} of them "
-                "in answers; expected all of them in answers. Run `ismdata verify` on the folder"
+                f"{dataset.shards.folder}: rows {first} to {last - 1} have {len(losses)} targets, but only {expected} "
+                "in answers; expected none outside answers. Run `ismdata verify` on the folder"
             )
         if len(losses):
             sums[mine] = np.add.reduceat(losses, ends - answers.targets[mine])

@@ -57,7 +57,7 @@ class Encoder(Protocol):
 
     @property
     def next_turn_end_ids(self) -> frozenset[int]:
-        """Tokens that each end an answer, but that the template writes only before a further message; mostly empty."""
+        """Tokens of the next turn's header that end an answer, e.g. `<|user|>` of GLM-4.6; empty for most templates."""
 
     def turn_end(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The token among `next_turn_end_ids` that ends the last answer, if there is one."""
@@ -109,7 +109,7 @@ def conversation_blocks(
 
     Returns:
         The blocks, the last of which is a context. Under `expand` all of them are as rendered now, and answers have
-        the message index 0.
+        the message index 0, since which message they come from is not needed.
 
     Raises:
         DataError: If the template does not accept the conversation.

@@ -1,4 +1,4 @@
-"""One conversation with a model, which keeps its KV cache from turn to turn (law 3).
+"""One conversation with a model, which keeps its KV cache from turn to turn.
 
 Under `ism` each context block goes through the model once, in a prefill with full attention over the past and itself;
 each answer follows token by token. Under `causal` the prefill is causal. No token is fed twice. Under `prefix`
@@ -380,8 +380,8 @@ class Session:
         option = f"--when-full {self.window.when_full}"
         if not self._reuses_cache:
             raise UsageError(
-                f"{option}: evicts tokens from a cache that is kept from turn to turn; mask {self.mask} with history "
-                f"{self.encoder.history} does not keep one. Use stop or drop-oldest"
+                f"{option} needs a cache that is kept from turn to turn; mask {self.mask} with history "
+                f"{self.encoder.history} keeps none. Use stop or drop-oldest"
             )
         if self.context is None or self.context <= 2 * SINKS:
             raise UsageError(f"{option}: the context is {self.context}; expected --context N with N above {2 * SINKS}")

@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from ismdata.errors import UsageError
 
 #: Rows that see only themselves (mostly padding) go through pass 1 in parts of this many rows, which costs next to
-#: nothing. In parts of one row, each would cost a block of memory and work; one single part would cost their number
-#: squared.
+#: nothing. In parts of one row, each would cost a block of memory and work; a single part would take time quadratic in
+#: their number.
 PIECE = 128
 
 

@@ -38,10 +38,10 @@ class PrefetchedBatch:
 
     Attributes:
         batch: The batch.
-        requests: The documents that will most likely be requested.
+        requests: One document per conversation or answer; splitting may ask for others later.
         skeleton: int64[R], the skeleton of each; -1 for none.
         refused: Documents whose roles the template refuses, by request.
-        block: The pieces of documents with a skeleton; the runs of texts are open until they are encoded.
+        block: The pieces of documents with a skeleton; the run numbers of texts are -1 until they are encoded.
         texts: int64, the pieces that are texts.
         key_of_text: int64, for each of them its row in `keys`.
         keys: int64[K, 1 + slots], distinct keys.

@@ -76,7 +76,7 @@ class FilledSkeletons:
     """The pieces of documents that have a skeleton, their texts not encoded yet.
 
     Attributes:
-        block: The pieces; the runs of texts are open.
+        block: The pieces; the run numbers of texts are not set yet.
         texts: int64[K], the pieces that are texts.
         keys: int64[K, 1 + slots], of each text its shape and the messages (within the batch) in its slots.
     """

@@ -1,5 +1,5 @@
 """Checks that a rendering conserves the conversation: each text of a context occurs once and in order, no text of a
-context is inside an answer, and every answer is complete (law 7 of the design).
+context is inside an answer, and every answer is complete.
 
 Token ids can be right where spans are wrong, so comparing ids does not find what these checks find. `tracing.py`
 locates the texts; the functions here raise if one is not where it must be.

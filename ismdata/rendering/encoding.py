@@ -106,7 +106,7 @@ class Encoding:
             messages: The conversation, as templates take it.
             tools: The tools described to the template.
             encode: Encode all text. Otherwise text stays in `parts`, one per piece.
-            without_reasoning: Give the reasoning in an answer a span of its own, which answers no message.
+            without_reasoning: Give the reasoning in an answer a span of its own, with message -1: it is not trained.
 
         Returns:
             The document's pieces, without the tokens of the GLM layout.

@@ -40,7 +40,7 @@ class Piece:
     Attributes:
         span: The number of the span in its document.
         kind: The kind of the span: PROMPT, QUERY or ANSWER.
-        message: The assistant message that it answers with; -1 for context, and for reasoning that is not trained.
+        message: The number of its assistant message; -1 for context, and for reasoning that is not trained.
         ids: The tokens; None if `parts` is encoded later.
         parts: Texts and slots that are encoded as one text.
         opening: The tokenizer may put a blank before the text.

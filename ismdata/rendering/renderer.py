@@ -5,7 +5,7 @@ renderings only grow both give the same text, in one document or in one per answ
 
 - `append`: the tokens that a KV cache holds, which are never rewritten. The context of an answer is taken from the
   rendering that ends with the answer: the text between the end of the answer before it and its own beginning. The end
-  of an answer is fed once, as it is written while the answer is the last message.
+  of an answer comes from the rendering in which that answer is the last message, and does not change later.
 - `expand`: one document per answer, exactly what the template renders for the conversation that ends with it.
 
 `tracing.py` locates the texts, `answer_boundaries.py` the answers; `conservation.py` checks each conversation.

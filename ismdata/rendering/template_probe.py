@@ -10,7 +10,7 @@ What ends an answer is read in two places: at the end of a conversation, and in 
 |---|---|---|---|
 | a token | the same | ChatML | that token |
 | a token | another | GPT-OSS | the token of the end; the one of history is context |
-| a token | nothing | eos after the last turn only | that token at the end, its text in history |
+| a token | nothing | eos after the last turn only | that token if the answer is last; in history its text ends it |
 | nothing | a token | vLLM's ChatML | the token of history, if a message follows |
 | nothing | the next turn's header | GLM-4.6 | the header's first token, if a message follows |
 

@@ -10,8 +10,6 @@ Shape legend: B samples, T = seq_len, N targets, H width of the model, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ismdata.attention import mean_over_targets, takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
-from ismdata.data import Collator, PackedSequence, Sample
+from ismdata.data import PackedSequence
 from ismdata.masks import ANSWER, BLOCK_SIZE, END, IGNORE_INDEX, KIND, START
 
 #: Entries of a training batch that are counts, int64[] each. `take_counts` removes them before the model is called.
@@ -78,40 +76,6 @@ def target_weights(sequence: PackedSequence, weighting: str) -> tuple[NDArray[np
     edges[ends[has_targets]] -= 1
     weights[np.cumsum(edges[:-1]) > 0] = share
     return weights if own is None else weights * own, int(has_targets.sum())
-
-
-@dataclass(frozen=True)
-class TrainingCollator:
-    """The Collator of `ismdata train`: adds the COUNTS to a batch, and `loss_weight` where targets differ in weight.
-
-    Args:
-        mask: As for the Collator.
-        weighting: As for `target_weights`.
-        tables: As for the Collator.
-    """
-
-    mask: str | None = None
-    weighting: str = "token"
-    tables: bool = False
-
-    def __post_init__(self) -> None:
-        Collator(self.mask)  # refuses an unknown mask
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        batch = Collator(self.mask, tables=self.tables)(samples)
-        weighted = [target_weights(sample.sequence, self.weighting) for sample in samples]
-        weights = [weight for weight, _ in weighted if weight is not None]
-        if weights:
-            batch["loss_weight"] = torch.from_numpy(np.stack(weights))
-        tokens = sum(int(sample.sequence.seq_lens.sum()) for sample in samples)
-        padding = batch["labels"].numel() - tokens
-        counts = {
-            LOSS_ITEMS: sum(items for _, items in weighted),
-            TOKENS: tokens,
-            TARGETS: sum(int(sample.sequence.loss_mask.sum()) for sample in samples),
-            PAIRS: int((batch["kv_end"] - batch["doc_start"]).sum()) - padding,  # a padding row sees itself
-        }
-        return batch | {name: torch.tensor(count) for name, count in counts.items()}
 
 
 def take_counts(batch: dict[str, Tensor]) -> Tensor:

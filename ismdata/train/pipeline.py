@@ -42,9 +42,10 @@ from ismdata.display import LOGGED, Reporter
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, find_checkpoint, step_of, training_folder
+from ismdata.train.collate import TrainingCollator
 from ismdata.train.export import save_model, write_card
 from ismdata.train.lora import with_lora
-from ismdata.train.loss import TrainingCollator, compute_loss_at_targets
+from ismdata.train.loss import compute_loss_at_targets
 from ismdata.train.metrics import METRICS_NAME, RunMetrics, draw_curves, read_column
 from ismdata.train.options import TrainOptions
 from ismdata.train.order import Order, OrderedDataset, PaddedDataset

@@ -201,7 +201,7 @@ def test_a_single_token_without_intervals_sees_everything():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda batch: batch.pop("kv_end"), "128 tokens per row without doc_start and kv_end"),
+        (lambda batch: batch.pop("kv_end"), "samples of 128 tokens without doc_start and kv_end"),
         (lambda batch: (batch.pop("kv_end"), batch.pop("doc_start")), "documents would see each other"),
         (lambda batch: batch.update(doc_start=batch["doc_start"][:, :64]), r"\[2, 64\].*expected \[2, 128\]"),
         (lambda batch: batch.update(attention_mask=torch.zeros(2, 128)), "attention_mask that hides tokens"),

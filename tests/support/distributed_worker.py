@@ -14,7 +14,8 @@ import torch.distributed as dist
 from ismdata.attention.attachment import attach
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import Terminated, UsageError
-from ismdata.train.loss import COUNTS, LOSS_ITEMS, TrainingCollator, compute_loss_at_targets, take_counts
+from ismdata.train.collate import TrainingCollator
+from ismdata.train.loss import COUNTS, LOSS_ITEMS, compute_loss_at_targets, take_counts
 from tests.support.reporters import Recorder
 from tests.support.tiny import tiny_model
 from tests.support.training_shards import Listener, run

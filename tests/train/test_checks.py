@@ -19,7 +19,8 @@ from ismdata.data.index import load_index, write_index
 from ismdata.errors import DataError, UsageError
 from ismdata.train import export as model_out
 from ismdata.train import metrics
-from ismdata.train.loss import COUNTS, TrainingCollator
+from ismdata.train.collate import TrainingCollator
+from ismdata.train.loss import COUNTS
 from ismdata.train.metrics import peak_flops, read_column, training_flops
 from ismdata.train.progress import Cost
 from ismdata.train.trainer_arguments import check_trackers

@@ -13,7 +13,8 @@ import torch
 from ismdata.attention.attachment import attach
 from ismdata.data.dataset import PackedDataset
 from ismdata.errors import UsageError
-from ismdata.train.loss import COUNTS, LOSS_ITEMS, TrainingCollator, take_counts
+from ismdata.train.collate import TrainingCollator
+from ismdata.train.loss import COUNTS, LOSS_ITEMS, take_counts
 from ismdata.train.options import TrainOptions
 from ismdata.train.trainer_arguments import training_arguments
 from tests.support.distributed_worker import COMMON, RUNS

@@ -15,13 +15,8 @@ from ismdata.errors import UsageError
 from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.intervals import ANSWER as ANSWER_KIND
 from ismdata.train import loss as losses
-from ismdata.train.loss import (
-    TrainingCollator,
-    compute_loss_at_targets,
-    take_counts,
-    target_loss,
-    target_weights,
-)
+from ismdata.train.collate import TrainingCollator
+from ismdata.train.loss import compute_loss_at_targets, take_counts, target_loss, target_weights
 from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
 from tests.support.training_shards import curve, run, saved_model, word_tokenizer
 

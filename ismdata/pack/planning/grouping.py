@@ -72,8 +72,8 @@ class Chunks:
         documents: D.
         sizes: int64[chunks], documents per chunk; the first chunk has the most.
         starts: int64[chunks], where each chunk starts in the permutation.
-        places: The permutation of the places in a chunk, repeated once.
-        first: The documents of the first chunk in that order, repeated once.
+        places: The permutation of the places in a chunk, stored twice so that a window can wrap around.
+        first: The documents of the first chunk in that order, stored twice.
     """
 
     documents: int

@@ -21,7 +21,7 @@ from ismdata.pack.planning.work import DOCUMENTS_IN_ROWS, ROW_ORDER, ROW_SECTION
 #: Documents that are copied into their rows at a time.
 _DOCUMENTS_PER_COPY = 1 << 15
 
-#: Rows per section of the training order, up to twice as many. Each section is shuffled individually.
+#: A section of the training order has this many rows, or up to twice as many. Each section is shuffled individually.
 _SECTION_ROWS = 1 << 18
 
 #: Bins of a class that go to the same section: their documents fill a few cache lines.

@@ -171,7 +171,7 @@ def test_gradients_on_a_cpu_are_refused():
 def test_rows_that_are_no_multiple_of_the_block_size_are_refused():
     model = attach(tiny_model(), backend="flex")
     batch = {name: tensor[:, :100] for name, tensor in random_batch(0, seq_len=128).items() if name != "block_table"}
-    with pytest.raises(UsageError, match="100 tokens per row; the backend flex requires a multiple of 128"):
+    with pytest.raises(UsageError, match="samples of 100 tokens; the backend flex needs a multiple of 128"):
         model(**batch)
 
 
