@@ -1,4 +1,4 @@
-"""The columnar road against each conversation rendered by itself, on random and on hostile text."""
+"""Documents of a batch against each conversation rendered individually, on random and on hostile text."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def whole(batch: Any) -> Requests:
 def reference(
     with_: Encoding, batch: Any, requests: Requests, r: int
 ) -> tuple[list[int], list[tuple[int, ...]]] | None:
-    """Tokens and (start, end, kind, answered message) of one document, rendered by itself; None if refused."""
+    """Tokens and (start, end, kind, answered message) of a document rendered individually; None if it is refused."""
     c = int(requests.conversation[r])
     messages, tools = as_template_messages(batch.conversation(c))
     head, lo, hi = int(requests.head[r]), int(requests.lo[r]), int(requests.hi[r])
@@ -164,7 +164,7 @@ def test_columns_equal_the_reference(name: str, smollm2: Path) -> None:
 
 @pytest.mark.parametrize("history", ["append", "expand"])
 def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
-    """Documents that repeat the system prompt and begin in the middle, one an answer, cut behind it or not."""
+    """Documents that repeat the system prompt and begin anywhere, one per answer, with or without the text after it."""
     with_ = encoding(smollm2, template_named("qwen3"), history, markers=True)
     cache = SkeletonCache(with_)
     rows = []
@@ -203,7 +203,7 @@ def test_ranges_of_messages(history: Any, smollm2: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_long_conversations(name: str, smollm2: Path) -> None:
-    """Those of many turns are cut in one rendering; the answers are the same as with one rendering an answer."""
+    """Answers found in one rendering of a long conversation are those found in one rendering per answer."""
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
     rows = []
     for k, shape in enumerate(["ua" * 20, "s" + "ua" * 20, "ua" * 20 + "u", "a" + "ua" * 20, "uua" * 14, "uaa" * 14]):
@@ -214,8 +214,8 @@ def test_long_conversations(name: str, smollm2: Path) -> None:
     assert check(with_, batch, whole(batch), BatchEncoder(SkeletonCache(with_), batch)) >= 3
 
 
-def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K documents of one conversation do not cost K times its text."""
+def test_each_text_is_encoded_once_per_batch(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K documents of a conversation do not encode its text K times."""
     with_ = encoding(smollm2)
     rows = [
         {
@@ -250,7 +250,7 @@ def test_text_is_encoded_once_a_batch(smollm2: Path, monkeypatch: pytest.MonkeyP
     ("name", "rendered"), [("llama3_1", 0), ("qwen3", 0), ("gemma4", 0), ("phi3", 0), ("glm4moe", 1), ("cohere2", 1)]
 )
 def test_messages_without_text(name: str, rendered: int, smollm2: Path) -> None:
-    """They need a rendering of their own only where the template writes something else around them."""
+    """They are rendered individually only if the template writes something else around them."""
     with_ = encoding(smollm2, template_named(name), markers=True)
     rows = []
     for k, blank in enumerate(("", " ", "\n", " \n\t")):
@@ -271,8 +271,8 @@ def test_take_runs(runs: list[list[int]], data: st.DataObject) -> None:
     assert found.tolist() == [id for number in numbers for id in runs[number]]
 
 
-def test_documents_of_runs_that_came_later(smollm2: Path) -> None:
-    """Within a batch, where new roles and texts add runs, and in the next batch, which has as many runs of its own."""
+def test_documents_of_runs_that_were_added_later(smollm2: Path) -> None:
+    """Within a batch, when new roles and texts add runs, and in the next batch, which has as many runs of its own."""
     with_ = encoding(smollm2)
 
     def batch_of(name: str) -> ConversationBatch:
@@ -326,7 +326,7 @@ def test_known_pieces_are_not_looked_up_again(smollm2: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("seq_len", "times"), [(1024, 1), (128, 2)])
-def test_documents_are_laid_out_again_only_where_some_changed(
+def test_documents_are_laid_out_again_only_if_some_changed(
     seq_len: int, times: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_ = encoding(smollm2)
@@ -369,14 +369,14 @@ def test_split_turns(lengths: list[int], data: st.DataObject, prefix: int, extra
         assert not following or size(piece.target, following[0]) > seq_len  # as many targets as fit
 
 
-def test_split_turns_leaves_long_untrained_turns_out() -> None:
+def test_split_turns_omits_long_untrained_turns() -> None:
     pieces = split_turns([4, 50, 4], [True, False, True], prefix=1, seq_len=10)
     assert pieces == [TurnRange(first=0, last=0, target=0), TurnRange(first=2, last=2, target=2)]
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma3", "phi3"])
-def test_split_pieces_fit_and_are_as_long_as_they_can_be(name: str, smollm2: Path) -> None:
-    """What a piece's own rendering costs decides, not what its turns cost inside the conversation."""
+def test_parts_fit_and_are_as_long_as_possible(name: str, smollm2: Path) -> None:
+    """The length of a part is that of its own rendering, not of its turns inside the conversation."""
     with_ = encoding(smollm2) if name == "chatml" else encoding(smollm2, template_named(name), markers=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -402,13 +402,13 @@ def test_split_pieces_fit_and_are_as_long_as_they_can_be(name: str, smollm2: Pat
     for c in over.tolist():
         mine = np.flatnonzero(parts.requests.conversation == c)
         head = int(batch.heads[c])
-        assert (parts.requests.head[mine] == head).all()  # the system prompt stands in every piece
+        assert (parts.requests.head[mine] == head).all()  # every part repeats the system prompt
         answers = [k for k in range(head, int(requests.hi[c])) if batch.roles[batch.first[c] + k] == 2]
         trained = [k for r in mine for k in answers if parts.requests.target_from[r] <= k < parts.requests.hi[r]]
         assert trained == answers
         for r in mine.tolist():
             lo = int(parts.requests.lo[r])
-            if lo > head:  # one more turn of history would not have fitted
+            if lo > head:  # one more turn of history would not fit
                 longer = parts.requests.take(np.array([r]))
                 longer.lo[0] = lo - 2
                 assert encoder.lay_out(longer).document_lengths(1)[0] > seq_len

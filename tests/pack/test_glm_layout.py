@@ -1,4 +1,4 @@
-"""The GLM layout: the paper's Figure 2, tokens put in and both positions against dumb versions, packed and verified."""
+"""The GLM layout: Figure 2 of the paper, inserted tokens and both positions against plain versions, packed folders."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ PIECES = st.lists(
 
 @given(st.lists(PIECES, min_size=1, max_size=4), st.booleans())
 def test_the_columnar_insertion_is_the_plain_one(documents, every_answer):
-    """Documents of spans of pieces, empty pieces among them, as columns and one by one."""
+    """Documents of spans of pieces, some of them empty, as columns and individually."""
     runs: list[list[int]] = [[MASK_ID], [START_ID]]
     rows, references = [], []
     for request, document in enumerate(documents):
@@ -300,8 +300,8 @@ def test_over_long_conversations_are_split_and_every_answer_is_trained_once(tmp_
                 assert shards.index["totals"]["split"] == 1
 
 
-def test_the_same_shards_whoever_the_messages_are_rendered_by(tmp_path, converted, glm_tokenizer):
-    """A template that acts on what messages say is rendered conversation by conversation, to the same documents."""
+def test_skeletons_and_individual_rendering_give_the_same_shards(tmp_path, converted, glm_tokenizer):
+    """A template that depends on contents is rendered for each conversation, to the same documents."""
     from ismdata.rendering.chat_template import built_in
 
     acting = tmp_path / "acting.jinja"
@@ -317,7 +317,7 @@ def test_the_same_shards_whoever_the_messages_are_rendered_by(tmp_path, converte
 # -- which tokens ------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_that_are_named_win(tmp_path, converted, glm_tokenizer):
+def test_named_tokens_take_precedence(tmp_path, converted, glm_tokenizer):
     tokenizer = save_tokenizer(tmp_path / "tokenizer", "[gMASK]", "[MASK]", "<sop>", "<|other|>")
     ids = PreTrainedTokenizerFast.from_pretrained(str(tokenizer)).convert_tokens_to_ids
     found = packed(tmp_path / "a", converted, tokenizer).index["glm_tokens"]
@@ -340,7 +340,7 @@ def test_tokens_that_are_named_win(tmp_path, converted, glm_tokenizer):
     ],
     ids=["none", "text", "pad", "half", "same", "plain-mask", "plain-start", "unknown"],
 )
-def test_tokens_that_cannot_be(options, message, tmp_path, converted):
+def test_invalid_tokens_are_refused(options, message, tmp_path, converted):
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(UsageError, match=message):
         packed(tmp_path / "out", converted, tokenizer, **options)

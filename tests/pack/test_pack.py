@@ -33,7 +33,7 @@ ROOMY = 1024
 
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token per byte, and ChatML's markers: lengths can be read off the text."""
+    """One token per byte, and one per marker of ChatML, so that text shows its length."""
     return save_tokenizer(tmp_path_factory.mktemp("bytes"))
 
 
@@ -119,7 +119,7 @@ def test_over_long_conversations_are_split_at_turns(mask: str, tmp_path: Path, b
     assert Counter(answer for _, _, trained in found for answer in trained) == answers(conversations)
     for name, text, trained in found:
         whole = name == "c-1"
-        assert whole or text.endswith(trained[-1])  # a piece ends with an answer
+        assert whole or text.endswith(trained[-1])  # a part ends with an answer
         if name.startswith("c-0"):
             assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
         assert text.count("<|im_start|>system") == (name.startswith("c-0"))
@@ -239,8 +239,8 @@ def test_tools_and_calls(tmp_path: Path, smollm2: Path) -> None:
     ]
 
 
-def test_calls_that_a_template_leaves_out(tmp_path: Path, smollm2: Path) -> None:
-    """SmolLM2's own template knows no tools: an answer that calls one would be trained as silence."""
+def test_calls_that_a_template_omits(tmp_path: Path, smollm2: Path) -> None:
+    """SmolLM2's own template does not write tool calls: an answer that is a call would be trained as an empty one."""
     call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
     messages = [{"role": "user", "content": "Time?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     report, _ = packed(tmp_path, corpus(tmp_path, [messages, talk(1)]), smollm2)
@@ -251,7 +251,7 @@ def test_calls_that_a_template_leaves_out(tmp_path: Path, smollm2: Path) -> None
 def test_a_template_that_does_more_than_its_probing_showed(
     tmp_path: Path, bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sample of the corpus finds it, and every conversation is rendered by itself instead."""
+    """The sample of the corpus finds it, and each conversation is rendered individually instead."""
     source = (tmp_path / "loud.jinja").absolute()
     source.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content|upper }}<|im_end|>\n{% endfor %}"
@@ -272,10 +272,10 @@ def test_a_template_that_does_more_than_its_probing_showed(
     ]
 
 
-def test_law_5_that_holds_in_no_way_is_an_error(
+def test_renderings_that_differ_each_time_are_an_error(
     tmp_path: Path, bytes_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a template that draws at random: trying on would never end."""
+    """As with a template that uses random numbers: trying again would never end."""
     asked = []
 
     def never_alike(*arguments: Any) -> None:
@@ -308,7 +308,7 @@ def test_several_folders_at_once(tmp_path: Path, bytes_tokenizer: Path) -> None:
     assert verify(tmp_path / "both").ok
 
 
-def test_ids_that_look_like_pieces_and_repeat(tmp_path: Path, bytes_tokenizer: Path) -> None:
+def test_ids_that_look_like_parts_and_repeat(tmp_path: Path, bytes_tokenizer: Path) -> None:
     source = tmp_path / "c.jsonl"
     ids = ["a#1", "a", "a", "a#0", "b#7x"]
     source.write_text("\n".join(json.dumps({"id": id, "messages": talk(1)}) for id in ids), encoding="utf-8")
@@ -344,7 +344,7 @@ def test_a_converted_folder_that_was_tampered_with(tmp_path: Path, bytes_tokeniz
         ({"workers": -1}, "--workers -1: expected 0 (all cores) or more"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         pack([tmp_path], tmp_path / "out", tokenizer="none", **options)
     assert str(caught.value) == message
@@ -370,7 +370,7 @@ def test_the_arrow_schema_is_the_published_one() -> None:
 
 
 def test_rows_hold_what_their_names_say(tmp_path: Path, bytes_tokenizer: Path) -> None:
-    """Columns against a token-by-token reading of one row."""
+    """Columns against values computed token by token."""
     _, shards = packed(tmp_path, corpus(tmp_path, [talk(2, name=f"{k}-") for k in range(9)]), bytes_tokenizer)
     for row in range(len(shards)):
         sequence = shards[row]

@@ -1,4 +1,4 @@
-"""The sample that backends are compared on: of batches from all over the corpus, of which the others are not read."""
+"""The sample on which tokenizer backends are compared: from batches spread over the corpus; others are not read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ismdata.rendering.tokenizer_backends import choose_sample
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ConvertedFolder]]:
-    """Folders of 400 and 250 conversations, 50 in a record batch, two batches in a file, 12 worked on at a time."""
+    """Folders of 400 and 250 conversations, 50 per record batch, two batches per file, 12 per batch of `batches`."""
     folder = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ismdata.convert.job._BATCH_BYTES", 1)
@@ -43,7 +43,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Converted
         yield made
 
 
-def test_what_the_fixture_is_for(sources: list[ConvertedFolder]) -> None:
+def test_the_fixture_has_several_files_and_batches(sources: list[ConvertedFolder]) -> None:
     assert len(sources[0].files) > 2
     assert len(list(sources[0].batches())) > 2 * len(sources[0].files)
 
@@ -70,8 +70,8 @@ def test_batches_from_a_row_on_are_the_rest_of_all(sources: list[ConvertedFolder
     assert sources[0].table().to_pylist() == [row for batch in batches for row in batch]
 
 
-def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[ConvertedFolder]) -> None:
-    places = {0, 162, 325, 487}  # of 650 rows: the last in the second folder
+def test_the_sample_is_from_batches_spread_over_the_corpus(sources: list[ConvertedFolder]) -> None:
+    places = {0, 162, 325, 487}  # of 650 rows; the last is in the second folder
     expected: list[str] = []
     first = 0
     for batch in (batch for source in sources for batch in source.batches()):
@@ -85,7 +85,7 @@ def test_the_sample_is_of_batches_all_over_the_corpus(sources: list[ConvertedFol
     assert sampled_texts([]).to_pylist() == []
 
 
-def test_a_broken_file_among_those_sampled_is_named(sources: list[ConvertedFolder], tmp_path: Path) -> None:
+def test_a_broken_file_of_the_sample_is_named(sources: list[ConvertedFolder], tmp_path: Path) -> None:
     for path in sources[1].folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     broken = tmp_path / sources[1].files[0].name
@@ -94,7 +94,7 @@ def test_a_broken_file_among_those_sampled_is_named(sources: list[ConvertedFolde
         sampled_texts([ConvertedFolder(tmp_path)])
 
 
-def test_the_pool_of_before_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_earlier_memory_pool_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[pa.MemoryPool] = []
     monkeypatch.setattr(pa, "set_memory_pool", used.append)
     with pytest.raises(ZeroDivisionError), kept_memory():

@@ -1,4 +1,4 @@
-"""`--train-on`, and the flags of messages that it goes with."""
+"""`--train-on`, and the messages' own flags."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def converted(tmp_path: Path, conversations: list[list[dict[str, Any]]]) -> Path
 def answers(
     tmp_path: Path, tokenizer: Path, talk: list[dict[str, Any]] = TALK, **options: Any
 ) -> list[tuple[bool, str]]:
-    """(trained, text) of the answer spans of all documents, whose rows are sound."""
+    """(trained, text) of the answer spans of all documents; the rows are verified."""
     options = {"seq_len": 512, "chat_template": str(template_named("qwen3")), "overwrite": True} | options
     pack([converted(tmp_path, [talk])], tmp_path / "packed", tokenizer=str(tokenizer), **options)
     assert verify(tmp_path / "packed").problems == []
@@ -64,7 +64,7 @@ def test_all_answers_with_their_reasoning(tmp_path: Path, smollm2: Path) -> None
 def test_the_last_answer(tmp_path: Path, smollm2: Path) -> None:
     assert [trained for trained, _ in answers(tmp_path, smollm2, train_on="last")] == [False, False, True]
     flagged = [*TALK[:5], {**TALK[5], "train": False}]
-    # The last of those that the flags leave.
+    # The last of those that the flags allow.
     assert [trained for trained, _ in answers(tmp_path, smollm2, flagged, train_on="last")] == [False, True, False]
     assert [text for _, text in answers(tmp_path, smollm2, train_on="last", history="expand")][-1].endswith(
         "three.<|im_end|>"
@@ -73,7 +73,7 @@ def test_the_last_answer(tmp_path: Path, smollm2: Path) -> None:
 
 @pytest.mark.parametrize("history", ["append", "expand"])
 def test_content_without_reasoning(history: Any, tmp_path: Path, smollm2: Path) -> None:
-    """The same tokens, reasoning in spans of its own; an empty reasoning block is no reasoning."""
+    """The same tokens, with reasoning in its own spans; an empty reasoning block does not count as reasoning."""
     found = answers(tmp_path, smollm2, train_on="content", history=history)
     assert [text for trained, text in found if trained] == [
         "Yes, one.<|im_end|>",
@@ -95,12 +95,12 @@ def test_content_without_reasoning(history: Any, tmp_path: Path, smollm2: Path) 
         ({"train_on": "content", "layout": "glm"}, "--layout plain"),
     ],
 )
-def test_what_cannot_be(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         pack([tmp_path], tmp_path / "packed", tokenizer="x", **options)
 
 
-def test_unwritten_reasoning_is_counted_and_said(tmp_path: Path, smollm2: Path) -> None:
+def test_omitted_reasoning_is_counted_and_reported(tmp_path: Path, smollm2: Path) -> None:
     recorder = Recorder()
     report = pack(
         [converted(tmp_path, [TALK, TALK[:2], TALK[4:]])],
@@ -141,7 +141,7 @@ def test_usual_names_of_the_flag(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mask", "masked"])
-def test_a_mask_leaves_out(name: str, tmp_path: Path) -> None:
+def test_a_mask_excludes_answers(name: str, tmp_path: Path) -> None:
     assert flags(tmp_path, said(**{name: True}), said(**{name: False}), said()) == [False, True, None]
 
 
@@ -156,7 +156,7 @@ def test_a_mask_leaves_out(name: str, tmp_path: Path) -> None:
         ({"train": True, "loss": False}, "expected fields that agree"),
     ],
 )
-def test_values_that_mean_nothing(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_values_without_a_plain_meaning_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert message in str(flags(tmp_path, said(**fields)))
 
 
@@ -169,8 +169,8 @@ def test_weights_by_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "parquet"])
-def test_both_roads_of_convert_heed_flags(extension: str, tmp_path: Path) -> None:
-    """Parquet comes as columns; a flag in them is no field that is left aside."""
+def test_both_paths_of_convert_use_flags(extension: str, tmp_path: Path) -> None:
+    """Parquet is read as columns; a flag in a column is not ignored."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -189,7 +189,7 @@ def test_both_roads_of_convert_heed_flags(extension: str, tmp_path: Path) -> Non
         assert [message["train"] for message in row["messages"]] == [None, False, None, True]
 
 
-def test_a_flag_where_it_is_not_read_is_refused(tmp_path: Path) -> None:
+def test_a_flag_in_an_unexpected_place_is_refused(tmp_path: Path) -> None:
     rows = [
         {"dialogue_id": "d", "turn_id": k, "speaker": who, "utterance": text, "loss": k > 2}
         for k, (who, text) in enumerate([("user", "?"), ("assistant", "a"), ("user", "!"), ("assistant", "b")])

@@ -1,4 +1,4 @@
-"""The sort by small integers against Python's own, which keeps the order of what is equal too."""
+"""The counting sort against Python's sort, which is stable too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ismdata.pack.planning.counting_sort import sort_by_key
 
 @st.composite
 def keyed(draw):
-    """Keys below a number of them, which may be beyond 16 bits, most of them few or all alike."""
+    """A number of keys, which may exceed 16 bits, and keys: often few different ones, or all equal."""
     keys = draw(st.sampled_from([1, 2, 7, 256, 257, 65_536, 65_537, 131_073]))
     return keys, draw(st.lists(st.integers(0, keys - 1), max_size=60))
 
 
 @pytest.mark.parametrize("few", [1 << 16, 0], ids=["numpy", "scipy"])
 @given(case=keyed())
-def test_as_python_sorts(few, case):
+def test_equals_pythons_sort(few, case):
     keys, key = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counting_sort, "_FEW", few)
@@ -35,8 +35,8 @@ def test_as_python_sorts(few, case):
     assert {each: count for each, count in enumerate(counts.tolist()) if count} == Counter(key)
 
 
-def test_more_than_a_few_are_sorted_alike():
-    """As many as go to scipy of themselves, with values that need all 32 bits."""
+def test_many_values_are_sorted_the_same_way():
+    """Enough values to be sorted by scipy, with values that need all 32 bits."""
     random = np.random.default_rng(0)
     key = random.integers(0, 8193, counting_sort._FEW, dtype=np.int32)
     values = random.integers(0, 1 << 32, len(key), dtype=np.uint32)

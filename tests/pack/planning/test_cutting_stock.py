@@ -1,4 +1,4 @@
-"""Column generation against trying everything, and against the relaxation with every filling written out."""
+"""Column generation against exhaustive search, and against the relaxation over all patterns at once."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def laid(bins, seq_len):
     return found
 
 
-def every_filling(lengths, seq_len):
-    """All ways to fill a bin with some of these documents, as how many of each length, by trying everything."""
+def every_pattern(lengths, seq_len):
+    """All patterns of these documents that fit into a bin, as numbers of documents of each length."""
     kinds = sorted(set(lengths))
     counts = itertools.product(*(range(lengths.count(kind) + 1) for kind in kinds))
     return kinds, [times for times in counts if sum(map(int.__mul__, times, kinds)) <= seq_len and any(times)]
 
 
 def relaxation(lengths, seq_len):
-    """The oracle: the relaxation over all fillings at once."""
-    kinds, fillings = every_filling(lengths, seq_len)
+    """The oracle: the relaxation over all patterns at once."""
+    kinds, patterns = every_pattern(lengths, seq_len)
     solver = highspy.Highs()
     solver.setOptionValue("output_flag", False)
-    uses = [solver.addVariable(lb=0.0, obj=1.0) for _ in fillings]
+    uses = [solver.addVariable(lb=0.0, obj=1.0) for _ in patterns]
     for k, kind in enumerate(kinds):
-        solver.addConstr(sum(use * times[k] for use, times in zip(uses, fillings, strict=True)) >= lengths.count(kind))
+        solver.addConstr(sum(use * times[k] for use, times in zip(uses, patterns, strict=True)) >= lengths.count(kind))
     solver.run()
     return solver.getInfo().objective_function_value
 
 
 @given(lengths_of_a_few)
 @settings(max_examples=60, deadline=None)
-def test_the_bound_is_that_of_the_relaxation_over_every_filling(lengths):
+def test_the_bound_is_that_of_the_relaxation_over_every_pattern(lengths):
     found = relaxed_bound(histogram(lengths, 24), 24)
     assert found == np.ceil(relaxation(lengths, 24) - 1e-6)
     assert found <= fewest_by_trying(lengths, 24)
@@ -58,8 +58,8 @@ def test_the_bound_is_that_of_the_relaxation_over_every_filling(lengths):
 
 @given(lengths_of_a_few)
 @settings(max_examples=100, deadline=None)
-def test_a_few_documents_take_as_few_bins_as_can_be(lengths):
-    """The relaxation rounded up is the optimum for all but very odd lengths, and those are longer than these."""
+def test_a_few_documents_take_the_fewest_bins(lengths):
+    """The relaxation rounded up is the optimum except for rare cases, which need longer sequences than these."""
     found = column_generation(histogram(lengths, 24), 24)
     assert found.rows == fewest_by_trying(lengths, 24)
 
@@ -71,8 +71,8 @@ def test_a_few_documents_take_as_few_bins_as_can_be(lengths):
     st.sampled_from([1 << 21, 1 << 9, 1 << 6]),
 )
 @settings(max_examples=150, deadline=None)
-def test_column_generation_lays_down_the_histogram(corpus, cells):
-    """With lengths as they are, and rounded up to units, which may not go into a sequence evenly."""
+def test_column_generation_places_every_document(corpus, cells):
+    """With exact lengths, and with lengths rounded up to units that may not divide a sequence evenly."""
     lengths, seq_len = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cutting_stock, "_MOST_CELLS", cells)
@@ -90,25 +90,25 @@ def test_column_generation_lays_down_the_histogram(corpus, cells):
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(0, 1 << 30)), min_size=1, max_size=5),
 )
 @settings(max_examples=100, deadline=None)
-def test_fillings_are_worth_what_they_are_said_to_be(kinds):
-    """The knapsack against trying everything."""
+def test_patterns_have_the_returned_worth(kinds):
+    """The knapsack against exhaustive search."""
     kinds = sorted({size: (size, stock, price) for size, stock, price in kinds}.values())
     size, stock, prices = (np.array(column, np.int64) for column in zip(*kinds, strict=True))
-    worth, fillings = cutting_stock._worthwhile(size, stock, prices, 30)
+    worth, patterns = cutting_stock._worthwhile(size, stock, prices, 30)
     every = itertools.product(*(range(there + 1) for there in stock.tolist()))
     possible = [times for times in every if np.dot(times, size) <= 30]
     assert worth == max(int(np.dot(times, prices)) for times in possible)
-    for filling in fillings.tolist():
-        assert tuple(filling) in possible
-        assert np.dot(filling, prices) > 1 << 30
+    for pattern in patterns.tolist():
+        assert tuple(pattern) in possible
+        assert np.dot(pattern, prices) > 1 << 30
     if worth > (1 << 30) * 1.001:
-        assert worth in (fillings * prices).sum(1)
+        assert worth in (patterns * prices).sum(1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seq_len", [1024, 2048, 2560])
-def test_conversations_of_which_a_sequence_holds_a_few_leave_no_gaps(seq_len):
-    """Best-fit and exact completion are one and more in a hundred above what is possible."""
+def test_sequences_of_a_few_documents_are_filled(seq_len):
+    """Best-fit and exact completion need at least 1 % more than the lower bound."""
     lengths = np.random.default_rng(0).normal(0.3 * seq_len, 0.08 * seq_len, 900).clip(40, seq_len).astype(int)
     counted = histogram(lengths, seq_len)
     bound = fewest_bins(counted, seq_len)
@@ -117,8 +117,8 @@ def test_conversations_of_which_a_sequence_holds_a_few_leave_no_gaps(seq_len):
     assert plan(lengths, seq_len=seq_len, seed=0).rows <= 1.002 * bound
 
 
-def test_exact_completion_gives_up_where_it_cannot_do_well(monkeypatch):
-    """Bins that cannot be filled take the most time, and column generation does better."""
+def test_exact_completion_stops_early_if_bins_cannot_be_filled(monkeypatch):
+    """Such bins take the most time, and column generation finds better plans."""
     counted = histogram(np.random.default_rng(0).normal(614, 160, 900).clip(40, 2048).astype(int), 2048)
     fill, rooms = exact_completion._fill_bin, []
 
@@ -134,7 +134,7 @@ def test_exact_completion_gives_up_where_it_cannot_do_well(monkeypatch):
 
 
 @pytest.mark.slow
-def test_rounded_lengths_leave_hardly_any_gaps(monkeypatch):
+def test_rounded_lengths_leave_few_gaps(monkeypatch):
     lengths = np.random.default_rng(0).normal(2500, 900, 2000).clip(40, 8192).astype(int)
     counted = histogram(lengths, 8192)
     units = []
@@ -153,8 +153,8 @@ def test_the_same_bins_each_time():
 
 
 @pytest.mark.parametrize("solved", [0, 3, 12])
-def test_what_the_solver_cannot_do_costs_no_document(monkeypatch, solved):
-    """It gives up after some solutions: what was decided on stays."""
+def test_a_failing_solver_costs_no_document(monkeypatch, solved):
+    """It fails after some solutions; bins fixed by then are kept."""
     solve, calls = cutting_stock.Relaxation.solve, itertools.count()
 
     def giving_up(relaxation):
@@ -169,7 +169,7 @@ def test_what_the_solver_cannot_do_costs_no_document(monkeypatch, solved):
     assert found.rows <= best_fit_decreasing(counted, 1024).rows
 
 
-def test_a_solver_that_ends_without_a_solution_is_noticed():
+def test_a_solver_without_a_solution_raises():
     counted = histogram([3, 5] * 4, 8)
     relaxation = cutting_stock.Relaxation(counted, best_fit_decreasing(counted, 8))
     relaxation._solver.setOptionValue("simplex_iteration_limit", 0)

@@ -1,4 +1,4 @@
-"""The plan against the item-by-item algorithm, and what must hold of every plan."""
+"""Plans against the algorithm on single documents, and properties that every plan must have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ismdata.pack.planning.plan import lower_bound, plan
 
 
 def best_fit_decreasing(lengths, seq_len):
-    """The oracle: one document after the other, longest first, into the fullest bin that has room; rooms left over."""
+    """The oracle: one document at a time, longest first, into the fullest bin with room; the room left in each bin."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         at = bisect.bisect_left(rooms, length)
@@ -29,7 +29,7 @@ def best_fit_decreasing(lengths, seq_len):
 
 
 def fewest_bins(lengths, seq_len):
-    """By trying everything; for a handful of documents."""
+    """By exhaustive search, for a handful of documents."""
     lengths = sorted(lengths, reverse=True)
 
     def fits(at, rooms):
@@ -51,7 +51,7 @@ def histogram(lengths, seq_len):
 
 
 def rooms_of(bins, seq_len):
-    """What each bin of a plan leaves free, sorted."""
+    """The room left in each bin, sorted."""
     used = np.bincount(bins.owner, weights=bins.length * bins.times, minlength=len(bins.count)).astype(int)
     return sorted(np.repeat(seq_len - used, bins.count).tolist())
 
@@ -62,7 +62,7 @@ def contents(plan, lengths):
 
 
 def check(plan, lengths, seq_len):
-    """What must hold of every plan."""
+    """The properties of every plan."""
     assert plan.order.dtype == np.uint32
     assert plan.row_documents.dtype == np.int32
     assert sorted(plan.order.tolist()) == list(range(len(lengths)))
@@ -76,7 +76,7 @@ def check(plan, lengths, seq_len):
 
 @st.composite
 def corpora(draw):
-    """Lengths and a seq_len: of any size, of one size, alike, two kinds, all at the limit."""
+    """Lengths and a seq_len: any lengths, equal, similar, of two kinds, or all at the limit."""
     seq_len = draw(st.sampled_from([1, 2, 7, 8, 30, 100, 128]))
     low = draw(st.integers(1, seq_len))
     high = draw(st.integers(low, seq_len))
@@ -85,7 +85,7 @@ def corpora(draw):
 
 @given(corpora())
 @settings(max_examples=300, deadline=None)
-def test_bins_are_those_of_the_item_by_item_algorithm(corpus):
+def test_bins_equal_those_of_single_documents(corpus):
     lengths, seq_len = corpus
     found = bins.best_fit_decreasing(histogram(lengths, seq_len), seq_len)
     assert rooms_of(found, seq_len) == best_fit_decreasing(lengths, seq_len)
@@ -93,7 +93,7 @@ def test_bins_are_those_of_the_item_by_item_algorithm(corpus):
 
 @pytest.mark.parametrize("seq_len", [256, 2048])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
-def test_bins_are_those_of_the_item_by_item_algorithm_at_size(seq_len, spread):
+def test_bins_equal_those_of_single_documents_in_large_corpora(seq_len, spread):
     lengths = np.random.default_rng(0).lognormal(4.5, spread, 20_000).clip(1, seq_len).astype(int).tolist()
     found = bins.best_fit_decreasing(histogram(lengths, seq_len), seq_len)
     assert rooms_of(found, seq_len) == best_fit_decreasing(lengths, seq_len)
@@ -101,7 +101,7 @@ def test_bins_are_those_of_the_item_by_item_algorithm_at_size(seq_len, spread):
 
 @given(corpora())
 @settings(max_examples=150, deadline=None)
-def test_exact_completion_lays_down_the_histogram(corpus):
+def test_exact_completion_places_every_document(corpus):
     lengths, seq_len = corpus
     found = exact_completion(histogram(lengths, seq_len), seq_len)
     laid = Counter()
@@ -123,13 +123,13 @@ def test_every_document_once_and_no_row_over_full(corpus, seed):
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=9))
 @settings(max_examples=100, deadline=None)
-def test_never_below_what_is_possible_nor_far_above(lengths):
+def test_between_the_optimum_and_little_more(lengths):
     fewest = fewest_bins(lengths, 12)
     assert fewest <= plan(lengths, seq_len=12, seed=0).rows <= max(fewest, fewest * 11 / 9 + 6 / 9)
 
 
 def two_thresholds(lengths, seq_len):
-    """The oracle of the bound L2, threshold by threshold, as it is defined."""
+    """The oracle of the bound L2: its definition, one threshold at a time."""
     bounds = []
     for threshold in range(seq_len // 2 + 1):
         long = [length for length in lengths if length > seq_len / 2]
@@ -149,13 +149,13 @@ def test_fewest_bins_is_the_bound_as_defined(corpus):
 
 @given(st.lists(st.integers(1, 12), max_size=9))
 @settings(max_examples=150, deadline=None)
-def test_fewest_bins_is_above_the_tokens_and_below_what_is_possible(lengths):
+def test_fewest_bins_is_between_the_tokens_and_the_optimum(lengths):
     found = bins.fewest_bins(histogram(lengths, 12), 12)
     assert lower_bound(lengths, 12) <= found <= (fewest_bins(lengths, 12) if lengths else 0)
 
 
-def test_fewest_bins_knows_what_leaves_no_room():
-    """Documents just above half a sequence: one each, whatever their sum says."""
+def test_fewest_bins_counts_documents_that_leave_no_room():
+    """Documents just above half a sequence need a sequence each, whatever their sum."""
     assert lower_bound([65] * 100, 128) == 51
     assert bins.fewest_bins(histogram([65] * 100, 128), 128) == 100
 
@@ -180,7 +180,7 @@ def test_hostile_histograms(lengths, rows):
     assert found.rows == rows
 
 
-def test_a_sequence_may_be_longer_than_16_bits_count():
+def test_sequences_may_be_longer_than_16_bits_can_count():
     """From 65,536 tokens on, lengths are sorted as wider integers."""
     lengths = np.random.default_rng(0).integers(1, 1 << 17, 60)
     check(plan(lengths, seq_len=1 << 17, seed=0), lengths.tolist(), 1 << 17)
@@ -188,7 +188,7 @@ def test_a_sequence_may_be_longer_than_16_bits_count():
 
 @pytest.fixture(params=["whole", "chunks"])
 def chunks(request, monkeypatch):
-    """Work as it is cut for small corpora, not at all, and as for large ones, into many chunks."""
+    """Work in one chunk, as for small corpora, and in many, as for large ones."""
     if request.param == "chunks":
         monkeypatch.setattr(grouping, "_CHUNK", 128)
         monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
@@ -200,7 +200,7 @@ def chunks(request, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_chunks_leave_no_trace(monkeypatch, size):
+def test_any_chunk_size_gives_valid_plans(monkeypatch, size):
     lengths = np.random.default_rng(3).integers(1, 100, 500)
     monkeypatch.setattr(grouping, "_CHUNK", size)
     monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
@@ -214,7 +214,7 @@ def test_chunks_leave_no_trace(monkeypatch, size):
 
 
 @pytest.mark.parametrize("documents", [1, 3, 4, 127, 128, 129, 1000, 4099])
-def test_each_document_is_dealt_to_one_chunk_and_keeps_what_it_has(monkeypatch, documents):
+def test_each_document_is_dealt_to_one_chunk_with_its_values(monkeypatch, documents):
     monkeypatch.setattr(grouping, "_CHUNK", 128)
     monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
     monkeypatch.setattr(grouping, "_NEIGHBOURS", 4)
@@ -229,7 +229,7 @@ def test_each_document_is_dealt_to_one_chunk_and_keeps_what_it_has(monkeypatch, 
 
 
 def test_documents_are_sorted_by_length(monkeypatch):
-    """Piece after chunk, from one of them on, and inside a chunk in its shuffled order."""
+    """Chunk after chunk, starting with a different one per length, each in its shuffled order."""
     monkeypatch.setattr(grouping, "_CHUNK", 128)
     monkeypatch.setattr(grouping, "_DOCUMENTS_PER_LENGTH", 0)
     lengths = np.random.default_rng(0).integers(1, 20, 3000)
@@ -248,14 +248,14 @@ def test_documents_are_sorted_by_length(monkeypatch):
         firsts.add(same.index(own[0]))
         assert own[0] in [documents[lengths[documents] == length][:1] for documents in in_turn]
         assert own == same[same.index(own[0]) :] + same[: same.index(own[0])]
-    assert len(firsts) > 10  # each length begins with a chunk of its own
+    assert len(firsts) > 10  # lengths begin with different chunks
     for turn, documents in enumerate(in_turn):
         assert (before[turn + 1] - before[turn]).tolist() == histogram(lengths[documents], 20).tolist()
     assert before[-1].tolist() == histogram(lengths, 20).tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 5])
-def test_threads_leave_no_trace(monkeypatch, chunks, threads):
+def test_any_number_of_threads_gives_the_same_plan(monkeypatch, chunks, threads):
     lengths = np.random.default_rng(3).integers(1, 100, 5000)
     expected = plan(lengths, seq_len=128, seed=5)
     monkeypatch.setattr(work, "thread_count", lambda: threads)
@@ -275,15 +275,15 @@ def test_threads_leave_no_trace(monkeypatch, chunks, threads):
     ],
     ids=["kdconv-2048", "kdconv-8192", "dailydialog-2048", "sharegpt-8192"],
 )
-def test_dialogue_lengths_fill_within_two_in_a_thousand(shape, seq_len):
+def test_dialogue_lengths_fill_sequences_within_two_per_mille(shape, seq_len):
     middle, spread, low, high = shape
     lengths = np.random.default_rng(1).lognormal(middle, spread, 6_000).clip(low, high).astype(int)
     assert lower_bound(lengths, seq_len) >= 100
     assert plan(lengths, seq_len=seq_len, seed=0).rows <= 1.002 * lower_bound(lengths, seq_len)
 
 
-def test_exact_completion_wins_where_lengths_are_alike():
-    """60 + 34 + 34 fill 128; best-fit lays two of 60 together first and has nothing for the rest."""
+def test_exact_completion_wins_if_lengths_are_similar():
+    """60 + 34 + 34 fill 128; best-fit first puts two of 60 together and has nothing to fill the rest."""
     lengths = [60] * 30 + [34] * 60
     assert len(best_fit_decreasing(lengths, 128)) == 35
     assert plan(lengths, seq_len=128, seed=0).rows == 30
@@ -306,20 +306,20 @@ def test_a_seed_gives_one_plan_and_another_seed_another():
     assert one.rows == other.rows
 
 
-def test_the_plan_of_a_few_documents_stays_what_it_is():
-    """Resumed and repeated runs rely on it: a change here makes other shards of the same corpus."""
+def test_the_plan_of_a_few_documents_does_not_change():
+    """Resumed and repeated runs rely on it: a change here changes the shards of every corpus."""
     found = plan([5, 3, 2, 6, 8, 1, 1, 4], seq_len=8, seed=0)
     assert contents(found, [5, 3, 2, 6, 8, 1, 1, 4]) == [[2, 6], [8], [5, 3], [1, 1, 4]]
 
 
-def test_every_outcome_is_as_likely_as_any_other():
+def test_all_plans_are_equally_likely():
     """Two rows, each in two orders: 8 plans of 4 documents, 100 times each, give or take 9."""
     found = Counter(str(contents(plan([5, 3, 2, 6], seq_len=8, seed=seed), [5, 3, 2, 6])) for seed in range(800))
     assert len(found) == 8
     assert min(found.values()) > 70
 
 
-def test_documents_of_one_length_go_to_any_place_alike():
+def test_documents_of_one_length_go_to_all_places_equally_often():
     found = Counter(tuple(plan([4, 4, 4], seq_len=4, seed=seed).order.tolist()) for seed in range(600))
     assert len(found) == 6
     assert min(found.values()) > 70
@@ -330,7 +330,7 @@ def correlation(one, other):
 
 
 def test_neither_length_nor_source_order_leaks(chunks):
-    """Against place in the training order and against place inside the row, over 12 seeds: noise is about 0.007."""
+    """Correlation with the place in the training order and inside the row, over 12 seeds; noise is about 0.007."""
     lengths = np.sort(np.random.default_rng(0).lognormal(4, 0.8, 20_000).clip(1, 1024).astype(int))
     place = np.arange(len(lengths))
     found = []
@@ -340,7 +340,7 @@ def test_neither_length_nor_source_order_leaks(chunks):
         row = np.repeat(np.arange(planned.rows), planned.row_documents)
         inside = (place - planned.offsets[row] + 0.5) / planned.row_documents[row]
         pairs = ((length, inside), (source, inside), (length, row), (source, row))
-        # How many documents a row has says how long they are: what may not show is where the row stands.
+        # The number of documents in a row depends on their lengths, but not on the place of the row.
         pairs = (*pairs, (planned.row_documents, np.arange(planned.rows)))
         found.append([np.corrcoef(*pair)[0, 1] for pair in pairs])
     assert np.abs(np.mean(found, axis=0)).max() < 0.03
@@ -348,9 +348,10 @@ def test_neither_length_nor_source_order_leaks(chunks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distinct", [1, 10, 300])
-def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, chunks, distinct):
-    """Not the next one, nor one that is dealt to the next chunk, however many documents have the same length: rows at
-    random are a third of all apart, and one in fifty is as near as a hundredth.
+def test_neighbours_in_the_corpus_are_not_neighbours_in_training(monkeypatch, chunks, distinct):
+    """Neither the next document nor one dealt to the next chunk, however many documents have the same length.
+
+    Random rows are a third of all rows apart on average; one pair in fifty is closer than a hundredth of them.
     """
     monkeypatch.setattr(grouping, "_CHUNK", 1024)
     random = np.random.default_rng(0)
@@ -370,7 +371,7 @@ def test_neighbours_in_the_corpus_are_none_in_training(monkeypatch, chunks, dist
 
 
 def test_documents_of_one_length_are_shuffled_among_their_places(chunks):
-    """All alike, source order is all there is: neither along the rows, nor inside them, nor side by side."""
+    """Source order is not correlated with the order of rows, places inside rows, or neighbouring places."""
     found = plan(np.full(20_000, 100), seq_len=1000, seed=0)
     assert found.row_documents.tolist() == [10] * 2000
     rows = found.order.reshape(2000, 10).astype(float)
@@ -398,7 +399,7 @@ def test_of_many_lengths_out_of_range_the_first_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("lengths", [[1.5, 2.0], [[1, 2], [3, 4]], ["a"]])
-def test_what_is_no_list_of_integers_is_refused(lengths):
+def test_anything_but_a_list_of_integers_is_refused(lengths):
     with pytest.raises(UsageError, match="expected one integer per document"):
         plan(lengths, seq_len=128, seed=0)
 
