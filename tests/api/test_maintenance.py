@@ -41,6 +41,6 @@ def test_every_extra_is_in_dev_with_the_same_bound() -> None:
 
 def test_every_direct_dependency_is_pinned_and_has_a_lower_bound() -> None:
     for requirement in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
-        found = re.match(r"([a-z0-9-]+)>=[0-9.]+(;.*)?$", requirement)
+        found = re.match(r"([a-z0-9-]+)>=[0-9.]+(,<[0-9]+)?(;.*)?$", requirement)
         assert found, f"{requirement}: expected NAME>=VERSION"
         assert re.search(rf"^{found[1]}==", CONSTRAINTS, flags=re.MULTILINE), f"{found[1]} is not in constraints.txt"

@@ -166,6 +166,8 @@ def test_a_cache_with_windows_gives_the_full_forward(name, backend):
 @pytest.mark.slow
 def test_soft_caps_with_flex_only():
     model = decoder("gemma2")
+    if model.config._attn_implementation == "sdpa":
+        pytest.skip("this transformers runs Gemma 2 under sdpa, without its soft caps: attach refuses it")
     batch = batch_of()
     batch.pop("labels")
     expected = stock_forward(model, batch)[1]

@@ -246,7 +246,7 @@ def test_a_run(model, tmp_path):
     assert [(row["mask"], row["turn"]) for row in results["flops"]] == [
         (mask, turn) for turn in (2, 3) for mask in MASKS
     ]
-    assert all(row["ratio"] == 1 for row in results["flops"])
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-3) for row in results["flops"])  # `rotary` above
 
 
 @pytest.mark.slow

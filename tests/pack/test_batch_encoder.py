@@ -135,7 +135,7 @@ def check(with_: Encoding, batch: Any, requests: Requests, encoder: BatchEncoder
     return compared
 
 
-TEMPLATES = ["chatml", "qwen3", "llama3", "gemma3", "phi3", "glm4moe", "smolvlm"]
+TEMPLATES = ["chatml", "qwen3", "llama3", "gemma3", "phi3", "glm4moe", "idefics3"]
 
 
 @pytest.mark.slow

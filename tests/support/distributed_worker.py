@@ -83,7 +83,9 @@ def fully_sharded(folder: Path, rank: int) -> None:
     items = take_counts(batch)[COUNTS.index(LOSS_ITEMS)]
     dist.all_reduce(items)
     loss = model(**batch, num_items_in_batch=items).loss
-    (loss * 2).backward()
+    mean = torch.zeros(1)  # of two ones: FSDP2 asks for the mean of gradients, and gloo of torch 2.8 gives the sum
+    dist.reduce_scatter_tensor(mean, torch.ones(2), op=dist.ReduceOp.AVG)
+    (loss * 2 / mean.item()).backward()
     dist.all_reduce(loss.detach_())
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
