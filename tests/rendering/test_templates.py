@@ -413,7 +413,7 @@ def test_template_errors(smollm2: Path, tmp_path: Path) -> None:
         load_encoding(str(smollm2), chat_template=str(tmp_path / "none.jinja"))
     deaf = tmp_path / "deaf.jinja"
     deaf.write_text("nothing of what you say", encoding="utf-8")
-    with pytest.raises(DataError, match="does not contain what user and assistant said"):
+    with pytest.raises(DataError, match="does not contain the texts of user and assistant"):
         load_encoding(str(smollm2), chat_template=str(deaf))
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for %}", encoding="utf-8")
