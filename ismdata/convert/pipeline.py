@@ -117,7 +117,9 @@ def convert(
     _check_given(sources)
     format, rules = _reading(options)
     with (
-        open_output(output, overwrite=overwrite, inputs=sources, leftovers=JournaledLeftovers()) as folder,
+        open_output(
+            output, overwrite=overwrite, inputs=sources, leftovers=JournaledLeftovers(), reporter=reporter
+        ) as folder,
         WorkerPool(options.workers or os.cpu_count() or 1, processes=options.processes) as pool,
         kept_memory(),
     ):

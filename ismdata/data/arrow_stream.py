@@ -48,7 +48,7 @@ def read_batches(
                     batch.validate(full=True)
                 yield row, batch
                 row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         place = f" after row {row - 1}" if row else ""
         raise DataError(f"{path}: not a readable Arrow stream{place} ({error}). Make the folder again") from error
     if row != file.rows:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from ismdata.data.index import INDEX_NAME
-from ismdata.display import note
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, Terminated, UsageError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -87,6 +87,7 @@ def open_output(
     marker: str = INDEX_NAME,
     inputs: Sequence[str | Path] = (),
     leftovers: Leftovers | None = None,
+    reporter: Reporter = LOGGED,
 ) -> Iterator[Path]:
     """Yield a folder to write into. On success it is renamed to `final`, on an error it is removed.
 
@@ -96,6 +97,7 @@ def open_output(
         marker: A file that each such output has. A folder without it holds something else and is never replaced.
         inputs: What the run reads; a folder that holds an input is never replaced.
         leftovers: What to keep of an unfinished folder; nothing by default.
+        reporter: Receives a note if the file system has no locks.
 
     Yields:
         The folder `.NAME.partial`.
@@ -107,7 +109,7 @@ def open_output(
     leftovers = leftovers or NoLeftovers()
     final = _with_name(final)
     partial = partial_folder(final)
-    with locked(final):
+    with locked(final, reporter):
         _recover(partial, final)
         check_output(final, overwrite=overwrite, marker=marker, inputs=inputs)
         if not leftovers.can_resume(partial):
@@ -293,7 +295,7 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
-def locked(final: Path) -> Iterator[None]:
+def locked(final: Path, reporter: Reporter = LOGGED) -> Iterator[None]:
     """Hold the lock of an output folder, whose parent folders are created if they are absent.
 
     Raises UsageError if another run holds it, DataError if nothing can be written there.
@@ -301,48 +303,50 @@ def locked(final: Path) -> Iterator[None]:
     path = _beside(final, "lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, final)
+        file = _acquire(path, final, reporter)
     except OSError as error:
         raise DataError(f"{final}: cannot be written ({error.strerror}). Name another output folder") from error
-    try:
-        yield
-    finally:
+    with file:
         try:
+            yield
+        finally:
             # Removed while it is held, so that nobody can lock a file that is about to be removed.
             path.unlink(missing_ok=True)
-        finally:
-            os.close(handle)
 
 
-def _acquire(path: Path, final: Path) -> int:
-    """Lock the file at `path`; its handle. Raises UsageError if another process holds the lock."""
+def _acquire(path: Path, final: Path, reporter: Reporter) -> IO[bytes]:
+    """Lock the file at `path`, until it is closed. Raises UsageError if another process holds the lock."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = path.open("a+b")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.read(handle, 32).decode(errors="replace").strip()
-            os.close(handle)
+            with file:
+                file.seek(0)
+                pid = file.read(32).decode(errors="replace").strip()
             by = f"process {pid}" if pid else "another process"
             raise UsageError(
                 f"{final}: {by} is writing it; expected one run at a time. Wait for it, or name another output"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                os.close(handle)
+                file.close()
                 raise
-            note(f"{final}: this file system has no locks ({error.strerror}). Make sure that no other run writes there")
-            return handle
-        if _is_at(handle, path):
-            os.truncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
-            return handle
-        os.close(handle)  # its former holder removed the file between our opening and locking it
+            reporter.note(
+                f"{final}: this file system has no locks ({error.strerror}). Make sure that no other run writes there"
+            )
+            return file
+        if _is_at(file, path):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+            file.flush()
+            return file
+        file.close()  # its former holder removed it between our opening and locking it
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_at(file: IO[bytes], path: Path) -> bool:
     """Whether the open file is the one at `path`."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False

@@ -126,7 +126,9 @@ def run_eval(
 
     inputs = [packed, *([] if compare_with is None else [compare_with])]
     writing = (
-        nullcontext() if output is None else open_output(output, overwrite=overwrite, marker=EVAL_NAME, inputs=inputs)
+        nullcontext()
+        if output is None
+        else open_output(output, overwrite=overwrite, marker=EVAL_NAME, inputs=inputs, reporter=reporter)
     )
     with writing as folder:
         model, mask, described = _open_attached(name, dataset, options, reporter)

@@ -68,7 +68,9 @@ def pack(
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     sources = [ConvertedFolder(folder) for folder in converted]
     with (
-        open_output(output, overwrite=overwrite, inputs=converted, leftovers=JournaledLeftovers()) as folder,
+        open_output(
+            output, overwrite=overwrite, inputs=converted, leftovers=JournaledLeftovers(), reporter=reporter
+        ) as folder,
         ThreadPoolExecutor(1) as reading,
         kept_memory(),
     ):

@@ -26,6 +26,7 @@ from ismdata.data import (
     sync_path,
     write_index,
 )
+from ismdata.display import Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.train.metrics import METRICS_NAME
 
@@ -40,19 +41,24 @@ _CONTENT = {
 }
 
 
-def training_folder(final: Path, *, inputs: Sequence[Path], overwrite: bool) -> AbstractContextManager[Path]:
+def training_folder(
+    final: Path, *, inputs: Sequence[Path], overwrite: bool, reporter: Reporter
+) -> AbstractContextManager[Path]:
     """Open the output folder of a run. Whatever ends the run, the unfinished folder is kept if it has a checkpoint.
 
     Args:
         final: The output folder.
         inputs: Folders that the output must not replace.
         overwrite: Whether to replace an older output.
+        reporter: Receives a note if the file system has no locks.
 
     Returns:
         A context manager that yields the folder to write into, as `open_output` does.
     """
     leftovers = _CheckpointLeftovers(overwrite=overwrite)
-    return open_output(final, overwrite=overwrite, marker=METRICS_NAME, inputs=inputs, leftovers=leftovers)
+    return open_output(
+        final, overwrite=overwrite, marker=METRICS_NAME, inputs=inputs, leftovers=leftovers, reporter=reporter
+    )
 
 
 class _CheckpointLeftovers:

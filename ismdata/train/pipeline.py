@@ -154,7 +154,8 @@ def train(
     run = _plan_run(packed, output, options)
     stop = StopSignals(alone=run.processes == 1)
     with ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(training_folder(output, inputs=[packed], overwrite=overwrite)))
+        folder = training_folder(output, inputs=[packed], overwrite=overwrite, reporter=reporter)
+        on_first_process(lambda: stack.enter_context(folder))
         set_seed(options.seed)
         model = _open_model(run, reporter)
         trained = with_lora(model, options) if options.lora else model

@@ -21,6 +21,7 @@ from ismdata.data.output_folder import (
     put_in_place,
 )
 from ismdata.errors import DataError, UsageError
+from tests.support.reporters import Recorder
 
 RUN: dict[str, Any] = {"command": "convert", "options": {"format": "auto"}}
 
@@ -66,16 +67,18 @@ def test_a_lock_file_removed_by_its_holder_is_created_again(tmp_path: Path, monk
         assert path.read_text() == f"{os.getpid()}\n"
 
 
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(handle: int, how: int) -> None:
         raise OSError(output_folder.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(output_folder.fcntl, "flock", none)
-    with locked(tmp_path / "out"):
-        assert "out: this file system has no locks" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    recorder = Recorder()
+    with open_output(tmp_path / "out", overwrite=False, reporter=recorder) as folder:
+        assert [note.partition(" (")[0] for note in recorder.notes] == [
+            f"{tmp_path / 'out'}: this file system has no locks"
+        ]
+        (folder / "index.json").touch()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 # ---- renaming the complete folder ----

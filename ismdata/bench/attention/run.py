@@ -255,7 +255,7 @@ def run_attention_bench(
     parts = [part for part in PARTS if part in only] or list(PARTS)
     backends = [name for name in BACKENDS if name in only] or list(BACKENDS)
     rows: list[AttentionRow | StepRow] = []
-    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME, reporter=reporter) as folder:
         for row in _rows(parts, lengths, backends=backends, device=where, rounds=rounds):
             rows.append(row)
             reporter.note(row.line())

@@ -96,7 +96,7 @@ def run_data_bench(
     options = options or DataBenchOptions()
     size = parse_size(options.synthetic)
     tokenizer = options.tokenizer or _default_tokenizer()
-    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder:
+    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME, reporter=reporter) as folder:
         bench = Bench(
             corpora=tuple(path.resolve() for path in options.corpora) or (folder / "scratch" / "generated.jsonl",),
             scratch=folder / "scratch",

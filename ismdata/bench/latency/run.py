@@ -255,7 +255,10 @@ def run_latency_bench(
     where = find_device(options.device)
     name = default_model() if options.model is None else options.model
     plan = options.plan(where)
-    with open_output(output, overwrite=overwrite, marker=RESULTS_NAME) as folder, _threads(options.threads):
+    with (
+        open_output(output, overwrite=overwrite, marker=RESULTS_NAME, reporter=reporter) as folder,
+        _threads(options.threads),
+    ):
         opened = open_model(name, where, tokens=plan.tokens, seed=options.seed)
         shape = shape_of(opened)
         measured = _measure(opened, shape, plan, reporter)
