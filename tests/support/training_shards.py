@@ -82,7 +82,7 @@ def packed_folder(folder, count):
     return folder
 
 
-def saved_model(folder):
+def saved_model(folder: Path) -> str:
     """A saved model of the shards' vocabulary, smaller than the presets; its folder."""
     tiny_model(dtype=torch.float32).save_pretrained(folder)
     return str(folder)

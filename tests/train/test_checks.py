@@ -26,7 +26,7 @@ from ismdata.train.progress import Cost
 from ismdata.train.trainer_arguments import check_trackers
 from tests.support.reporters import Recorder
 from tests.support.tiny import VOCABULARY, tiny_model, write_packed
-from tests.support.training_shards import copying_rows, curve, packed_folder, run, saved_model, weights, word_tokenizer
+from tests.support.training_shards import copying_rows, curve, packed_folder, run, weights, word_tokenizer
 
 pytestmark = pytest.mark.slow  # trains
 
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.slow  # trains
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     return packed_folder(tmp_path_factory.mktemp("data") / "packed", 8)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("model") / "small")
 
 
 def test_a_model_with_another_tokenizer_is_refused(packed, tmp_path):

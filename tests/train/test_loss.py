@@ -18,7 +18,7 @@ from ismdata.train import loss as losses
 from ismdata.train.collate import TrainingCollator
 from ismdata.train.loss import compute_loss_at_targets, take_counts, target_loss, target_weights
 from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
-from tests.support.training_shards import curve, run, saved_model, word_tokenizer
+from tests.support.training_shards import curve, run, word_tokenizer
 
 WEIGHTINGS = ("token", "answer", "conversation")
 
@@ -230,11 +230,6 @@ def packing(name):
     return rows
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("model") / "small")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("packed", "batch", "accumulation", "weighting"),
@@ -251,16 +246,14 @@ def model_folder(tmp_path_factory):
         ("alone", 2, 4, "conversation"),
     ],
 )
-def test_the_loss_of_a_step_is_that_of_the_documents_unpacked(
-    packed, batch, accumulation, weighting, model_folder, tmp_path
-):
+def test_the_loss_of_a_step_is_that_of_the_documents_unpacked(packed, batch, accumulation, weighting, model, tmp_path):
     """Whatever the packing and the accumulation; test_distributed.py has two processes."""
     folder = write_packed(tmp_path / "packed", packing(packed))
     word_tokenizer(folder / "tokenizer")
     run(
         folder,
         tmp_path / "out",
-        model=model_folder,
+        model=model,
         steps=None,
         batch_size=batch,
         accumulation=accumulation,

@@ -21,7 +21,6 @@ from tests.support.training_shards import (
     curve,
     packed_folder,
     run,
-    saved_model,
     weights,
     word_tokenizer,
 )
@@ -35,11 +34,6 @@ OPTIONS = {"steps": STEPS, "batch_size": 2, "warmup": 2, "learning_rate": 3e-3, 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     return packed_folder(tmp_path_factory.mktemp("data") / "packed", 7)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return saved_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from ismdata.train.trainer import PRIVATE_OVERRIDES, PackedTrainer
 
-#: As in transformers 5.17 to 5.23. If a release changes one, read its Trainer before changing this.
+#: As in transformers 5.18 to 5.23. If a release changes one, read its Trainer before changing this.
 SIGNATURES = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_save_checkpoint": "(self, model: torch.nn.modules.module.Module, trial: 'optuna.Trial | dict[str, Any] | None') "

@@ -88,10 +88,10 @@ def preset_model(name: str, *, vocab_size: int, seq_len: int, **special_token_id
     """Create a preset with random weights from torch's global generator.
 
     Args:
-        name: A name in PRESETS.
-        vocab_size: The tokenizer's number of tokens.
-        seq_len: Tokens of the longest sequence.
-        special_token_ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
+        name: As for `preset_config`.
+        vocab_size: As for `preset_config`.
+        seq_len: As for `preset_config`.
+        special_token_ids: As for `preset_config`.
 
     Returns:
         The model in float32.
