@@ -17,7 +17,7 @@ from tests.support.shapes import COVERED_FORMATS, QA, RECORDS, Q, R, S, chat, sp
 IDS = [f"{name}-{at}" for at, (name, *_) in enumerate(RECORDS)]
 
 
-#: Records of the formats that tests/convert/formats/test_readers.py looks after.
+#: Records of the formats that tests/convert/formats/test_fast_path.py looks after.
 OTHERS = [
     ("messages", {"messages": chat(*QA)}),
     ("messages", {"messages": chat((S, "s"), *QA)}),
