@@ -297,7 +297,7 @@ class BatchEncoder:
         }
         glm = self.cache.encoding.glm
         if glm is not None:
-            columns = insert_glm_tokens(columns, self.cache.marker_runs(), every_answer=glm.every_answer)
+            columns = insert_glm_tokens(columns, self.cache.glm_runs(), every_answer=glm.every_answer)
         return PieceTable(**columns, refused=draft.refused).without_tails(draft.requests)
 
     def _encode_keys(self, keys: IntArray) -> IntArray:

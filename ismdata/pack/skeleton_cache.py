@@ -186,7 +186,7 @@ class SkeletonCache:
         )
         return FilledSkeletons(block=block, texts=texts, keys=keys)
 
-    def marker_runs(self) -> tuple[int, int]:
+    def glm_runs(self) -> tuple[int, int]:
         """Return the runs that hold `[MASK]` and `[START]` of the GLM layout."""
         glm = self.encoding.glm
         assert glm is not None
