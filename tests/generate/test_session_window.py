@@ -244,7 +244,7 @@ def test_wrong_windows():
     with pytest.raises(UsageError, match="--when-full sirllm: the context is 8; expected --context N with N above 8"):
         Session(model, CharacterEncoder(), mask="ism", window=Window(when_full="sirllm", context=8))
     for mask, encoder in (("prefix", CharacterEncoder()), ("ism", AnewEncoder())):
-        with pytest.raises(UsageError, match=r"does not keep one\. Use stop or drop-oldest"):
+        with pytest.raises(UsageError, match=r"keeps none\. Use stop or drop-oldest"):
             Session(model, encoder, mask=mask, window=Window(when_full="sirllm", context=64))
 
 
