@@ -4,8 +4,7 @@
     PYTHONPATH=. python benchmarks/gpu.py -o DIR --device cpu --small     # the script itself, tried without a GPU
 
 Needs torch, transformers and the core requirements of ismdata, no network. Sections run in the order of SECTIONS. If
-one fails, its traceback is recorded and the others still run. DIR/gpu.json is written after each section. Exit code 1
-if a section failed.
+one fails, the others still run. DIR/gpu.json is written after each section. Exit code 1 if a section failed.
 """
 
 from __future__ import annotations
