@@ -20,6 +20,9 @@ from ismdata.data.column_file import ColumnFile
 from ismdata.data.output_folder import JOURNAL_NAME, sync_path
 from ismdata.errors import DataError, UsageError
 
+#: Version of the states that commands record. An interrupted run with another one cannot be resumed.
+_STATE_VERSION = 2
+
 #: Seconds between two records. If recording is slow the interval grows, so that it takes at most 1/20 of the time.
 _EVERY = 1.0
 _SHARE = 20
@@ -68,7 +71,7 @@ class Journal:
             UsageError: If it holds a run of another call, unless `restart`.
         """
         path = folder / JOURNAL_NAME
-        run = json.loads(json.dumps(run))
+        run = json.loads(json.dumps({**run, "journal_version": _STATE_VERSION}))
         lines, length = _read(path)
         if lines and (different := run_difference(lines[0], run, name=f"{folder}: the interrupted run")) is not None:
             if not restart:

@@ -47,7 +47,8 @@ class PrefetchedBatch:
         keys: int64[K, 1 + slots], distinct keys.
         rendered: The documents without a skeleton.
         groups: The texts of `keys` (places 0 to K - 1) and of the pieces of `rendered` (places from K on).
-        encoded: For each group the ids, stored end to end, and the number of ids of each text.
+        encoded: For each group the ids, stored end to end, and the number of ids of each text. Empty until `prefetch`
+            has submitted the texts.
     """
 
     batch: ConversationBatch
@@ -69,12 +70,21 @@ def prefetch(cache: SkeletonCache, batch: ConversationBatch, requests: Requests,
     Args:
         cache: What the corpus shares.
         batch: The batch.
-        requests: The documents that will most likely be requested.
+        requests: One document per conversation or answer; splitting may ask for others later.
         thread: Runs the tokenizer.
 
     Returns:
         The prepared batch.
     """
+    prepared = prepare(cache, batch, requests)
+    encode = cache.backend.encode
+    return replace(
+        prepared, encoded=[thread.submit(encode, group.texts, opening=group.opening) for group in prepared.groups]
+    )
+
+
+def prepare(cache: SkeletonCache, batch: ConversationBatch, requests: Requests) -> PrefetchedBatch:
+    """Do what `prefetch` does before it encodes: find the pieces of documents and their distinct texts."""
     match = cache.match(batch, requests)
     matched = np.flatnonzero(match.skeleton >= 0)
     filled = cache.fill(batch, requests, matched, match.skeleton[matched])
@@ -94,7 +104,7 @@ def prefetch(cache: SkeletonCache, batch: ConversationBatch, requests: Requests,
         keys=keys,
         rendered=rendered,
         groups=groups,
-        encoded=[thread.submit(cache.backend.encode, group.texts, opening=group.opening) for group in groups],
+        encoded=(),
     )
 
 

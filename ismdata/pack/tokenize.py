@@ -20,7 +20,7 @@ from ismdata.data import SCRATCH_NAME, ConvertedFolder, Quarantine
 from ismdata.errors import DataError
 from ismdata.memory import give_back
 from ismdata.pack import template_check
-from ismdata.pack.batch_encoder import BatchEncoder, PrefetchedBatch, prefetch
+from ismdata.pack.batch_encoder import BatchEncoder, PrefetchedBatch, prefetch, prepare
 from ismdata.pack.conversation_batch import ConversationBatch
 from ismdata.pack.documents import BatchResult, make_documents, requests_for
 from ismdata.pack.job import PackJob
@@ -143,17 +143,16 @@ def tokenizer_texts(
         options: As for `pack`.
 
     Yields:
-        Texts, batch by batch, each as often as it is encoded. Texts of documents that are split are not included.
+        Texts, batch by batch, each once per batch. Texts of documents that are split are not included.
 
     Raises:
         DataError: If a source cannot be read.
     """
     cache = SkeletonCache(encoding)
-    with ThreadPoolExecutor(1) as thread:
-        for rows in _batches_from(sources, 0):
-            batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
-            for group in prefetch(cache, batch, requests_for(batch, options), thread).groups:
-                yield group.texts
+    for rows in _batches_from(sources, 0):
+        batch = ConversationBatch.from_rows(rows, encoding.sensitivity, options.train_on)
+        for group in prepare(cache, batch, requests_for(batch, options)).groups:
+            yield group.texts
 
 
 def _tokenize_rest(job: PackJob, backend: TokenizerEngine, while_waiting: Callable[[], None]) -> TokenizedCorpus:

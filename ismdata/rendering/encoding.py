@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ismdata.choices import History
 from ismdata.errors import DataError, UsageError
@@ -26,6 +26,7 @@ from ismdata.rendering.tracing import Tracer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+    from typing_extensions import Unpack
 
 #: The file beside a saved tokenizer that says how its template is rendered.
 SETTINGS_NAME = "ismdata_template.json"
@@ -139,22 +140,21 @@ class Encoding:
         (folder / SETTINGS_NAME).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_encoding(
-    tokenizer: str,
-    *,
-    chat_template: str | None = None,
-    history: History = "append",
-    arguments: Mapping[str, Any] | None = None,
-    date: datetime.date = DEFAULT_DATE,
-) -> Encoding:
+class TemplateKeywords(TypedDict, total=False):
+    """The keywords of `probe_encoding` that choose a template and how it renders."""
+
+    chat_template: str | None
+    history: History
+    arguments: Mapping[str, Any] | None
+    date: datetime.date
+
+
+def load_encoding(tokenizer: str, **template: Unpack[TemplateKeywords]) -> Encoding:
     """Load a tokenizer, choose its template and probe it.
 
     Args:
         tokenizer: A local folder, a GGUF file or a hub name.
-        chat_template: As for `probe_encoding`.
-        history: As for `probe_encoding`.
-        arguments: As for `probe_encoding`.
-        date: As for `probe_encoding`.
+        **template: Which template, and how it renders, as for `probe_encoding`.
 
     Returns:
         The encoding.
@@ -165,14 +165,7 @@ def load_encoding(
 
     >>> load_encoding("HuggingFaceTB/SmolLM2-135M-Instruct")  # doctest: +SKIP
     """
-    return probe_encoding(
-        load_pretrained(tokenizer),
-        name=tokenizer,
-        chat_template=chat_template,
-        history=history,
-        arguments=arguments,
-        date=date,
-    )
+    return probe_encoding(load_pretrained(tokenizer), name=tokenizer, **template)
 
 
 def probe_encoding(

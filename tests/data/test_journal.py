@@ -128,6 +128,17 @@ def test_another_run_is_refused_by_what_differs(
     other.close()
 
 
+def test_a_run_of_a_version_with_other_states_is_refused(tmp_path: Path) -> None:
+    Journal.open(tmp_path, RUN, restart=False).close()
+    path = tmp_path / JOURNAL_NAME
+    first, *rest = path.read_text().splitlines(keepends=True)
+    former = json.loads(first)
+    del former["journal_version"]  # the first version did not record it
+    path.write_text("".join([json.dumps(former) + "\n", *rest]))
+    with pytest.raises(UsageError, match="the interrupted run differs from this one: the journal version is 2"):
+        Journal.open(tmp_path, RUN, restart=False)
+
+
 def test_of_many_differences_the_first_are_shown() -> None:
     former = {"options": {f"option_{k}": k for k in range(20)}}
     error = run_difference(former, {"options": {}}, name="out: the run")

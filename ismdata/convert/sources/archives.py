@@ -22,15 +22,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import pyarrow as pa
 
-from ismdata.convert.sources.file_names import (
-    expected_endings,
-    is_corpus,
-    is_dialogues,
-    printable,
-    select_files,
-    skipped_files,
-    stem_of,
-)
+from ismdata.convert.sources import file_names
+from ismdata.convert.sources.file_names import is_corpus, is_dialogues, printable, stem_of
 from ismdata.errors import DataError
 
 if TYPE_CHECKING:
@@ -255,9 +248,8 @@ class NoCorpus(DataError):
 
     def __init__(self, archive: str, names: list[str]) -> None:
         found = ", ".join(map(printable, names[:5])) or "nothing"
-        super().__init__(
-            f"{archive}: the archive holds {found}; expected {expected_endings()}. Unpack it and name the files"
-        )
+        expected = file_names.expected_endings()
+        super().__init__(f"{archive}: the archive holds {found}; expected {expected}. Unpack it and name the files")
         self.names = names
 
 
@@ -319,7 +311,7 @@ def _tar_parts(
         raise read_error(name, error) from error
     if not read:
         raise NoCorpus(name, others)
-    return [*map(printable, skipped_files(others, [])), *no_files]
+    return [*map(printable, file_names.skipped_files(others, [])), *no_files]
 
 
 def _expect_zeros(archive: tarfile.TarFile, name: str) -> None:
@@ -350,7 +342,7 @@ def zip_members(archive: zipfile.ZipFile, name: str) -> tuple[list[zipfile.ZipIn
     # `is_dir` looks at the last character of the name, so a member without a name counts as a file.
     entries = [entry for entry in archive.infolist() if not (entry.filename and entry.is_dir())]
     names = [entry.filename for entry in entries]
-    picked = set(select_files(names))
+    picked = set(file_names.select_files(names))
     members = [entry for entry in entries if entry.filename in picked]
     if not members:
         raise NoCorpus(name, names)
@@ -361,7 +353,7 @@ def zip_members(archive: zipfile.ZipFile, name: str) -> tuple[list[zipfile.ZipIn
     # Members may share packed bytes, so compare their total size with the size of the file.
     assert archive.fp is not None
     refuse_bomb(name, sum(entry.file_size for entry in members), archive.fp.seek(0, io.SEEK_END))
-    return members, list(map(printable, skipped_files(names, sorted(picked))))
+    return members, list(map(printable, file_names.skipped_files(names, sorted(picked))))
 
 
 def zip_part(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, name: str, position: Position | None = None) -> Part:
