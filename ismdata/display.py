@@ -7,6 +7,7 @@ Library functions take a `Reporter` and never print. `LogReporter`, their defaul
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 _LOG = logging.getLogger("ismdata")
@@ -140,6 +142,24 @@ class View:
 
     def __rich__(self) -> RenderableType:
         return self.drawing
+
+
+#: Width of what is drawn into a file or a pipe: there is no window to fit, so most names and paths stay whole.
+_FILE_WIDTH = 160
+
+
+def stdout_console() -> Console:
+    """The console on stdout that views are drawn on.
+
+    Its width is COLUMNS if that is set; otherwise that of the terminal, which with FORCE_COLOR is also that of a pager
+    behind a pipe (`FORCE_COLOR=1 ismdata inspect packed --row 0 | less -R`); 160 in other pipes and files.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        console.width = _FILE_WIDTH
+    return console
 
 
 def title(name: str, rest: str) -> Text:

@@ -73,7 +73,6 @@ def show(shown: Any, *, as_json: bool) -> None:
         json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
         print()
     else:
-        from rich.console import Console
+        from ismdata.display import stdout_console
 
-        # Outside a terminal there is no width to fit: names and paths stay whole.
-        Console(width=None if sys.stdout.isatty() else 160).print(shown)
+        stdout_console().print(shown)

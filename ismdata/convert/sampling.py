@@ -65,22 +65,26 @@ def _keys(first: int, last: int, seed: int) -> NDArray[np.uint64]:
 
 
 def parse_split(text: str) -> tuple[float, ...]:
-    """Parse the shares of `--split`: two or three positive numbers that add up to 1, in the order of SPLIT_NAMES.
+    """Parse the shares of `--split`: two or three positive numbers, in the order of SPLIT_NAMES.
 
-    Raises UsageError if they are not.
+    They add up to 1, or to 100 as percentages, with or without signs. Raises UsageError if they do not.
 
-    >>> parse_split("0.9/0.05/0.05")
-    (0.9, 0.05, 0.05)
+    >>> parse_split("0.9/0.05/0.05"), parse_split("90/10")
+    ((0.9, 0.05, 0.05), (0.9, 0.1))
     """
-    expected = "expected two or three positive shares that add up to 1, such as 0.98/0.02"
+    expected = "expected two or three positive shares that add up to 1 or 100, such as 0.98/0.02 or 98/2"
+    percent = [share.strip().endswith("%") for share in text.split("/")]
     try:
-        shares = tuple(float(share) for share in text.split("/"))
+        shares = tuple(float(share.strip().removesuffix("%")) for share in text.split("/"))
     except ValueError as error:
         raise UsageError(f"--split {text}: not numbers separated by slashes; {expected}") from error
     if len(shares) not in (2, 3):
         raise UsageError(f"--split {text}: found {len(shares)} share{'s'[: len(shares) != 1]}; {expected}")
+    total = math.fsum(shares)
+    if all(percent) or (not any(percent) and math.isclose(total, 100, abs_tol=1e-4)):
+        shares = tuple(share / 100 for share in shares)
     if not all(share > 0 for share in shares) or not math.isclose(math.fsum(shares), 1, abs_tol=1e-6):
-        raise UsageError(f"--split {text}: adds up to {math.fsum(shares):g}; {expected}")
+        raise UsageError(f"--split {text}: adds up to {total:g}{'%' * all(percent)}; {expected}")
     return shares
 
 

@@ -17,6 +17,9 @@ class Sample:
     sequence: PackedSequence
     mask: str
 
+    def __repr__(self) -> str:
+        return f"Sample(mask={self.mask!r}, sequence={self.sequence!r})"
+
 
 class PackedDataset(Dataset[Sample]):
     """The sequences of a packed folder. Rows are read from memory-mapped files, which each worker process maps itself.
@@ -33,6 +36,13 @@ class PackedDataset(Dataset[Sample]):
 
     def __init__(self, folder: str | Path) -> None:
         self.shards = PackedShards(folder)
+
+    def __repr__(self) -> str:
+        layout = "" if self.layout == "plain" else f", layout {self.layout}"
+        folder = str(self.shards.folder)
+        return (
+            f"PackedDataset({folder!r}: {len(self):,} sequences of {self.seq_len:,} tokens, mask {self.mask}{layout})"
+        )
 
     @property
     def mask(self) -> str:

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 from ismdata.data.arrow_stream import read_batches
 from ismdata.data.index import ShardFile, read_index
-from ismdata.errors import DataError
+from ismdata.errors import DataError, shown
 from ismdata.masks import BLOCK_SIZE, END, KIND, START, TRAIN
 
 #: Format identifier of a packed folder's `index.json`.
 FORMAT = "ismdata.packed/1"
+
+#: Conversations that the repr of a sequence names.
+_NAMED = 3
 
 SPAN_TYPE = pa.struct(
     [
@@ -83,6 +86,15 @@ class PackedSequence:
     conversation_ids: list[str]  # [D]
     loss_weight: NDArray[np.float32] | None  # [T], if any message of the corpus has a weight
     position_ids_2: NDArray[np.int32] | None = None  # [T], in the GLM layout
+
+    def __repr__(self) -> str:
+        names = [shown(name) for name in self.conversation_ids[:_NAMED]]
+        more = f", … {len(self.conversation_ids) - _NAMED} more" if len(self.conversation_ids) > _NAMED else ""
+        return (
+            f"PackedSequence({len(self.seq_lens)} documents [{', '.join(names)}{more}], "
+            f"{int(self.seq_lens.sum()):,} of {len(self.input_ids):,} tokens, "
+            f"{int(np.count_nonzero(self.loss_mask)):,} targets)"
+        )
 
 
 class _Batch:

@@ -22,7 +22,7 @@ import numpy as np
 import ismdata
 from ismdata.data import ConvertedFolder, Journal, JournaledLeftovers, Quarantine, open_output, write_index
 from ismdata.display import LOGGED, Reporter
-from ismdata.errors import DataError
+from ismdata.errors import DataError, UsageError
 from ismdata.memory import give_back, kept_memory
 from ismdata.pack.job import PackJob
 from ismdata.pack.options import PackOptions
@@ -66,6 +66,7 @@ def pack(
     options = PackOptions(**fields) if options is None else replace(options, **fields)
     if options.workers:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
+    check_distinct(converted)
     sources = [ConvertedFolder(folder) for folder in converted]
     with (
         open_output(
@@ -116,6 +117,18 @@ def pack(
         first_refusals=tuple(quarantine.first.values()),
         seconds=time.perf_counter() - started,
     )
+
+
+def check_distinct(converted: Sequence[Path]) -> None:
+    """Raise UsageError if a folder is named twice: its conversations would be packed, and trained, twice."""
+    seen: set[Path] = set()
+    for folder in converted:
+        if Path(folder).resolve() in seen:
+            raise UsageError(
+                f"{folder}: named twice; expected each folder once, because no answer is packed twice. Name it once; "
+                "`ismdata train --epochs N` repeats the whole"
+            )
+        seen.add(Path(folder).resolve())
 
 
 def _load_encoding(options: PackOptions) -> Encoding:

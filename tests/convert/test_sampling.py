@@ -42,14 +42,38 @@ def test_samples_are_uniform() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"), [("0.98/0.02", (0.98, 0.02)), ("0.8/0.1/0.1", (0.8, 0.1, 0.1)), (" .5/ 5e-1", (0.5, 0.5))]
+    ("text", "parts"),
+    [
+        ("0.98/0.02", (0.98, 0.02)),
+        ("0.8/0.1/0.1", (0.8, 0.1, 0.1)),
+        (" .5/ 5e-1", (0.5, 0.5)),
+        ("90/10", (0.9, 0.1)),
+        ("80 / 10/10", (0.8, 0.1, 0.1)),
+        ("97.5%/2.5 %", (0.975, 0.025)),
+    ],
 )
 def test_split_is_parsed(text: str, parts: tuple[float, ...]) -> None:
     assert parse_split(text) == parts
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1", "0.9", "0.9/0.2", "1/0", "1.1/-0.1", "nan/1", "inf/0.1", "a/b", "0.25/0.25/0.25/0.25"]
+    "text",
+    [
+        "",
+        "1",
+        "0.9",
+        "0.9/0.2",
+        "1/0",
+        "1.1/-0.1",
+        "nan/1",
+        "inf/0.1",
+        "a/b",
+        "0.25/0.25/0.25/0.25",
+        "90/20",
+        "9/1",
+        "90%/0.1",
+        "0/100",
+    ],
 )
 def test_invalid_splits_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected two or three positive shares"):

@@ -397,3 +397,13 @@ def test_a_run_that_wrote_shards_is_reported_as_resumed(state: dict[str, int] | 
     ):
         note_resumed(SimpleNamespace(journal=journal, conversations=0, reporter=recorder))  # type: ignore[arg-type]
     assert ["shards written: 1" in note for note in recorder.notes] == [True]
+
+
+def test_a_folder_named_twice_is_refused(tmp_path: Path, bytes_tokenizer: Path) -> None:
+    converted = corpus(tmp_path, [talk(1)])
+    again = tmp_path / "x" / ".." / converted.name
+    (tmp_path / "x").mkdir()
+    for folders in ([converted, converted], [converted, again]):
+        with pytest.raises(UsageError, match=r"c-converted: named twice; .*--epochs"):
+            pack(folders, tmp_path / "packed", tokenizer=str(bytes_tokenizer))
+    assert not (tmp_path / "packed").exists()
