@@ -73,8 +73,8 @@ def convert_command(
         str | None,
         typer.Option(
             metavar="SHARES",
-            help="Split into train and validation (and test), e.g. 98/2 or 0.9/0.05/0.05, each a folder inside the output. "
-            "Equal conversations are never separated.",
+            help="Split into train and validation (and test), e.g. 98/2 or 0.9/0.05/0.05, each a folder inside the "
+            "output. Equal conversations are never separated.",
         ),
     ] = None,
     workers: Workers = 0,
