@@ -13,7 +13,7 @@ from ismdata.convert.corpus_format import Choices, CorpusFormat, Draft, with_cho
 from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import GuessedFormat, guess_mapping, regroup_records
 from ismdata.convert.mapping_file import mapping_text
-from ismdata.convert.parts import FormatChoice, SourcePart, open_parts
+from ismdata.convert.parts import FormatChoice, SourcePart, UnknownFormat, open_parts
 from ismdata.convert.sources.source_types import SavedDataset, Source
 from ismdata.errors import DataError, Refused
 
@@ -141,8 +141,9 @@ def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
 
 
 def _sample(source: Source | SavedDataset, format: FormatChoice) -> PartSample | None:
-    """The first records of the first part that has any that can be read."""
-    for part in open_parts(source, format):
+    """The first records of the first part of a known format that has any. Raises UnknownFormat, or DataError."""
+    unknown: list[UnknownFormat] = []
+    for part in open_parts(source, format, unknown):
         records = list(islice(_records(part), _SAMPLE_RECORDS))
         if records:
             return PartSample(
@@ -153,6 +154,8 @@ def _sample(source: Source | SavedDataset, format: FormatChoice) -> PartSample |
                 corpus_format=part.corpus_format,
                 choices=format.choices,
             )
+    if unknown:
+        raise unknown[0]
     return None
 
 

@@ -17,6 +17,7 @@ from ismdata.conversation import FORMAT, Quarantined
 from ismdata.convert.digests import Digests, digests
 from ismdata.convert.filters import Cleaner
 from ismdata.convert.options import Selection
+from ismdata.convert.parts import expected_format
 from ismdata.convert.position import Position
 from ismdata.convert.read_block import BlockResult
 from ismdata.convert.sampling import SPLIT_NAMES, draw_sample, parse_split, split_numbers
@@ -186,7 +187,8 @@ class ConversionJob:
         if self.written or (self.candidates is not None and self.candidates.rows):
             return
         if not self.quarantine.reasons and self.position.unknown:
-            raise DataError(self.position.unknown[0])
+            unknown = self.position.unknown[0]
+            raise DataError(f"{unknown}; {expected_format(unknown.partition(': ')[0])}")
         if not self.quarantine.reasons:
             names = ", ".join(report.name for report in self.position.reports)
             raise DataError(f"{names}: found no record; expected a corpus. Check that it is the right file")

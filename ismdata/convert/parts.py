@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,25 @@ _EMPTY_LISTS = {"messages": "messages", "conversations": "sharegpt"}
 _DETECTION_RECORDS = 100
 
 
+#: The most names of fields in a message, and the most characters of each.
+_SHOWN_FIELDS, _SHOWN_NAME = 8, 40
+
+
+def expected_format(name: str) -> str:
+    """What is expected instead of the file `name`, which is of no known format, and what to do."""
+    return (
+        "expected a known format, see docs/formats.md. "
+        f"`ismdata convert --explain {name.partition('!')[0]}` writes a draft of a mapping file that describes the "
+        "format: check it and pass it with --mapping"
+    )
+
+
 class UnknownFormat(DataError):
-    """No record of a part matches any format."""
+    """No record of a part matches any format. `name` is the part, `found` the message without the advice."""
+
+    def __init__(self, name: str, found: str) -> None:
+        self.name, self.found = name, f"{name}: {found}"
+        super().__init__(f"{self.found}; {expected_format(name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,46 +121,45 @@ class ResultIterator(Generic[Item, Result]):
 class SourceBlocks:
     """Iterates over the blocks of all parts of a source, in order.
 
-    A file that was found in a folder rather than named is skipped if its first part is of no known format. The
-    attributes are complete after the last block.
+    Parts of no known format that were found in a folder or an archive are skipped. The attributes are complete after
+    the last block.
 
     Attributes:
         layouts: The layout of each part.
         formats: The format of each part.
         skipped: Names of what the source holds and was not read.
-        unknown: Why the source was skipped, None if it was not.
+        unknown: Why parts were skipped.
     """
 
     def __init__(self, source: Source | SavedDataset, format: FormatChoice, progress: Callable[[int], None]) -> None:
         self.layouts: list[str] = []
         self.formats: list[str] = []
         self.skipped: list[str] = []
-        self.unknown: str | None = None
+        self.unknown: list[UnknownFormat] = []
         self._source, self._format, self._progress = source, format, progress
 
     def __iter__(self) -> Iterator[SourceBlock]:
-        parts = ResultIterator(open_parts(self._source, self._format))
-        try:
-            for part in parts:
-                self.layouts.append(part.layout)
-                self.formats.append(part.format)
-                for block in part.blocks:
-                    yield block
-                    self._progress(min(part.position(), self._source.bytes))
-            self.skipped = parts.result
-        except UnknownFormat as error:
-            if self.formats or not (isinstance(self._source, FileSource) and self._source.from_folder):
-                raise
-            self.layouts, self.formats, self.skipped = [UNKNOWN], [UNKNOWN], [self._source.name]
-            self.unknown = str(error)
+        parts = ResultIterator(open_parts(self._source, self._format, self.unknown))
+        for part in parts:
+            self.layouts.append(part.layout)
+            self.formats.append(part.format)
+            for block in part.blocks:
+                yield block
+                self._progress(min(part.position(), self._source.bytes))
+        self.skipped = parts.result
+        if self.unknown and not self.formats:
+            self.layouts, self.formats = [UNKNOWN], [UNKNOWN]
 
 
-def open_parts(source: Source | SavedDataset, format: FormatChoice) -> Generator[SourcePart, None, list[str]]:
+def open_parts(
+    source: Source | SavedDataset, format: FormatChoice, unknown: list[UnknownFormat] | None = None
+) -> Generator[SourcePart, None, list[str]]:
     """Open the parts of a source, one at a time.
 
     Args:
         source: The source.
         format: The format to read it as.
+        unknown: Receives the errors of parts that are skipped. None skips none.
 
     Yields:
         Its parts. Read the blocks of one before the next is taken.
@@ -152,23 +168,44 @@ def open_parts(source: Source | SavedDataset, format: FormatChoice) -> Generator
         Names of what the source holds and was not read.
 
     Raises:
-        UnknownFormat: If no record of a part matches any format.
+        UnknownFormat: If no record of a part matches any format and the part is not skipped, or if all parts of an
+            archive that the user named would be.
         DataError: If a part cannot be read.
     """
     if isinstance(source, SavedDataset):
         yield _source_part(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
         return []
+    found = isinstance(source, FileSource) and source.found
+    skipped: list[UnknownFormat] = []
+    any_read = False
     parts = ResultIterator(source.parts())
     for part in parts:
-        if part.is_parquet:
-            yield _source_part(_table_blocks(part), part.name, "Parquet", format, part.position)
+        try:
+            opened = _open_part(part, format)
+        except UnknownFormat as error:
+            if unknown is None or (part.name == source.name and not found):
+                raise
+            part.stream.close()
+            skipped.append(error)
             continue
-        queue = ByteQueue(part.stream, part.name)
-        skip_byte_order_mark(queue)
-        layout, framing = detect_layout(queue, format.is_record)
-        _check_layout(part.name, layout, format, queue)
-        yield _source_part(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
-    return parts.result
+        any_read = True
+        yield opened
+    if skipped and not any_read and not found:
+        raise skipped[0]
+    if unknown is not None:
+        unknown += skipped
+    return [*parts.result, *(error.name for error in skipped)]
+
+
+def _open_part(part: Part, format: FormatChoice) -> SourcePart:
+    """A part with its layout and format. Raises UnknownFormat if no record matches any, DataError if it is broken."""
+    if part.is_parquet:
+        return _source_part(_table_blocks(part), part.name, "Parquet", format, part.position)
+    queue = ByteQueue(part.stream, part.name)
+    skip_byte_order_mark(queue)
+    layout, framing = detect_layout(queue, format.is_record)
+    _check_layout(part.name, layout, format, queue)
+    return _source_part(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
 
 
 def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:
@@ -251,11 +288,16 @@ def _detect_format(block: Block, place: Place, name: str, format: FormatChoice) 
         for field, known_name in _EMPTY_LISTS.items():
             if first.get(field) == []:
                 return known_name, with_choices(FORMATS[known_name], format.choices)
-        seen = f"the first record has the fields {', '.join(map(repr, first)) or '(none)'}"
-    else:
-        seen = f"the first record is {shown(first)}"
-    known = "; ".join(f"{key} ({corpus_format.expects})" for key, corpus_format in FORMATS.items())
-    raise UnknownFormat(
-        f"{name}: {seen}; expected one of {known}. Describe the format in a file and pass it with --mapping FILE; "
-        f"`ismdata convert --explain {name}` writes a draft of it"
-    )
+        raise UnknownFormat(name, f"the first record has the fields {listed_fields(first)}")
+    raise UnknownFormat(name, f"the first record is {shown(first)}")
+
+
+def listed_fields(record: Mapping[Any, Any]) -> str:
+    """The names of a record's fields for a message: the first ones, and how many more there are.
+
+    >>> listed_fields({"id": 1, "text": ""}), listed_fields({})
+    ("'id', 'text'", '(none)')
+    """
+    names = [repr(name if len(str(name)) <= _SHOWN_NAME else f"{str(name)[:_SHOWN_NAME]}…") for name in record]
+    more = f" and {len(names) - _SHOWN_FIELDS:,} more" if len(names) > _SHOWN_FIELDS else ""
+    return (", ".join(names[:_SHOWN_FIELDS]) or "(none)") + more

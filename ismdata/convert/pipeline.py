@@ -35,15 +35,15 @@ from ismdata.convert.formats.registry import FORMATS
 from ismdata.convert.job import ConversionJob
 from ismdata.convert.mapping_file import load_mapping
 from ismdata.convert.options import ConvertOptions
-from ismdata.convert.parts import FormatChoice, SourceBlocks
+from ismdata.convert.parts import UNKNOWN, FormatChoice, SourceBlocks, expected_format
 from ismdata.convert.position import SourceReport
 from ismdata.convert.read_block import read_block
 from ismdata.convert.sources.arguments import expand, with_unique_stems
-from ismdata.convert.sources.source_types import SavedDataset, Source
+from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source
 from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import Journal, JournaledLeftovers, open_output
 from ismdata.display import LOGGED, Reporter
-from ismdata.errors import UsageError
+from ismdata.errors import DataError, UsageError
 from ismdata.memory import kept_memory
 
 
@@ -138,6 +138,7 @@ def convert(
             against = np.concatenate([other.digests(format, rules) for other in others]) if others else None
             job = ConversionJob(folder, options.selection, against, journal)
             _read_sources(expanded, format, rules, job, pool, reporter)
+            _check_archives(expanded, job.position.reports)
             job.finish(recorded)
         finally:
             journal.close()
@@ -151,7 +152,10 @@ def convert(
         first=job.quarantine.first,
         sources=tuple(job.position.reports),
         ignored_fields=dict(sorted(job.position.ignored.items())),
-        notes=(*(f"skipped {reason}" for reason in job.position.unknown), *_notes(job.position.reports, options)),
+        notes=(
+            *(f"skipped {reason}; this is no known format" for reason in job.position.unknown),
+            *_notes(job.position.reports, options),
+        ),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
     )
@@ -225,6 +229,17 @@ def _read_sources(
             job.add(result)
         done += source.bytes
         job.position.finish_source(source, blocks, sha256.result() if sha256 else source.sha256())
+
+
+def _check_archives(sources: Sequence[Source | SavedDataset], reports: Sequence[SourceReport]) -> None:
+    """Raise DataError if all members of a zip archive that the user named are of no known format."""
+    formats: dict[Path, set[str]] = {}
+    for source, report in zip(sources, reports, strict=True):
+        if isinstance(source, FileSource) and source.siblings and not source.from_folder:
+            formats.setdefault(source.path, set()).add(report.format)
+    for path, found in formats.items():
+        if found == {UNKNOWN}:
+            raise DataError(f"{path}: found no member of a known format; {expected_format(str(path))}")
 
 
 def _report_progress(reporter: Reporter, done: int, total: int, here: int) -> None:

@@ -50,7 +50,7 @@ class Position:
         records: The conversations in these blocks.
         checksum: The checksum of these blocks.
         ignored: How many message fields of all sources have been dropped, by name.
-        unknown: Why files of no known format were skipped.
+        unknown: Why files of no known format were skipped, one sentence each.
         complete: Whether all sources have been read.
     """
 
@@ -106,8 +106,7 @@ class Position:
 
     def finish_source(self, source: Source | SavedDataset, blocks: SourceBlocks, sha256: str | None) -> None:
         """Report a source whose blocks have been read, and move to the start of the next one."""
-        if blocks.unknown is not None:
-            self.unknown.append(blocks.unknown)
+        self.unknown += [error.found for error in blocks.unknown]
         self.reports.append(
             SourceReport(
                 name=source.name,

@@ -50,14 +50,27 @@ Position = Callable[[], int]
 class CheckedStream(io.RawIOBase):
     """A stream over `read` that fills each buffer, raises DataError for any failure, and refuses zip bombs.
 
-    `packed` returns the number of packed bytes read so far; None for a stream that is not compressed.
+    `packed` returns the number of packed bytes read so far; None for a stream that is not compressed. `release` is
+    called when the stream is closed.
     """
 
-    def __init__(self, read: Callable[[int], bytes], name: str, packed: Position | None = None) -> None:
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        name: str,
+        packed: Position | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
         self._read = read
         self._name = name
         self._packed = packed
+        self._release = release
         self.count = 0
+
+    def close(self) -> None:
+        if self._release is not None and not self.closed:
+            self._release()
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -365,7 +378,7 @@ def zip_part(archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, name: str, po
         raise DataError(
             f"{name}: cannot be unpacked ({error}); expected a readable member. Unpack the archive and name its files"
         ) from error
-    checked = CheckedStream(content.read, name, lambda: member.compress_size)
+    checked = CheckedStream(content.read, name, lambda: member.compress_size, content.close)
     plain = decompress(io.BufferedReader(checked), name, lambda: member.compress_size)
 
     def estimate() -> int:

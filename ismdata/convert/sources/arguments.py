@@ -27,6 +27,7 @@ from ismdata.convert.sources.file_names import (
     skipped_files,
     stem_of,
 )
+from ismdata.convert.sources.foreign import refuse_url
 from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source, StreamSource, open_file
 from ismdata.errors import DataError
 
@@ -44,6 +45,7 @@ def expand(argument: str) -> list[Source | SavedDataset]:
     kind = _file_type(argument, path)
     if kind is not None:
         return _existing(argument, path, kind)
+    refuse_url(argument)
     if glob.has_magic(argument):
         return _matching(argument)
     # Without a network the hub takes seconds to fail, so it is tried only for names that cannot be paths.
@@ -145,7 +147,13 @@ def _file(name: str, path: Path) -> _Selection:
         members, others = zip_members(archive, name)
         stack.pop_all()  # the file stays open as long as its members exist: they are read through it
     sources = [
-        FileSource(name=f"{name}!{printable(member.filename)}", path=path, member=member, archive=archive)
+        FileSource(
+            name=f"{name}!{printable(member.filename)}",
+            path=path,
+            member=member,
+            archive=archive,
+            siblings=len(members) > 1,
+        )
         for member in members
     ]
     return _Selection(sources, [f"{name}!{other}" for other in others])

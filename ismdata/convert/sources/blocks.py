@@ -241,10 +241,18 @@ def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
 
 
 def plain_value(value: Any) -> Any:
-    """An Arrow value as JSON can represent it: dates as ISO text, bytes as base64, NaN and infinities as null."""
+    """An Arrow value as JSON can represent it: maps as objects, dates as ISO text, NaN and infinities as null.
+
+    Bytes become base64.
+    """
     if isinstance(value, dict):
         return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, list):
+        # Arrow gives a map as a list of tuples, and nothing else as tuples.
+        if value and all(isinstance(item, tuple) for item in value) and len({key for key, _ in value}) == len(value):
+            return {str(key): plain_value(item) for key, item in value}
+        return [plain_value(item) for item in value]
+    if isinstance(value, tuple):
         return [plain_value(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None

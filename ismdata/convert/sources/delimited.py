@@ -64,26 +64,30 @@ def column_names(header: list[str]) -> list[str]:
 
 
 def detect_delimiter(head: bytes, is_record: Callable[[Any], bool], *, named: bool) -> str | None:
-    """The separator with which the header and the first row form a record. `head` is the beginning of the file.
+    """The separator with which the header and one of the first rows form a record. `head` is the file's beginning.
 
-    If none does and the file is `named` like a table, the separator with the most columns, at least two; else None.
+    If none does and the file is `named` like a table, the separator with the most columns in the header, or one that
+    is in none of the first rows; else None.
     """
     whole = head[: head.rfind(b"\n") + 1] or head
-    most, best = 1, None
+    most, best, single = 1, None, None
     for delimiter in DELIMITERS:
-        # The head may end inside a row, and only the first two rows matter here, so parsing is not strict.
+        # The head may end inside a row, and only the first rows matter here, so parsing is not strict.
         text = io.TextIOWrapper(io.BytesIO(whole), encoding="utf-8", errors="replace", newline="")
         reader = _csv_reader(text, delimiter, strict=False)
         try:
-            rows = [row for row in (next(reader, []) for _ in range(20)) if row][:2]
+            header, *rows = [row for row in (next(reader, []) for _ in range(20)) if row] or [[]]
         except csv.Error:
             continue
-        if len(rows) == 2 and 1 < len(rows[0]) == len(rows[1]):
-            if is_record(dict(zip(column_names(rows[0]), rows[1], strict=True))):
-                return delimiter
-            if named and len(rows[0]) > most:
-                most, best = len(rows[0]), delimiter
-    return best
+        fitting = next((row for row in rows if len(row) == len(header)), None)
+        row = dict(zip(column_names(header), fitting or (), strict=False))
+        if len(header) > 1 and fitting is not None and is_record(row):
+            return delimiter
+        if len(header) > most and rows:
+            most, best = len(header), delimiter
+        if single is None and rows and all(len(row) == 1 for row in (header, *rows)):
+            single = delimiter
+    return (best or single) if named else None
 
 
 def _record(names: list[str], cells: list[str]) -> Any:

@@ -13,6 +13,7 @@ from ismdata.convert.corpus_format import ID_FIELDS
 from ismdata.convert.sources.blocks import with_key
 from ismdata.convert.sources.delimited import DELIMITERS, detect_delimiter, frame_rows
 from ismdata.convert.sources.file_names import is_table, is_yaml
+from ismdata.convert.sources.foreign import refuse_foreign
 from ismdata.convert.sources.framing import (
     BLOCK_BYTES,
     WHITESPACE,
@@ -24,8 +25,8 @@ from ismdata.convert.sources.framing import (
     frame_splits,
     frame_values,
 )
+from ismdata.convert.sources.pandas_json import LAYOUT, detect_pandas
 from ismdata.convert.sources.yaml_files import frame_yaml
-from ismdata.errors import DataError
 
 #: Fields of records that hold lists: an object that begins with one of them is a record, not an object of splits.
 _RECORD_FIELDS = frozenset(
@@ -39,19 +40,6 @@ LINE_LAYOUTS = frozenset({JSON_LINES, TEXT_LINES, *DELIMITERS.values()})
 Framing = Callable[[ByteQueue], Iterator[Framed]]
 
 _UTF8_MARK = b"\xef\xbb\xbf"
-#: First bytes of files that are no text, and what the user can do.
-_FOREIGN = {
-    b"\xff\xfe\x00\x00": ("UTF-32", "Convert the file to UTF-8"),
-    b"\x00\x00\xfe\xff": ("UTF-32", "Convert the file to UTF-8"),
-    b"\xff\xfe": ("UTF-16", "Convert the file to UTF-8"),
-    b"\xfe\xff": ("UTF-16", "Convert the file to UTF-8"),
-    b"7z\xbc\xaf": ("a 7z archive", "Unpack it first"),
-    b"Rar!\x1a": ("a RAR archive", "Unpack it first"),
-    b"\x04\x22\x4d\x18": ("LZ4 data", "Unpack it first"),
-    b"ARROW1": ("an Arrow file", "Save it as Parquet, or name the folder that `save_to_disk` wrote"),
-}
-#: JSON in UTF-16 or UTF-32 without a byte order mark: a bracket beside zero bytes.
-_WIDE_JSON = re.compile(rb"\x00{1,3}[\[{]|[\[{]\x00{1,3}")
 #: How JSON lists and objects begin; text that begins with a bracket continues differently.
 _JSON_OPENING = re.compile(rb'\s*(\[\s*(["\[{\]-]|\d|true|false|null|$)|\{\s*(["}]|$))')
 _KEY = re.compile(r'\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*')
@@ -65,16 +53,14 @@ _MOST_BYTES_AHEAD = 64 << 20
 
 
 def skip_byte_order_mark(queue: ByteQueue) -> None:
-    """Drop a UTF-8 byte order mark. Raises DataError for files in another encoding or of a known binary format."""
+    """Drop a UTF-8 byte order mark. Raises DataError for files that are no text, or text of no corpus."""
     if not queue.data:
         queue.more()
-    for mark, (what, todo) in _FOREIGN.items():
-        if queue.data.startswith(mark):
-            raise DataError(f"{queue.name}: found {what}; expected UTF-8 text or Parquet. {todo}")
-    if _WIDE_JSON.match(queue.data):
-        raise DataError(f"{queue.name}: found UTF-16 or UTF-32; expected UTF-8 text. Convert the file to UTF-8")
+    refuse_foreign(queue.data, queue.name)
     if queue.data.startswith(_UTF8_MARK):
         queue.drop(len(_UTF8_MARK))
+    if b"\r" in queue.data and b"\n" not in queue.data:
+        queue.end_lines_at_returns()
 
 
 def detect_layout(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[str, Framing]:
@@ -100,6 +86,9 @@ def detect_layout(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[s
     if opening == b"[" and not values and _first_inside(head) == b"":
         return "a JSON array", frame_document
     alone = len(values) == 1 and is_record(values[0])
+    pandas = detect_pandas(queue, is_record) if opening == b"{" and len(values) < 2 and not alone else None
+    if pandas is not None:
+        return LAYOUT, pandas
     if opening == b"{" and len(values) < 2 and not alone and _opens_splits(head, is_record):
         return "an object of splits", frame_splits
     if opens_entries and len(values) < 2:
@@ -124,6 +113,9 @@ def _yaml_or_table(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[
     first = queue.data.lstrip(WHITESPACE).split(b"\n", 1)[0].decode("utf-8", errors="replace").strip()
     # Pairs separated by a tab need no header: if a line is a record, the file's name alone does not make it a table.
     named = is_table(queue.name) and not is_record(first)
+    # A row may be longer than what was read ahead: read on to the end of the first row below the header.
+    while named and queue.data.count(b"\n") < 2 and len(queue.data) < _MOST_BYTES_AHEAD and queue.more():
+        pass
     delimiter = detect_delimiter(queue.data, is_record, named=named)
     return None if delimiter is None else (DELIMITERS[delimiter], partial(frame_rows, delimiter=delimiter))
 

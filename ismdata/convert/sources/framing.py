@@ -50,7 +50,10 @@ class Framed:
 
 
 class ByteQueue:
-    """Bytes read ahead from a stream, with their offset in it. `name` is the stream's name in errors."""
+    """Bytes read ahead from a stream, with their offset in it. `name` is the stream's name in errors.
+
+    `end_lines_at_returns` makes carriage returns line breaks: some files have no other.
+    """
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self.stream = stream
@@ -58,6 +61,11 @@ class ByteQueue:
         self.data = b""
         self.offset = 0  # of data[0] in the stream
         self.ended = False
+        self._returns = False
+
+    def end_lines_at_returns(self) -> None:
+        self._returns = True
+        self.data = self.data.replace(b"\r", b"\n")
 
     def more(self, size: int = BLOCK_BYTES) -> bool:
         """Read at most `size` more bytes. Returns False at the end of the stream. Raises DataError beyond the limit."""
@@ -70,6 +78,8 @@ class ByteQueue:
             )
         chunk = self.stream.read(min(size, MAX_RECORD_BYTES + 1 - len(self.data)))
         self.ended = not chunk
+        if self._returns:
+            chunk = chunk.replace(b"\r", b"\n")
         self.data = self.data + chunk if self.data else chunk
         return not self.ended
 
@@ -371,7 +381,7 @@ def _text(queue: ByteQueue, key: bytes) -> str:
 
 
 def frame_values(queue: ByteQueue) -> Iterator[Framed]:
-    """Concatenated objects or lists, each on any number of lines."""
+    """Concatenated objects or lists, each on any number of lines, with or without a comma between two."""
     number = 1
     queue.skip_whitespace()
     while queue.data:
@@ -379,6 +389,8 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
         ends = structure.places[(structure.depth == 0) & (_DEPTH[structure.bytes] < 0)] + 1
         if not len(ends):
             if not queue.more(max(BLOCK_BYTES, len(queue.data))):
+                if number > 1 and queue.data.strip(WHITESPACE) == b",":
+                    return
                 raise DataError(
                     f"{queue.name}: found the end of the file at byte {queue.offset + len(queue.data)}, inside record "
                     f"{number}; expected its end. {_TRUNCATED_HINT}"
@@ -391,6 +403,7 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
             )
         borders = [0, *ends.tolist()]
         texts = [queue.data[start:end].strip(WHITESPACE).replace(b"\n", b" ") for start, end in pairwise(borders)]
+        texts = [_without_comma(text) if at or number > 1 else text for at, text in enumerate(texts)]
         lengths = np.array([len(text) for text in texts])
         starts = np.append(0, np.cumsum(lengths + 1)[:-1])
         numbers = number + np.arange(len(texts))
@@ -401,6 +414,11 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
         number += len(texts)
         queue.drop(borders[-1])
         queue.skip_whitespace()
+
+
+def _without_comma(text: bytes) -> bytes:
+    """A value without the comma between it and the value before."""
+    return text[1:].lstrip(WHITESPACE) if text[:1] == b"," else text
 
 
 def _expect_end(queue: ByteQueue) -> None:

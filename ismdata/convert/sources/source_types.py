@@ -33,6 +33,7 @@ class FileSource:
         archive: The open zip archive at `path`.
         from_folder: The file was found in a folder, not named by the user. If it is an archive without a corpus, or of
             no known format, it is skipped instead of refused.
+        siblings: The archive has other members that are read: this one is skipped if it is of no known format.
         skipped: Files in the same folder or zip archive that are not read; the first source of these has them.
     """
 
@@ -42,10 +43,16 @@ class FileSource:
     member: zipfile.ZipInfo | None = None
     archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
     from_folder: bool = False
+    siblings: bool = False
     skipped: tuple[str, ...] = field(default=(), compare=False)
 
     #: Whether the source can be read only once, so that `bytes` and `sha256()` are known only after that.
     once = False
+
+    @property
+    def found(self) -> bool:
+        """Whether the user named a folder or an archive rather than this file."""
+        return self.from_folder or self.siblings
 
     @property
     def place(self) -> PurePosixPath:

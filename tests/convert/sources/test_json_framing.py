@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from ismdata.convert.formats.registry import detect
 from ismdata.convert.sources import framing
-from ismdata.convert.sources.detect_framing import detect_layout
+from ismdata.convert.sources.detect_framing import detect_layout, skip_byte_order_mark
 from ismdata.convert.sources.framing import ByteQueue, frame_document, frame_lines, frame_splits, frame_values
 from ismdata.errors import DataError
 from tests.convert.formats.test_fast_path import text
-from tests.support.streams import ShortReads
+from tests.support.streams import ShortReads, queue_of
 
 
 def records_of(framed):
@@ -167,3 +167,25 @@ def test_layouts(head, layout):
     queue = ByteQueue(io.BytesIO(head), "x")
     queue.more()
     assert detect_layout(queue, lambda record: detect(record) is not None)[0] == layout
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a":1},\n{"a":2},\n', '{"a":1},\n{"a":2}', '{"a":1}\n,\n{"a":2}\n', '{\n"a":1},{"a":2},']
+)
+def test_values_may_have_commas_between_them(text):
+    queue = ByteQueue(io.BytesIO(text.encode()), "x")
+    assert [record for _, _, record in records_of(frame_values(queue))] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("text", ['{"a":1},,{"a":2}', ',{"a":1}', '{"a":1},,'])
+def test_two_commas_are_an_error(text):
+    with pytest.raises(DataError):
+        records_of(frame_values(ByteQueue(io.BytesIO(text.encode()), "x")))
+
+
+def test_lines_may_end_with_carriage_returns_alone():
+    data = b'{"messages": [{"role": "user", "content": "q"}]}\r' * 3
+    queue = queue_of(data)
+    skip_byte_order_mark(queue)
+    _, framing = detect_layout(queue, lambda record: detect(record) is not None)
+    assert [number for _, number, _ in records_of(framing(queue))] == [1, 2, 3]
