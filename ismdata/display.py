@@ -2,31 +2,46 @@
 
 Library functions take a `Reporter` and never print. `LogReporter`, their default, writes notes to the log
 `ismdata`; the command line passes a `TerminalReporter`, which draws on stderr.
+
+Names, ids and texts come from files and from users. Only this module hands them to a stream: `note` prints a line,
+`draw` a drawing and `print_json` an object. None of them reads markup (`[bold]`, `:smile:`) in a text, and none lets a
+control character through.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
+import json
 import logging
 import os
+import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from rich.console import RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-#: What `printable` writes for each control character: its Unicode picture, or U+FFFD where there is none. A corpus
-#: must not be able to move the cursor of the person who looks at it.
-_PICTURES = {
-    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
-    0x7F: 0x2421,
-    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-}
+from ismdata.errors import DataError
 
+#: Characters that could drive a terminal (controls), reorder what it shows (bidirectional marks), break a line where
+#: none is meant, or not be encoded (surrogates: bytes of a file name that is not UTF-8). Tabs and line breaks stay.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+#: Width of what is drawn into a file or a pipe: there is no window to fit, so most names and paths stay whole.
+_FILE_WIDTH = 160
+
+#: What is printed for our own signs where the encoding of a stream lacks them.
+_ASCII = dict(zip("▀▄─│·–×✗●○┌┐└┘█▉▊▋▌▍▎▏", '"_-|--xx*o++++########', strict=True))
+_ASCII |= {"…": "...", "→": "->", "✓": "ok", "⏎": "\\n"}
 
 #: Width of a full bar, in characters.
 _BAR_WIDTH = 32
@@ -35,7 +50,6 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress
 
 _LOG = logging.getLogger("ismdata")
@@ -76,8 +90,115 @@ LOGGED = LogReporter()
 
 
 def note(text: str) -> None:
-    """Print one line for the user on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line for the user on stderr.
+
+    Args:
+        text: The line. Line breaks in it, as a file name may have, are shown as signs.
+    """
+    stream = _ready(sys.stderr)
+    if stream is not None:
+        print(printable(text).replace("\n", "␊"), file=stream, flush=True)
+
+
+def draw(drawing: RenderableType, *, whole_lines: bool = False) -> None:
+    """Print a drawing on stdout.
+
+    Args:
+        drawing: What rich can draw. Texts in it are printed as they are: none is markup.
+        whole_lines: Let the terminal wrap lines, so that they can be copied whole.
+
+    Raises:
+        DataError: If stdout cannot be written, as on a full disk.
+    """
+    with _stdout() as stream:
+        stdout_console(stream).print(_Printable(drawing), soft_wrap=whole_lines)
+
+
+def print_json(facts: Any) -> None:
+    """Print a JSON object on stdout.
+
+    Args:
+        facts: The object.
+
+    Raises:
+        DataError: If stdout cannot be written, as on a full disk.
+    """
+    with _stdout() as stream:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        text = json.dumps(facts, ensure_ascii=not encoding.lower().startswith("utf"), indent=2)
+        print(text.encode("utf-8", "backslashreplace").decode("utf-8"), file=stream)
+
+
+@contextlib.contextmanager
+def _stdout() -> Iterator[TextIO]:
+    """The standard output, flushed at the end; one in memory if it is closed.
+
+    Raises:
+        DataError: If it cannot be written, as on a full disk.
+    """
+    stream = _ready(sys.stdout)
+    if stream is None:
+        yield io.StringIO()
+        return
+    try:
+        yield stream
+        stream.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does; Typer ends the command silently
+        raise
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - else Python tries to write the rest again at its end
+            os.dup2(nowhere.fileno(), stream.fileno())
+        raise DataError(
+            f"standard output: {error.strerror}; expected to print the report. What the command writes elsewhere is "
+            "complete: print it again with `ismdata inspect`"
+        ) from error
+
+
+def stdout_console(stream: TextIO | None = None) -> Console:
+    """The console on stdout that views are drawn on.
+
+    Its width is COLUMNS if that is set; otherwise that of the terminal, which with FORCE_COLOR is also that of a pager
+    behind a pipe (`FORCE_COLOR=1 ismdata inspect packed --row 0 | less -R`); 160 in other pipes and files.
+    """
+    console = _console(stream)
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        console.width = _FILE_WIDTH
+    return console
+
+
+def _console(stream: TextIO | None) -> Console:
+    """The only console. It takes no string for markup, not in the cells of tables either."""
+    return Console(file=stream, markup=False, emoji=False, highlight=False)
+
+
+def _ready(stream: TextIO | None) -> TextIO | None:
+    """Let a stream print any text, whatever its encoding. None is a closed one."""
+    if stream is not None and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="ismdata")
+    return stream
+
+
+def _encodable(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding lacks: our own signs by ASCII ones, the rest by escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    texts = (_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in missing)
+    return "".join(texts), error.end
+
+
+codecs.register_error("ismdata", _encodable)
+
+
+class _Printable:
+    """A drawing of which each piece of text goes through `printable`."""
+
+    def __init__(self, drawing: RenderableType) -> None:
+        self.drawing = drawing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.drawing, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 class TerminalReporter:
@@ -92,12 +213,12 @@ class TerminalReporter:
         self._lined: dict[str, float] = {}
 
     def __enter__(self) -> TerminalReporter:
-        if sys.stderr.isatty():
-            from rich.console import Console
+        if sys.stderr is not None and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            name = TextColumn("{task.description}", markup=False)
+            columns = (name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=_console(sys.stderr), transient=True)
             self._bar.start()
         return self
 
@@ -113,7 +234,7 @@ class TerminalReporter:
     def progress(self, stage: str, done: int, total: int) -> None:
         if self._bar is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(stage, total=total or None)
+                self._tasks[stage] = self._bar.add_task(printable(stage), total=total or None)
             self._bar.update(self._tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
             return
         now = time.monotonic()
@@ -142,24 +263,6 @@ class View:
 
     def __rich__(self) -> RenderableType:
         return self.drawing
-
-
-#: Width of what is drawn into a file or a pipe: there is no window to fit, so most names and paths stay whole.
-_FILE_WIDTH = 160
-
-
-def stdout_console() -> Console:
-    """The console on stdout that views are drawn on.
-
-    Its width is COLUMNS if that is set; otherwise that of the terminal, which with FORCE_COLOR is also that of a pager
-    behind a pipe (`FORCE_COLOR=1 ismdata inspect packed --row 0 | less -R`); 160 in other pipes and files.
-    """
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-        console.width = _FILE_WIDTH
-    return console
 
 
 def title(name: str, rest: str) -> Text:
@@ -210,5 +313,25 @@ def histogram_bars(title: str, counts: list[dict[str, int]]) -> list[RenderableT
 
 
 def printable(text: str) -> str:
-    """Replace control characters, except tabs and line breaks, by visible ones."""
-    return text.translate(_PICTURES)
+    """Replace characters that could deceive the reader of a terminal; tabs and line breaks stay.
+
+    Args:
+        text: Any text, of a corpus or a file name.
+
+    Returns:
+        The text with controls as their Unicode pictures (U+FFFD where there is none), and bidirectional marks, line
+        separators and surrogates as escapes.
+
+    >>> printable("a\\x1b[2J")
+    'a␛[2J'
+    """
+    return _UNPRINTABLE.sub(_visible, text)
+
+
+def _visible(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code < 0xA0:
+        return "␡" if code == 0x7F else "\ufffd"
+    return f"\\u{code:04x}"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ismdata.display import note
+from ismdata.display import draw, note, print_json
 from ismdata.distributed import is_first_process
 from ismdata.errors import IsmdataError, Terminated
 
@@ -70,9 +68,6 @@ def show(shown: Any, *, as_json: bool) -> None:
     if not is_first_process():
         return
     if as_json:
-        json.dump(shown.as_json(), sys.stdout, ensure_ascii=False, indent=2)
-        print()
+        print_json(shown.as_json())
     else:
-        from ismdata.display import stdout_console
-
-        stdout_console().print(shown)
+        draw(shown)

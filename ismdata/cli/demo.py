@@ -13,13 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.text import Text
 
 from ismdata.cli.views import folders as view
 from ismdata.cli.views import reports
 from ismdata.convert import convert
 from ismdata.data import ConvertedFolder, open_output, verify
+from ismdata.display import draw
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import pack
 from ismdata.rendering import ConversationEncoder
@@ -88,14 +89,13 @@ def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> P
     )
 
 
-def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, console: Console | None = None) -> None:
+def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False) -> None:
     """Run the whole pipeline on the bundled sample. Takes under a minute on two idle cores.
 
     Args:
         output: Folder for `converted`, `tokenizer`, `packed` and `model`.
         steps: Training steps.
         overwrite: Replace what `output` holds.
-        console: Where to print; standard output by default.
 
     Raises:
         UsageError: If `output` is not empty and `overwrite` is off.
@@ -105,7 +105,7 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
             f"{output}: is not empty; expected an empty or absent folder. Name another one, or pass --overwrite"
         )
     started = time.monotonic()
-    stage = _Stage(console or Console())
+    stage = _Stage()
     converted, tokenizer, packed, model = (output / name for name in ("converted", "tokenizer", "packed", "model"))
 
     files = [str(_short(file)) for file in sample_files()]
@@ -153,7 +153,7 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False, conso
         for question in questions:
             stage.show(Text(f"> {question}", style="bold"))
             stage.show(Text(chat.reply(question)))
-        stage.console.print()
+        stage.show(Text())
     stage.show(_ending(output, time.monotonic() - started))
 
 
@@ -186,13 +186,12 @@ def _short(path: Path) -> Path:
 class _Stage:
     """Prints each stage: its title, the command that does the same, and its result. It is a Reporter too."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self) -> None:
         self.number = 0
 
     def __call__(self, title: str, *words: object) -> None:
         self.number += 1
-        self.console.print()
+        self.show(Text())
         self.show(Text(f"{self.number}. {title}", style="bold"))
         self.show(Text(f"$ {command(*words)}", style="cyan"))
 
@@ -203,4 +202,4 @@ class _Stage:
         pass
 
     def show(self, what: RenderableType) -> None:
-        self.console.print(what, soft_wrap=isinstance(what, Text))
+        draw(what, whole_lines=isinstance(what, Text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shlex
@@ -11,7 +12,6 @@ import pytest
 import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from ismdata.cli.demo import run_demo, sample_files, train_tokenizer
@@ -30,7 +30,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A demo with hardly any training, and what it printed."""
     output = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
-    run_demo(output, steps=2, console=Console(file=printed, width=100))
+    with contextlib.redirect_stdout(printed):
+        run_demo(output, steps=2)
     return output, printed.getvalue()
 
 
