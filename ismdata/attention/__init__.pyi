@@ -1,4 +1,5 @@
 from . import model_folder as model_folder
+from .around import check_adapters as check_adapters
 from .attachment import attach as attach
 from .attachment import attached_backend as attached_backend
 from .attachment import detach as detach

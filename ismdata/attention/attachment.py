@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
+from ismdata.attention.around import check_adapters, check_counts_cache, check_shape
 from ismdata.attention.backends.base import KEYWORD, Backend, Intervals
 from ismdata.attention.backends.registry import BACKENDS, choose
 from ismdata.attention.canary import check_attached, loss_is_weighted, stock_logits
+from ismdata.attention.generation import prepare_generation, restore_generation
 from ismdata.attention.models import glm
 from ismdata.attention.supported_models import check_architecture, check_parallelism
 from ismdata.attention.weighted_loss import weighted_loss
@@ -60,8 +62,9 @@ def attach(
 
     Afterwards `model(**batch)` takes the Collator's tensors. Missing position_ids follow from `doc_start` (a model with
     two positions requires both). With a cache, intervals count over cached and current keys. A single token without
-    intervals (decoding) sees everything; several tokens without intervals are refused. A layer's sliding window narrows
-    the intervals. `loss_weight` multiplies each target's loss before the mean over targets.
+    intervals (decoding) sees everything; several tokens without intervals are refused, except in `model.generate`
+    (`generation.py`). A layer's sliding window narrows the intervals. `loss_weight` multiplies each target's loss
+    before the mean over targets.
 
     Attaching again replaces the former backend. Wrap the model (PEFT, FSDP, DDP) after this, not before.
 
@@ -117,6 +120,7 @@ def attach(
     except BaseException:
         detach(model)
         raise
+    prepare_generation(model)
     if mask is not None:
         model.config.ismdata_mask = mask
     return model
@@ -150,6 +154,7 @@ def detach(model: PreTrainedModel) -> None:
     if attachment is None:
         return
     attachment.hook.remove()
+    restore_generation(model)
     model.set_attn_implementation(attachment.stock_attention)
     model.loss_function = attachment.stock_loss
 
@@ -167,6 +172,7 @@ def _before_forward(
     batch, rows = tokens.shape[:2]
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
+    check_adapters(module)
     _check_attention_mask(kwargs.get("attention_mask"))
     if kwargs.get("loss_weight") is not None and not vars(module)[_ATTACHMENT].weights_loss:
         raise UnsupportedModelError(
@@ -183,12 +189,11 @@ def _before_forward(
             f"the attached model got samples of {rows} tokens without doc_start and kv_end, which say what keys a "
             "token sees: documents would see each other. Pass the Collator's batch, or intervals for a prefill"
         )
-    elif doc_start.shape != (batch, rows) or kv_end.shape != (batch, rows):
-        raise UsageError(
-            f"doc_start is {list(doc_start.shape)} and kv_end {list(kv_end.shape)}; expected {[batch, rows]}, the "
-            "shape of the tokens. Turn off context and sequence parallelism, which split the tokens only"
-        )
-    elif cache is None:
+    else:
+        check_shape(batch, rows, doc_start, kv_end)
+        if past:
+            check_counts_cache(doc_start, kv_end, past)
+    if not decodes and cache is None:
         kwargs.setdefault("use_cache", False)  # a cache would only cost memory in training
     intervals = Intervals(
         doc_start=doc_start,
@@ -237,5 +242,5 @@ def _check_attention_mask(attention_mask: Any) -> None:
     if not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and bool(attention_mask.all())):
         raise UsageError(
             "the attached model got an attention_mask that hides tokens; its mask comes from doc_start and kv_end. "
-            "Leave attention_mask out, and generate for one conversation at a time, without padding"
+            "Leave attention_mask out; only model.generate takes one, for padding on the left"
         )

@@ -1,4 +1,5 @@
 from .batched import answer_many as answer_many
+from .batched import generation_inputs as generation_inputs
 from .feeding import Encoder as Encoder
 from .greedy import Prompt as Prompt
 from .greedy import greedy_answers as greedy_answers

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ismdata.errors import UnsupportedModelError
+from ismdata.generate.whole_cache import whole_cache
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -99,7 +100,7 @@ def select_entries(
 
 def keep_entries(cache: DynamicCache, indices: IntArray, rotation: KeyRotation) -> None:
     """Keep the entries at `indices`, int64[n] ascending, in place, with keys rotated to the positions 0 … n - 1."""
-    for layer in cast(Any, cache).layers:
+    for layer in _with_keys(cache):
         old = torch.from_numpy(indices).to(layer.keys.device)
         new = torch.arange(len(old), device=old.device)
         layer.keys = rotation.rotate(layer.keys.index_select(-2, old), old, new)
@@ -108,8 +109,13 @@ def keep_entries(cache: DynamicCache, indices: IntArray, rotation: KeyRotation) 
 
 def crop_entries(cache: DynamicCache, length: int) -> None:
     """Keep the first `length` entries, in place."""
-    for layer in cast(Any, cache).layers:
+    for layer in _with_keys(cache):
         layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+
+def _with_keys(cache: DynamicCache) -> list[Any]:
+    """The layers of a cache that hold keys of their own."""
+    return [layer for layer in cast(Any, cache).layers if layer.keys is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +206,7 @@ class KeyRotation:
         kv_end = torch.arange(1, 9, dtype=torch.int32, device=model.device)[None]
 
         def layers(positions: Tensor) -> list[Any]:
-            cache = DynamicCache(config=model.config)
+            cache = whole_cache(model)
             model(
                 input_ids=tokens,
                 position_ids=positions[None],
@@ -210,7 +216,7 @@ class KeyRotation:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            return list(cast(Any, cache).layers)
+            return _with_keys(cache)
 
         old = torch.arange(8, device=model.device)
         new = old + 19

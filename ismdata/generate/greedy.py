@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ismdata.attention import takes_two_positions
 from ismdata.display import LOGGED, Reporter
 from ismdata.generate.sampling import EndOfTurn
+from ismdata.generate.whole_cache import whole_cache
 
 #: Maximum number of tokens in a batch, padding and answers included; it bounds the cache.
 _BATCH_TOKENS = 1 << 15
@@ -104,8 +105,8 @@ def _decode_batch(model: PreTrainedModel, prompts: Sequence[Prompt], end: EndOfT
     """The answers to a batch, with their ends of turn. Rows are removed from the batch when their answers end."""
     answers: list[list[int]] = [[] for _ in prompts]
     two_positions = takes_two_positions(model)
-    columns = _pad_left(prompts, model.device)
-    cache = DynamicCache(config=model.config)
+    columns = pad_left(prompts, model.device)
+    cache = whole_cache(model)
     active = list(range(len(prompts)))
     while True:
         tokens = _forward(model, columns, cache, two_positions=two_positions).argmax(-1)
@@ -131,7 +132,7 @@ def _decode_batch(model: PreTrainedModel, prompts: Sequence[Prompt], end: EndOfT
         columns["kv_end"] = torch.full_like(last["kv_end"], cache.get_seq_length() + 1)
 
 
-def _pad_left(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
+def pad_left(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
     """The columns of the prompts and `doc_start`, [B, L] each: the intervals int32, the rest int64."""
     longest = max(map(len, prompts))
     own = np.arange(longest, dtype=np.int32)  # a token of padding sees only itself

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ismdata.attention import takes_two_positions
 from ismdata.generate.eviction import SINKS, KeyRotation, crop_entries, keep_entries, select_entries
 from ismdata.generate.feeding import feed, feed_scored
+from ismdata.generate.whole_cache import whole_cache
 from ismdata.masks import token_positions
 
 #: At least 1/16 of the cache is evicted at a time, so that keys are not rotated again for each generated token.
@@ -53,7 +54,8 @@ class KVCache:
             seed: Seed of the policy `random`.
 
         Raises:
-            UnsupportedModelError: If there is a policy and the model's keys cannot be rotated.
+            UnsupportedModelError: If the model's cache holds more than keys and values, or if there is a policy and
+                the model's keys cannot be rotated.
         """
         self.model = model
         self.mask = mask
@@ -70,7 +72,7 @@ class KVCache:
         """Remove all entries."""
         self.ids: list[int] = []
         self.entropies: list[float] = []
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = whole_cache(self.model)
         self._logits: Tensor | None = None
         self._turn_start = 0
         #: In the GLM layout: the index of the current answer's first entry; None inside a context.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from ismdata.attention import BACKENDS, takes_two_positions
+from ismdata.attention import BACKENDS, check_adapters, takes_two_positions
 from ismdata.choices import check_mask
 from ismdata.errors import UsageError
 from ismdata.generate.feeding import Encoder
@@ -19,7 +19,9 @@ def resolve_mask(model: PreTrainedModel, mask: str | None) -> str:
 
     Raises:
         UsageError: If the model is not attached, or there is no such mask.
+        UnsupportedModelError: If peft puts virtual tokens before its rows.
     """
+    check_adapters(model)
     names = {backend.name for backend in BACKENDS.values()}
     if getattr(model.config, "_attn_implementation", None) not in names:
         raise UsageError(

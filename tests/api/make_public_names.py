@@ -16,7 +16,7 @@ PUBLIC = {
     "ismdata": ("Collator", "PackedDataset", "Session", "answer_many", "attach"),
     "ismdata.attention": ("attach", "detach", "load"),
     "ismdata.convert": ("ConvertOptions", "ConvertReport", "convert"),
-    "ismdata.generate": ("Sampling", "Session", "Window", "answer_many"),
+    "ismdata.generate": ("Sampling", "Session", "Window", "answer_many", "generation_inputs"),
     "ismdata.masks": ("block_table", "dense", "intervals", "position_ids", "targets", "tile"),
     "ismdata.pack": ("PackOptions", "PackReport", "pack"),
     "ismdata.train": ("TrainOptions", "TrainReport", "train"),

@@ -210,8 +210,9 @@ def _check_options(module: nn.Module, options: Mapping[str, Any], *, soft_caps: 
             )
     if options.get(KEYWORD) is None:
         raise UnsupportedModelError(
-            f"{name} got no {KEYWORD}: a part of the attached model was called instead of the model, or the model does "
-            "not pass its keywords on to its layers. Call the attached model itself"
+            f"{name} got no {KEYWORD}: a part of the attached model was called instead of the model, or its `forward` "
+            "(peft's AdaLoRA and adaption prompts do so), or the model does not pass its keywords on to its layers. "
+            "Call the attached model itself; of peft, use LoRA"
         )
 
 
@@ -224,9 +225,16 @@ def _check_shape(call: LayerCall) -> None:
     kept = intervals.keys if call.window is None else min(intervals.keys, call.window - 1 + intervals.rows)
     if rows == intervals.rows and kept <= keys <= intervals.keys:
         return
+    dropped = call.window is None and keys < intervals.keys and rows == intervals.rows
+    advice = (
+        "The cache drops keys for a sliding window of the config, which the attention does not apply: pass "
+        "past_key_values=transformers.DynamicCache(), which keeps them"
+        if dropped
+        else "Turn off static caches, and context or sequence parallelism, which split the sequence"
+    )
     raise UnsupportedModelError(
         f"{type(call.module).__name__} has {rows} rows and {keys} keys; the mask is for {intervals.rows} rows and "
-        f"{intervals.keys} keys. Turn off static caches, and context or sequence parallelism, which split the sequence"
+        f"{intervals.keys} keys. {advice}"
     )
 
 

@@ -1,0 +1,194 @@
+"""Sessions with models whose own caches evict keys: what remains after an undo answers as a fresh conversation."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    MistralConfig,
+    MoshiConfig,
+    PhimoeConfig,
+    Qwen2Config,
+    cache_utils,
+)
+
+from ismdata.attention.attachment import attach
+from ismdata.errors import UnsupportedModelError
+from ismdata.generate.eviction import KeyRotation, crop_entries, keep_entries
+from ismdata.generate.feeding import feed
+from ismdata.generate.session import Session
+from ismdata.generate.whole_cache import whole_cache
+from ismdata.generate.window import Window
+from tests.laws.test_laws_cache import TextEncoder, one_forward
+from tests.support.decoders import WINDOW, decoder
+from tests.support.tiny import SIZES
+
+#: Families whose config names a window that their attention does not apply.
+NOT_APPLIED = {
+    "moshi": lambda: MoshiConfig(**SIZES, sliding_window=WINDOW, head_dim=8, ffn_dim=48, audio_vocab_size=8),
+    "phimoe": lambda: PhimoeConfig(**SIZES, sliding_window=WINDOW, num_local_experts=4),
+}
+FAMILIES = ["mistral", "qwen2", "gemma3", "phi3", *NOT_APPLIED]
+
+
+def family(name):
+    if name not in NOT_APPLIED:
+        return attach(decoder(name))
+    torch.manual_seed(0)
+    # The grouped products of experts do not take float64.
+    options = {"experts_implementation": "eager"} if name == "phimoe" else {}
+    return attach(AutoModelForCausalLM.from_config(NOT_APPLIED[name](), **options).to(torch.float64).eval())
+
+
+def generated(session):
+    return list(session._transcript.generated.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"), [*((each, "ism") for each in FAMILIES), ("mistral", "causal"), ("gemma3", "prefix")]
+)
+def test_undo_leaves_what_a_fresh_conversation_has(name, mask):
+    """Undo below, at and above the window; the next answers are those of a conversation that never had the turn."""
+    model = family(name)
+    made = random.Random(name + mask)
+    session = Session(model, TextEncoder(), mask=mask, max_new_tokens=5)
+    asked = []
+    for _ in range(14):
+        if asked and made.random() < 0.4:
+            session.undo()
+            asked.pop()
+        asked.append(str(made.random()))
+        session.reply(asked[-1])
+    fresh = Session(model, TextEncoder(), mask=mask, max_new_tokens=5)
+    for text in asked:
+        fresh.reply(text)
+    assert len(session.fed) > 3 * WINDOW
+    assert session.fed == fresh.fed
+    assert generated(session) == generated(fresh)
+    for ours, theirs in zip(session._cache.cache.layers, fresh._cache.cache.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "mask"), [*((each, "ism") for each in FAMILIES), ("gemma3", "causal")])
+def test_answers_are_those_of_one_forward(name, mask):
+    """Law 3 beyond the window, after an undo."""
+    model = family(name)
+    session = Session(model, TextEncoder(), mask=mask, max_new_tokens=5)
+    seen = []
+    choose = session._choose
+    session._choose = lambda logits, ids: seen.append(logits) or choose(logits, ids)
+    ends = [0]
+    for text in ("one", "two", "undone", "three", "four"):
+        session.reply(text)
+        if text == "undone":
+            session.undo()
+        else:
+            ends.append(len(session.fed))
+            seen = seen if text == "four" else []
+    questions = [session.encoder.context(text) for text in ("one", "two", "three", "four")]
+    turns = [(len(ids), end - start - len(ids)) for ids, (start, end) in zip(questions, pairwise(ends), strict=True)]
+    expected = one_forward(model, turns, session.fed, mask)
+    first = len(session.fed) - turns[-1][1] - 1
+    last = torch.stack(seen[-min(5, turns[-1][1]) :])
+    torch.testing.assert_close(last, expected[first : first + len(last)], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropped_turns_leave_what_a_fresh_conversation_has(name):
+    model = family(name)
+    window = Window(when_full="drop-oldest", context=40)
+    session = Session(model, TextEncoder(), mask="ism", max_new_tokens=5, window=window)
+    texts = [f"question {number}" for number in range(9)]
+    for text in texts:
+        session.reply(text)
+    assert session.left_out > 2
+    fresh = Session(model, TextEncoder(), mask="ism", max_new_tokens=5)
+    kept = session._transcript
+    shifted = {index - session.left_out: ids for index, ids in kept.generated.items() if index >= session.left_out}
+    shifted.pop(len(session.messages) - 1 - session.left_out)
+    fresh._transcript = type(kept)(messages=session.messages[session.left_out : -2], generated=shifted)
+    fresh.reply(texts[-1])
+    assert session.fed == fresh.fed
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [*((each, "sirllm") for each in FAMILIES), *(("mistral", each) for each in ("streaming", "random", "interval"))],
+)
+def test_single_tokens_are_evicted_or_the_session_refuses_at_its_start(name, policy):
+    model = family(name).float()
+    options = {"mask": "ism", "max_new_tokens": 5, "window": Window(when_full=policy, context=24)}
+    if name not in ("mistral", "qwen2", "phi3"):
+        with pytest.raises(UnsupportedModelError, match=r"evicting single tokens needs keys.*drop-oldest"):
+            Session(model, TextEncoder(), **options)
+        return
+    session = Session(model, TextEncoder(), **options)
+    for number in range(9):
+        session.reply(str(number))
+    assert session._cache.evictions > 2
+    assert len(session.fed) <= 24
+    session.undo()
+    session.reply("again")
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_evicted_entries_under_a_sliding_window(name):
+    """In a model of one layer the remaining entries are those of the remaining tokens fed anew, the window included."""
+    torch.manual_seed(3)
+    sizes = SIZES | {"num_hidden_layers": 1}
+    qwen = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0}
+    config = MistralConfig(**sizes, sliding_window=WINDOW) if name == "mistral" else Qwen2Config(**sizes, **qwen)
+    model = attach(AutoModelForCausalLM.from_config(config).float().eval())
+    ids = list(range(2, 42))
+    cache = whole_cache(model)
+    feed(model, ids, cache, bidirectional=False)
+    stay = np.array([0, 1, 2, 3, 9, 17, 18, 30, 34, 35, 36, 37, 38, 39])
+    keep_entries(cache, stay, KeyRotation.of(model))
+    fresh = whole_cache(model)
+    feed(model, [ids[at] for at in stay], fresh, bidirectional=False)
+    for tokens in ([50, 51], [7], [8, 9, 10]):
+        ours, theirs = (feed(model, tokens, each, bidirectional=True) for each in (cache, fresh))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_whole_cache_gives_the_logits_of_the_models_own(name):
+    """Where the model's own cache works: before the window is full, and beyond it if the attention applies it."""
+    model = family(name)
+    ids = list(range(2, 42))
+    own, whole = DynamicCache(config=model.config), whole_cache(model)
+    length = WINDOW - 3 if name in NOT_APPLIED else 15
+    for start in (0, length):
+        part = ids[start : start + length] if name not in NOT_APPLIED or not start else ids[start : start + 1]
+        for bidirectional in (True, False):
+            if name in NOT_APPLIED and own.get_seq_length() + len(part) >= WINDOW:
+                break
+            ours, theirs = (feed(model, part, cache, bidirectional=bidirectional) for cache in (whole, own))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    before = whole.get_seq_length()
+    feed(model, ids, whole, bidirectional=True)
+    crop_entries(whole, before)
+    assert whole.get_seq_length() == before
+    assert {layer.keys.shape[-2] for layer in whole.layers} == {before}
+
+
+def test_a_cache_that_holds_more_than_keys_is_refused(monkeypatch):
+    """At the start of a session, with the layer and what its cache is."""
+    model = attach(decoder("llama"))
+    own = cache_utils.DynamicCache.__init__
+
+    def with_a_state(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        self.layers[1:2] = [cache_utils.LinearAttentionLayer()]
+
+    monkeypatch.setattr(cache_utils.DynamicCache, "__init__", with_a_state)
+    with pytest.raises(
+        UnsupportedModelError, match=r"the cache of layer 1 is a LinearAttentionLayer, which holds more"
+    ):
+        Session(model, TextEncoder(), mask="ism")
