@@ -3,7 +3,7 @@
 On the data side, `TrainingCollator` adds the targets' weights to a batch, and the number of items that the loss is a
 mean over. The sum of all parts is therefore one mean, however sequences are packed, split into micro-batches and
 distributed over processes. On the model side, `compute_loss_at_targets` keeps the output head from computing logits at
-every token: the loss applies the head to the hidden states that predict targets, in chunks.
+every token: the loss applies the head to the hidden states that predict targets, in chunks (`chunked_loss.py`).
 
 Shape legend: B samples, T = seq_len, N targets, H width of the model, V vocabulary.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ismdata.attention import mean_over_targets, takes_two_positions
 from ismdata.choices import LossWeighting, check_choice
 from ismdata.data import PackedSequence
 from ismdata.masks import ANSWER, BLOCK_SIZE, END, IGNORE_INDEX, KIND, START
+from ismdata.train.chunked_loss import target_loss
 
 #: Entries of a training batch that are counts, int64[] each. `take_counts` removes them before the model is called.
 LOSS_ITEMS = "loss_items"  # what the loss is a mean over
@@ -30,9 +30,6 @@ TOKENS = "document_tokens"
 TARGETS = "target_tokens"
 PAIRS = "visible_pairs"  # pairs of a row and a key that it sees
 COUNTS = (LOSS_ITEMS, TOKENS, TARGETS, PAIRS)
-
-#: The most logits computed at once by our own chunked loss: a quarter of a GiB in float32.
-_CHUNK_LOGITS = 1 << 26
 
 
 def target_weights(sequence: PackedSequence, weighting: str) -> tuple[NDArray[np.float32] | None, int]:
@@ -83,80 +80,6 @@ def take_counts(batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([batch.pop(name) for name in COUNTS])
 
 
-def target_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    loss_weight: Tensor | None = None,
-) -> Tensor:
-    """The sum of weight x cross-entropy over the targets. Logits exist for one chunk of targets at a time.
-
-    Args:
-        hidden: Hidden states [B, T, H]; row t predicts token t + 1.
-        weight: The output head's weight [V, H].
-        bias: The output head's bias [V].
-        labels: int64[B, T], unshifted, IGNORE_INDEX where a token is not a target.
-        loss_weight: float32[B, T], aligned with `labels`.
-
-    Returns:
-        A scalar, in float32 or wider.
-    """
-    shifted = labels[:, 1:].flatten()
-    chosen = (shifted != IGNORE_INDEX).nonzero().squeeze(-1)
-    target = shifted[chosen]
-    rows = hidden[:, :-1].flatten(0, 1)[chosen]  # [N, H]
-    weights = None if loss_weight is None else loss_weight[:, 1:].flatten()[chosen]
-    if torch.is_autocast_enabled(rows.device.type):
-        # Autocast does not reach into torch's chunked loss, nor into a checkpointed chunk.
-        dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if rows.dtype in (torch.float32, torch.float64) and hasattr(nn.functional, "linear_cross_entropy"):
-        return _stock_chunks(rows, weight, bias, target, weights)
-    return _own_chunks(rows, weight, bias, target, weights)
-
-
-def _stock_chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None) -> Tensor:
-    """torch's own chunked loss, which torch 2.13 added."""
-    losses: Tensor = nn.functional.linear_cross_entropy(
-        rows,
-        weight,
-        target,
-        linear_bias=bias,
-        reduction="sum" if weights is None else "none",
-        options=nn.LinearCrossEntropyOptions(),
-    )
-    return losses if weights is None else (losses * weights.to(losses)).sum()
-
-
-def _own_chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None) -> Tensor:
-    """For older releases of torch, and for bfloat16, whose losses torch's own version returns and sums in bfloat16.
-
-    The backward pass recomputes each chunk's logits, so that none are stored.
-    """
-    size = max(1, _CHUNK_LOGITS // weight.shape[0])
-    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
-    for first in range(0, max(len(rows), 1), size):  # without targets an empty chunk keeps the graph connected
-        part = slice(first, first + size)
-        total = total + checkpoint(
-            _chunk_loss,
-            rows[part],
-            weight,
-            bias,
-            target[part],
-            None if weights is None else weights[part],
-            use_reentrant=False,
-        )
-    return total
-
-
-def _chunk_loss(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None) -> Tensor:
-    logits = nn.functional.linear(rows, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(logits, target, reduction="none")
-    return (losses if weights is None else losses * weights.to(losses)).sum()
-
-
 class _HeadAtTargets:
     """Replaces a model's output head and loss function while the model is called with labels.
 
@@ -166,6 +89,7 @@ class _HeadAtTargets:
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear) -> None:
         self.head = head
+        self.correct: Tensor | None = None  # of the last call
         self.called_with_labels = False
         head.forward = self.forward  # type: ignore[method-assign, assignment]
         model.loss_function = self.loss
@@ -188,8 +112,9 @@ class _HeadAtTargets:
 
     def loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
         """As `weighted_loss`, for hidden states in place of logits."""
-        total = target_loss(logits, self.head.weight, self.head.bias, labels, options.get("loss_weight"))
-        return mean_over_targets(total, labels, options.get("num_items_in_batch"))
+        found = target_loss(logits, self.head.weight, self.head.bias, labels, options.get("loss_weight"))
+        self.correct = found.correct
+        return mean_over_targets(found.total, labels, options.get("num_items_in_batch"))
 
     def remove(self, model: PreTrainedModel, stock_loss: Any) -> None:
         del self.head.forward
@@ -222,6 +147,27 @@ def compute_loss_at_targets(model: PreTrainedModel) -> bool:
         replaced.remove(model, stock_loss)
         return False
     return True
+
+
+def count_correct(model: PreTrainedModel, logits: Tensor | None, labels: Tensor) -> Tensor:
+    """Count the targets that the model's last call predicted: those whose token has the largest logit.
+
+    Args:
+        model: The model that was called with labels.
+        logits: Its logits [B, T, V]; None from a model that `compute_loss_at_targets` changed.
+        labels: int64[B, T], unshifted, IGNORE_INDEX where a token is not a target.
+
+    Returns:
+        The count, int64[].
+    """
+    if logits is None:
+        at_targets = cast(_HeadAtTargets, model.loss_function.__self__)
+        return cast(Tensor, at_targets.correct)
+    shifted = labels[:, 1:]
+    correct = labels.new_zeros(())
+    for row, target in zip(logits, shifted, strict=True):  # one sample at a time: argmax copies its input
+        correct += ((row[:-1].argmax(-1) == target) & (target != IGNORE_INDEX)).sum()
+    return correct
 
 
 def _loss_of_a_few_tokens(model: PreTrainedModel) -> float:

@@ -17,7 +17,18 @@ from typing import Any
 METRICS_NAME = "metrics.csv"
 PROGRESS_NAME = "progress.json"
 CURVES_NAME = "curves.png"
-METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "seconds", "eval_loss")
+METRICS = (
+    "step",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "target_tokens",
+    "seconds",
+    "eval_loss",
+    "token_accuracy",
+    "eval_token_accuracy",
+)
 
 #: Peak of dense bfloat16 operations per second, as the makers state it, by a part of the GPU's name.
 _PEAK_FLOPS = {
@@ -44,6 +55,8 @@ class Sums:
     seconds: float = 0.0
     window_loss: float = 0.0
     window_steps: int = 0
+    window_correct: int = 0
+    window_targets: int = 0
 
 
 class RunMetrics:
@@ -65,20 +78,35 @@ class RunMetrics:
         if checkpoint is not None:
             self.sums = Sums(**json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8")))
         if write and checkpoint is not None:
-            shutil.copyfile(checkpoint / METRICS_NAME, self.path)
+            self._copy_lines(checkpoint / METRICS_NAME)
         elif write:
             self.path.write_text(",".join(METRICS) + "\n", encoding="utf-8")
         self._before = replace(self.sums)
         self._began = time.monotonic()
         self._started = self._began - self.sums.seconds
 
-    def add_step(self, *, loss: float, tokens: int, target_tokens: int, pairs: int) -> None:
-        """Add a step: its loss, which is the mean over its items, and its counts over all processes."""
+    def _copy_lines(self, path: Path) -> None:
+        """Copy a checkpoint's metrics.csv; one of an older version has fewer columns."""
+        with (
+            path.open(encoding="utf-8", newline="") as source,
+            self.path.open("w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, METRICS, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(csv.DictReader(source))
+
+    def add_step(self, *, loss: float, correct: int, tokens: int, target_tokens: int, pairs: int) -> None:
+        """Add a step: its loss, which is the mean over its items, and its counts over all processes.
+
+        `correct` counts the targets that were the model's most likely token.
+        """
         self.sums.tokens += tokens
         self.sums.target_tokens += target_tokens
         self.sums.pairs += pairs
         self.sums.window_loss += loss
         self.sums.window_steps += 1
+        self.sums.window_correct += correct
+        self.sums.window_targets += target_tokens
         self.sums.seconds = time.monotonic() - self._started
 
     def elapsed(self) -> float:
@@ -95,11 +123,12 @@ class RunMetrics:
         counts = self.since_start()
         return counts["tokens"] / self.elapsed(), counts["target_tokens"] / self.elapsed()
 
-    def close_window(self) -> float:
-        """The mean loss over the steps since the last call."""
-        mean = self.sums.window_loss / max(self.sums.window_steps, 1)
-        self.sums.window_loss, self.sums.window_steps = 0.0, 0
-        return mean
+    def close_window(self) -> tuple[float, float]:
+        """The mean loss over the steps since the last call, and the token accuracy over their targets."""
+        sums = self.sums
+        means = sums.window_loss / max(sums.window_steps, 1), sums.window_correct / max(sums.window_targets, 1)
+        self.sums = replace(sums, window_loss=0.0, window_steps=0, window_correct=0, window_targets=0)
+        return means
 
     def line(self, step: int, **values: float) -> None:
         """Append a line to metrics.csv. `values` are by column."""

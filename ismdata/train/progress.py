@@ -53,11 +53,15 @@ class TrainProgress:
     def log(self, logs: Mapping[str, float]) -> None:
         """Report what the Trainer logs, as one line."""
         if "eval_loss" in logs:
-            self.reporter.note(f"step {self.step}/{self.steps}  evaluation loss {logs['eval_loss']:.4f}")
+            self.reporter.note(
+                f"step {self.step}/{self.steps}  evaluation loss {logs['eval_loss']:.4f}  "
+                f"token accuracy {logs['eval_token_accuracy']:.1%}"
+            )
             return
         share = self.cost.utilisation(self.metrics)
         self.reporter.note(
-            f"step {self.step}/{self.steps}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}  "
+            f"step {self.step}/{self.steps}  loss {logs['loss']:.4f}  "
+            f"token accuracy {logs['token_accuracy']:.1%}  learning rate {logs['learning_rate']:.2e}  "
             f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['target_tokens_per_second']:,.0f} targets/s"
             f"{'' if share is None else f'  {share:.1%} MFU'}  {self._remaining()} left"
         )

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, remove_old_checkpoints, seal_checkpoint, what_is_left
-from ismdata.train.loss import COUNTS, PAIRS, TARGETS, TOKENS, take_counts
+from ismdata.train.loss import COUNTS, PAIRS, TARGETS, TOKENS, count_correct, take_counts
 from ismdata.train.metrics import RunMetrics
 from ismdata.train.order import PADDING_ROW, Order
 from ismdata.train.progress import TrainProgress
@@ -86,6 +86,7 @@ class PackedTrainer(Trainer):
         self.stopped_by: int | None = None
         self._batches: list[Batch] = []
         self._losses: list[Tensor] = []
+        self._correct: list[Tensor] = []
         self._counts = dict.fromkeys(COUNTS, 0)
 
     def get_batch_samples(
@@ -105,7 +106,7 @@ class PackedTrainer(Trainer):
         self._counts = dict(zip(COUNTS, values, strict=True))
         if terminated or interrupted:
             self.stopped_by = signal.SIGTERM if terminated else signal.SIGINT
-        self._batches, self._losses = batches, []
+        self._batches, self._losses, self._correct = batches, [], []
         return batches, totals[0].clamp(min=1)
 
     def compute_loss(
@@ -118,21 +119,33 @@ class PackedTrainer(Trainer):
         """Return this micro-batch's part of the step's loss, times the processes, over which DDP averages gradients."""
         output = model(**inputs, num_items_in_batch=num_items_in_batch)
         self._losses.append(output["loss"].detach())
+        self._correct.append(self._count_correct(output, inputs["labels"]))
         loss = output["loss"] * self.args.world_size
         return (loss, output) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Record the step, whose loss and counts are complete by now. Raises DataError if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        total = torch.stack(self._losses).to(torch.float64).sum()
+        totals = torch.stack([torch.stack(each).to(torch.float64).sum() for each in (self._losses, self._correct)])
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(total, "sum")
-        loss, norm_value = float(total), float(norm)
+            totals = self.accelerator.reduce(totals, "sum")
+        (loss, correct), norm_value = totals.tolist(), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             together(lambda: self._refuse_step(loss, norm_value))
         counts = self._counts
-        self.metrics.add_step(loss=loss, tokens=counts[TOKENS], target_tokens=counts[TARGETS], pairs=counts[PAIRS])
+        self.metrics.add_step(
+            loss=loss,
+            correct=int(correct),
+            tokens=counts[TOKENS],
+            target_tokens=counts[TARGETS],
+            pairs=counts[PAIRS],
+        )
         return norm
+
+    def _count_correct(self, output: Any, labels: Tensor) -> Tensor:
+        model: Any = self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+        return count_correct(base, output.get("logits"), labels).detach()
 
     def _refuse_step(self, loss: float, grad_norm: float) -> None:
         """Save this process's batches of the step and raise a DataError that names the file."""
@@ -153,11 +166,12 @@ class PackedTrainer(Trainer):
         """Log what the Trainer logs, with our loss, which a resumed run continues exactly, and with the speed."""
         if "loss" in logs:
             norm = logs.get("grad_norm", math.nan)
-            logs["loss"] = self.metrics.close_window()
+            logs["loss"], logs["token_accuracy"] = self.metrics.close_window()
             if is_first_process():
                 self.metrics.line(
                     self.state.global_step,
                     loss=logs["loss"],
+                    token_accuracy=logs["token_accuracy"],
                     learning_rate=logs["learning_rate"],
                     grad_norm=float(norm),
                 )
@@ -167,26 +181,28 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss over all targets of the evaluation set, each counting the same."""
+        """Return the mean loss and the accuracy over all targets of the evaluation set, each counting the same."""
         model = self.model_wrapped
         training = model.training
         model.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         one = torch.ones((), device=self.args.device)
         with torch.no_grad():
             for batch in self.get_eval_dataloader():
                 counts = dict(zip(COUNTS, take_counts(batch), strict=True))
                 batch.pop("loss_weight", None)
                 with self.accelerator.autocast():
-                    totals[0] += model(**batch, num_items_in_batch=one)["loss"]
-                totals[1] += counts[TARGETS]
+                    output = model(**batch, num_items_in_batch=one)
+                totals[0] += output["loss"]
+                totals[1] += self._count_correct(output, batch["labels"])
+                totals[2] += counts[TARGETS]
         model.train(training)
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, "sum")
-        loss = float(totals[0] / totals[1].clamp(min=1))
+        loss, accuracy = (totals[:2] / totals[2].clamp(min=1)).tolist()
+        logs = {"eval_loss": loss, "eval_token_accuracy": accuracy}
         if is_first_process():
-            self.metrics.line(self.state.global_step, eval_loss=loss)
-        logs = {"eval_loss": loss}
+            self.metrics.line(self.state.global_step, **logs)
         self.progress.log(logs)
         super().log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

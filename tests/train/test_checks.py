@@ -17,6 +17,7 @@ from ismdata.data.collate import Collator
 from ismdata.data.dataset import PackedDataset
 from ismdata.data.index import load_index, write_index
 from ismdata.errors import DataError, UsageError
+from ismdata.masks import IGNORE_INDEX
 from ismdata.train import export as model_out
 from ismdata.train import metrics
 from ismdata.train.collate import TrainingCollator
@@ -71,10 +72,15 @@ def test_the_evaluation_loss_is_a_mean_over_targets(packed, model, tmp_path):
     run(packed, tmp_path / "out", model=model, **options)
     batch = Collator()(rows)
     with torch.no_grad():
-        expected = float(attention.attach(tiny_model())(**batch).loss)
+        output = attention.attach(tiny_model())(**batch)
+    expected = float(output.loss)
+    is_target = batch["labels"][:, 1:] != IGNORE_INDEX
+    correct = (output.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & is_target
     found = read_column(tmp_path / "out" / "metrics.csv", "eval_loss")
     assert [step for step, _ in found] == [2, 3]
     assert [loss for _, loss in found] == pytest.approx([expected] * 2, rel=1e-4)
+    accuracy = read_column(tmp_path / "out" / "metrics.csv", "eval_token_accuracy")
+    assert accuracy == [(step, pytest.approx(float(correct.sum() / is_target.sum()))) for step in (2, 3)]
 
 
 def test_a_non_finite_loss_stops_the_run_and_saves_its_batch(packed, model, tmp_path, monkeypatch):

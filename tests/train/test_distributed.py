@@ -59,6 +59,7 @@ def test_two_processes_equal_one(name, two, tmp_path):
         assert [one[column] for column in ("step", "learning_rate", "tokens", "target_tokens")] == [
             other[column] for column in ("step", "learning_rate", "tokens", "target_tokens")
         ]
+    assert found[0]["token_accuracy"] == expected[0]["token_accuracy"]
     left, right = weights(two / "two" / name), weights(tmp_path / "one")
     for key in right:
         torch.testing.assert_close(left[key], right[key], rtol=0, atol=1e-4)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from ismdata.attention.attachment import attach
@@ -14,9 +12,10 @@ from ismdata.data.collate import Collator
 from ismdata.errors import UsageError
 from ismdata.masks import IGNORE_INDEX
 from ismdata.masks.intervals import ANSWER as ANSWER_KIND
-from ismdata.train import loss as losses
+from ismdata.train import chunked_loss
 from ismdata.train.collate import TrainingCollator
-from ismdata.train.loss import compute_loss_at_targets, take_counts, target_loss, target_weights
+from ismdata.train.loss import compute_loss_at_targets, count_correct, take_counts, target_weights
+from tests.support.logits import Widest
 from tests.support.tiny import ANSWER, ARCHITECTURES, CONFIGS, PROMPT, QUERY, sample, tiny_model, write_packed
 from tests.support.training_shards import curve, run, word_tokenizer
 
@@ -78,64 +77,15 @@ def test_an_unknown_weighting_is_refused():
         target_weights(sample([]).sequence, "turn")
 
 
-def stock_and_own():
-    return [pytest.param(losses._own_chunks, id="own chunks"), pytest.param(losses._stock_chunks, id="torch's chunks")]
-
-
-@pytest.mark.parametrize("chunks", stock_and_own())
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("with_weights", [False, True])
-@pytest.mark.parametrize("targets", [0, 1, 37])
-def test_chunks_against_all_logits(chunks, with_bias, with_weights, targets, monkeypatch):
-    if chunks is losses._stock_chunks and not hasattr(nn.functional, "linear_cross_entropy"):
-        pytest.skip("linear_cross_entropy came with torch 2.13: before it only our own chunks are used")
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 101 * 8)  # eight rows per chunk
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-
-    rows, weight, bias = random(targets, 16), random(101, 16), random(101) if with_bias else None
-    target = torch.randint(0, 101, (targets,), generator=generator)
-    weights = torch.rand(targets, generator=generator) if with_weights else None
-    inputs = [rows, weight, *([bias] if with_bias else [])]
-    each = nn.functional.cross_entropy(nn.functional.linear(rows, weight, bias), target, reduction="none")
-    expected = (each * (1 if weights is None else weights.double())).sum()
-    found = chunks(rows, weight, bias, target, weights)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_bfloat16_is_summed_in_float32():
-    """A thousand losses of about 5, whose sum in bfloat16 would be wrong by several percent."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 1001, 8, generator=generator).bfloat16()
-    weight = torch.randn(150, 8, generator=generator).bfloat16()
-    labels = torch.randint(0, 150, (1, 1001), generator=generator)
-    logits = hidden[0, :-1].double() @ weight.double().T
-    expected = nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
-    found = target_loss(hidden, weight, None, labels)
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(expected), rel=1e-3)
-
-
-class Widest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for each in result if isinstance(result, tuple) else (result,):
-            if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
-
-
 def batch_of(*rows, weighting="token", **options):
     batch = TrainingCollator("ism", weighting)([sample(list(row), seq_len=384, **options) for row in rows])
     return batch, take_counts(batch).tolist()
+
+
+def predicted(logits, labels):
+    """The targets that have the largest logit, by a loop."""
+    places = [(row, place) for row, place in (labels[:, 1:] != IGNORE_INDEX).nonzero().tolist()]
+    return sum(int(logits[row, place].argmax()) == int(labels[row, place + 1]) for row, place in places)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -147,6 +97,8 @@ def test_loss_and_gradients_are_those_of_the_model_without_its_logits(architectu
     assert compute_loss_at_targets(model)
     lean = model(**batch)
     assert lean.logits is None
+    correct = count_correct(model, None, batch["labels"])
+    assert correct == count_correct(model, plain.logits, batch["labels"]) == predicted(plain.logits, batch["labels"])
     assert lean.loss.item() == pytest.approx(plain.loss.item(), rel=1e-6)  # the model's own is in float32
     for one, other in zip(torch.autograd.grad(lean.loss, list(model.parameters())), gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -160,8 +112,7 @@ def test_no_tensor_is_as_wide_as_the_logits(monkeypatch):
     torch.manual_seed(0)
     model = attach(AutoModelForCausalLM.from_config(config))
     batch, _ = batch_of(DOCUMENTS)
-    monkeypatch.setattr(losses, "_stock_chunks", losses._own_chunks)
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 5000 * 16)
+    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", 5000 * 16)
     widest = {}
     for lean in (False, True):
         if lean:
@@ -197,11 +148,12 @@ def test_a_model_that_changes_its_logits_is_left_unchanged():
     after = model(**batch)
     assert torch.equal(after.loss, before.loss)
     assert torch.equal(after.logits, before.logits)
+    assert count_correct(model, after.logits, batch["labels"]) == predicted(before.logits, batch["labels"])
 
 
 def unpacked(model, weighting):
-    """The loss and the norm of its gradient, with one document per batch and all logits."""
-    total, items = 0.0, 0
+    """The loss, the norm of its gradient and the accuracy, with one document per batch and all logits."""
+    total, items, correct, targets = 0.0, 0, 0, 0
     for number, document in enumerate(DOCUMENTS):
         row = sample([document], seq_len=128, seed=number)
         weight, count = slow_weights(row.sequence, weighting)
@@ -212,9 +164,11 @@ def unpacked(model, weighting):
         for token, share in weight.items():
             assert labels[token] != IGNORE_INDEX
             total = total - share * log_probabilities[token - 1, labels[token]]
+            correct += int(log_probabilities[token - 1].argmax() == labels[token])
+        targets += len(weight)
     mean = total / items
     gradients = torch.autograd.grad(mean, list(model.parameters()))
-    return mean.item(), torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    return mean.item(), torch.stack([gradient.norm() for gradient in gradients]).norm().item(), correct / targets
 
 
 def packing(name):
@@ -260,7 +214,8 @@ def test_the_loss_of_a_step_is_that_of_the_documents_unpacked(packed, batch, acc
         loss_weighting=weighting,
         max_grad_norm=0.0,
     )
-    loss, norm = unpacked(attach(tiny_model()), weighting)
+    loss, norm, accuracy = unpacked(attach(tiny_model()), weighting)
     (line,) = curve(tmp_path / "out")
     assert float(line["loss"]) == pytest.approx(loss, rel=1e-5)
     assert float(line["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert float(line["token_accuracy"]) == pytest.approx(accuracy)
