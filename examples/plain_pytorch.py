@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import torch
@@ -27,6 +28,7 @@ def main(packed: str, model_name: str, output: str, steps: int = 100) -> list[fl
             if len(losses) == steps:
                 break
     model.save_pretrained(output)
+    shutil.copytree(f"{packed}/tokenizer", output, dirs_exist_ok=True)  # so that ismdata chat opens it
     return losses
 
 

@@ -6,6 +6,7 @@ their total, and multiplies by the number of processes, over which accelerate av
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import torch
@@ -36,6 +37,7 @@ def main(packed: str, model_name: str, output: str, steps: int = 100) -> list[fl
                 break
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(output)
+        shutil.copytree(f"{packed}/tokenizer", output, dirs_exist_ok=True)  # so that ismdata chat opens it
     return losses
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import Any
 
@@ -36,6 +37,7 @@ def main(packed: str, model_name: str, output: str, steps: int = 100) -> list[fl
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     lightning.Trainer(max_steps=steps, max_epochs=-1, **quiet).fit(chat.train(), loader)
     chat.model.save_pretrained(output)
+    shutil.copytree(f"{packed}/tokenizer", output, dirs_exist_ok=True)  # so that ismdata chat opens it
     return chat.losses
 
 

@@ -6,6 +6,7 @@ accepts Hugging Face datasets only, so it gets a dataset of row numbers, and the
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 from datasets import Dataset
@@ -46,6 +47,7 @@ def main(packed: str, model_name: str, output: str, steps: int = 100) -> list[fl
     )
     trainer.train()
     model.save_pretrained(output)
+    shutil.copytree(f"{packed}/tokenizer", output, dirs_exist_ok=True)  # so that ismdata chat opens it
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 

@@ -89,15 +89,34 @@ class LogReporter:
 LOGGED = LogReporter()
 
 
-def note(text: str) -> None:
+def note(text: str, *, style: str = "") -> None:
     """Print one line for the user on stderr.
 
     Args:
         text: The line. Line breaks in it, as a file name may have, are shown as signs.
+        style: What rich calls a style; a terminal shows it, and breaks the line at words.
     """
     stream = _ready(sys.stderr)
-    if stream is not None:
-        print(printable(text).replace("\n", "␊"), file=stream, flush=True)
+    if stream is None:
+        return
+    line = printable(text).replace("\n", "␊")
+    if style and stream.isatty():
+        _console(stream).print(Text(line, style))
+    else:
+        print(line, file=stream, flush=True)
+
+
+def write_text(text: str) -> None:
+    """Write a piece of text on stdout at once, as it is.
+
+    Args:
+        text: The text. For a terminal it must have gone through `printable`.
+
+    Raises:
+        DataError: If stdout cannot be written, as on a full disk.
+    """
+    with _stdout("What was written before is whole") as stream:
+        stream.write(text)
 
 
 def draw(drawing: RenderableType, *, whole_lines: bool = False) -> None:
@@ -130,7 +149,9 @@ def print_json(facts: Any) -> None:
 
 
 @contextlib.contextmanager
-def _stdout() -> Iterator[TextIO]:
+def _stdout(
+    advice: str = "What the command writes elsewhere is complete: print it again with `ismdata inspect`",
+) -> Iterator[TextIO]:
     """The standard output, flushed at the end; one in memory if it is closed.
 
     Raises:
@@ -148,10 +169,7 @@ def _stdout() -> Iterator[TextIO]:
     except OSError as error:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - else Python tries to write the rest again at its end
             os.dup2(nowhere.fileno(), stream.fileno())
-        raise DataError(
-            f"standard output: {error.strerror}; expected to print the report. What the command writes elsewhere is "
-            "complete: print it again with `ismdata inspect`"
-        ) from error
+        raise DataError(f"standard output: {error.strerror}; expected to print. {advice}") from error
 
 
 def stdout_console(stream: TextIO | None = None) -> Console:

@@ -7,6 +7,7 @@ from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import Intervals as Intervals
 from .canary import check_training as check_training
 from .model_folder import load as load
+from .models.adapters import adapter_base as adapter_base
 from .models.glm import check_layout as check_layout
 from .models.glm import takes_two_positions as takes_two_positions
 from .models.loading import TOKENIZER_NAME as TOKENIZER_NAME
@@ -17,4 +18,6 @@ from .models.loading import weights_digest as weights_digest
 from .models.presets import PRESETS as PRESETS
 from .models.presets import preset_config as preset_config
 from .models.presets import preset_model as preset_model
+from .models.source import check_source as check_source
+from .models.source import is_adapter as is_adapter
 from .weighted_loss import mean_over_targets as mean_over_targets

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ismdata.choices import Mask
+from ismdata.display import TerminalReporter
 
 
 def chat_command(
     model: Annotated[
-        Path,
-        typer.Argument(help="A folder that `ismdata train` wrote; with --mask, the folder of any causal model."),
+        str,
+        typer.Argument(
+            help="A folder that `ismdata train` wrote, or, with --mask, any model: folder, peft adapters, GGUF file or "
+            "hub name."
+        ),
     ],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens in an answer.")] = 512,
@@ -43,11 +46,24 @@ def chat_command(
             "SirLLM does."
         ),
     ] = "stop",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="Jinja file or name of a built-in template, for a tokenizer that has none."),
+    ] = None,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history/--no-history",
+            help="Keep what is typed in ismdata/chat_history of the user's state folder (~/.local/state).",
+        ),
+    ] = True,
 ) -> None:
     """Talk with a model in the terminal. The KV cache is kept from turn to turn.
 
-    Commands are /undo, /save FILE, /load FILE, /new, /help and /exit. Ctrl-C ends an answer.
+    Commands are /undo, /save FILE, /load FILE, /new, /help and /exit. Ctrl-C ends an answer, Ctrl-D leaves. Answers go
+    to stdout, all else to stderr; from a pipe, each line is a question.
     """
+    from ismdata.cli.screens import open_screen
     from ismdata.generate import Sampling, Window, open_chat, recorded_mask, run_terminal
 
     sampling = Sampling(
@@ -58,12 +74,18 @@ def chat_command(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    session = open_chat(
-        model,
-        mask=mask,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        window=Window(when_full=when_full, context=context),
-    )
-    run_terminal(session, trained=recorded_mask(model))
+    with TerminalReporter() as reporter:
+        session = open_chat(
+            model,
+            mask=mask,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            window=Window(when_full=when_full, context=context),
+            chat_template=chat_template,
+            reporter=reporter,
+        )
+    screen = open_screen(history=history)
+    errors = run_terminal(session, screen, trained=recorded_mask(model))
+    if errors and not screen.interactive:
+        raise typer.Exit(1)

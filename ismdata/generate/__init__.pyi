@@ -6,10 +6,11 @@ from .greedy import greedy_answers as greedy_answers
 from .kv_cache import KVCache as KVCache
 from .model_facts import end_of_turn as end_of_turn
 from .model_facts import positions_of as positions_of
+from .opening import open_chat as open_chat
+from .opening import recorded_mask as recorded_mask
 from .sampling import Sampling as Sampling
 from .sampling import make_sampler as make_sampler
 from .session import Session as Session
-from .terminal import open_chat as open_chat
-from .terminal import recorded_mask as recorded_mask
+from .terminal import Screen as Screen
 from .terminal import run_terminal as run_terminal
 from .window import Window as Window

@@ -267,7 +267,11 @@ class Session:
                     shown = text
             text = self._finish_answer(transcript, answer)
         except GeneratorExit:
-            self._finish_answer(transcript, answer)
+            try:
+                self._finish_answer(transcript, answer)
+            except BaseException:
+                self._clear_cache()
+                raise
             raise
         except BaseException:
             self._clear_cache()

@@ -37,6 +37,9 @@ def test_an_example_trains(name, folders, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["ismdata_mask"] == "ism"
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        folders / "packed/tokenizer/tokenizer.json"
+    ).read_bytes()
 
 
 def test_there_is_a_test_for_each_example():

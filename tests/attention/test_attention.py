@@ -373,7 +373,7 @@ def test_loading_refuses_missing_files_and_an_unknown_mask(tmp_path):
     with pytest.raises(UsageError, match="records no ismdata_mask"):
         load(tmp_path / "plain")
     (tmp_path / "plain" / "model.safetensors").unlink()
-    with pytest.raises(DataError, match="not a loadable model"):
+    with pytest.raises(DataError, match=r"plain: no model could be loaded"):
         load(tmp_path / "plain", mask="ism")
 
 

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 
 import pytest
 
-from ismdata.attention import attachment as attention
-from ismdata.attention import model_folder
-from ismdata.errors import DataError, UsageError
 from ismdata.generate.session import Session
-from ismdata.generate.terminal import COMMANDS, open_chat, run_terminal
+from ismdata.generate.terminal import COMMANDS, run_terminal
 from ismdata.generate.window import Window
-from ismdata.rendering.encoding import SETTINGS_NAME
 from tests.generate.test_session import TWO_TURNS, session_of
 from tests.support.scripted import END, CharacterEncoder, ScriptedModel
-from tests.support.tiny import tiny_model
 
 
-def terminal(chat, lines):
-    """What a terminal shows for these lines; a line that is an exception is raised."""
-    written, lines = [], iter(lines)
+class ScriptedScreen:
+    """Reads these lines, of which exceptions are raised, and keeps what is shown: answers, and other lines."""
 
-    def read(prompt):
-        line = next(lines, EOFError())
+    keys = "Keys."
+
+    def __init__(self, lines, *, interactive=True):
+        self.lines, self.interactive = iter(lines), interactive
+        self.answers, self.said, self.errors, self.shown = "", [], [], ""
+
+    def read(self):
+        line = next(self.lines, EOFError())
         if isinstance(line, BaseException):
             raise line
         return line
 
-    run_terminal(chat, read=read, write=written.append)
-    return "".join(written).split("\n", 1)[1]  # after the greeting
+    def answer(self, piece):
+        self.answers += piece
+        self.shown += piece
+
+    def end_answer(self):
+        self.answer("\n")
+
+    def say(self, text, *, is_error=False):
+        (self.errors if is_error else self.said).append(text)
+        self.shown += text + "\n"
+
+
+def terminal(chat, lines):
+    """All that a terminal shows for these lines."""
+    screen = ScriptedScreen(lines)
+    run_terminal(chat, screen)
+    return screen.shown.split("\n", 1)[1]  # after the greeting
 
 
 def test_the_terminal_loop():
@@ -41,17 +54,36 @@ def test_the_terminal_loop():
     assert len(chat.messages) == 2
 
 
-@pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
-def test_the_terminal_loop_ends_with_its_input(end):
+def test_ctrl_c_at_the_prompt_says_how_to_leave():
     chat, _, _ = session_of(TWO_TURNS)
-    assert terminal(chat, ["ab", end]) == "hi\n\n"
+    assert terminal(chat, ["ab", KeyboardInterrupt(), "c"]) == "hi\nCtrl-D or /exit leaves.\nj\n"
+
+
+def test_ctrl_c_ends_a_pipe():
+    chat, _, _ = session_of(TWO_TURNS)
+    screen = ScriptedScreen(["ab", KeyboardInterrupt(), "c"], interactive=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_terminal(chat, screen)
+    assert screen.answers == "hi\n"
+
+
+def test_answers_are_apart_from_all_else_and_errors_are_counted():
+    """What a pipe gets: the answers, one after the other, each with a line break."""
+    chat, _, _ = session_of([7, 8, END, 0, 99, 0, 9, END, 0], max_positions=40)
+    lines = ["ab", "", "c", "/undo", "/quit", "a" * 50, "d"]
+    screen = ScriptedScreen(lines, interactive=False)
+    assert run_terminal(chat, screen) == 2
+    assert screen.answers == "hi\n\nj\n"
+    assert screen.said == ["Mask ism. /help lists the commands, /exit leaves.", "Removed 'c' and what followed."]
+    assert screen.errors[0].startswith("/quit: ")
+    assert "would have" in screen.errors[1]
 
 
 def test_the_terminal_continues_after_a_conversation_that_is_too_long():
     chat, _, _ = session_of(TWO_TURNS, max_positions=12)
     shown = terminal(chat, ["ab", "abc", "c"])
     assert "would have 12 tokens" in shown
-    assert shown.endswith("j\n\n")
+    assert shown.endswith("j\n")
 
 
 def test_ctrl_c_ends_the_answer_between_two_tokens():
@@ -66,9 +98,51 @@ def test_ctrl_c_ends_the_answer_between_two_tokens():
         return output
 
     model.forward = interrupted_forward
-    assert terminal(chat, ["a"]) == "hi\n\n"
+    assert terminal(chat, ["a"]) == "hi\n"
     assert chat.fed == [80, 0, 81, 7, 8, END]
     assert signal.getsignal(signal.SIGINT) is former
+
+
+def press_in_call(model, number, times=1):
+    """Press Ctrl-C during this forward of the model."""
+    forward, presses = model.forward, [times]
+
+    def pressed(**kwargs):
+        if len(model.calls) == number and presses:
+            for _ in range(presses.pop()):
+                os.kill(os.getpid(), signal.SIGINT)
+        return forward(**kwargs)
+
+    model.forward = pressed
+
+
+def test_a_second_ctrl_c_stops_a_prefill():
+    """The conversation is as before the question, and the next turn feeds it again."""
+    chat, model, _ = session_of([*TWO_TURNS, 3, END, 0])
+    press_in_call(model, 4, times=2)
+    model.script = [7, 8, END, 0, 0, 0, 9, END]
+    shown = terminal(chat, ["ab", "c", "d"])
+    assert shown == "hi\nStopped. The question is not part of the conversation.\nj\n"
+    assert [message["content"] for message in chat.messages] == ["ab", "hi", "d", "j"]
+    assert chat.fed == [80, 0, 1, 81, 7, 8, END, 80, 3, 81, 9, END]
+
+
+def test_a_second_ctrl_c_while_the_answer_is_being_ended():
+    """The answer's end of turn is in a part of the layers then: the cache is fed again."""
+    chat, model, _ = session_of([7, 8, 9, 10, END])
+    press_in_call(model, 2)
+    press_in_call(model, 3)
+    assert terminal(chat, ["a"]) == "hi\nStopped. The question is not part of the conversation.\n"
+    assert (chat.fed, chat.messages) == ([], [])
+
+
+def test_ctrl_c_in_a_pipe_is_not_caught():
+    chat, model, _ = session_of([7, 8, 9, END])
+    press_in_call(model, 2)
+    screen = ScriptedScreen(["a"], interactive=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_terminal(chat, screen)
+    assert screen.answers == "h\n"
 
 
 def test_commands(tmp_path):
@@ -79,10 +153,10 @@ def test_commands(tmp_path):
     assert shown == (
         f"hi\nWrote 2 messages to {path}.\nj\n"
         "Removed 'c' and what followed.\nRemoved 'ab' and what followed.\nNothing to remove.\n"
-        f"Read 2 messages from {path}.\n\n"
+        f"Read 2 messages from {path}.\n"
     )
     model.script = [0, 0, 5, END]
-    assert terminal(session, ["d"]) == "f\n\n"
+    assert terminal(session, ["d"]) == "f\n"
     assert [message["content"] for message in session.messages] == ["ab", "hi", "d", "f"]
 
 
@@ -108,20 +182,21 @@ def test_the_terminal_continues_after_a_wrong_command(line, message):
     session, model, _ = session_of(TWO_TURNS)
     shown = terminal(session, ["ab", line, "c"])
     assert shown.startswith(f"hi\n{message}")
-    assert shown.endswith("\nj\n\n")
+    assert shown.endswith("\nj\n")
     assert model.calls[4][1] == 7  # the cache was kept
 
 
 def test_help_lists_every_command():
     session, _, _ = session_of([])
     shown = terminal(session, ["/help"])
-    assert [line.split()[0] for line in shown.strip().splitlines()] == [command.split()[0] for command in COMMANDS]
+    expected = [*(command.split()[0] for command in COMMANDS), "Keys."]
+    assert [line.split()[0] for line in shown.strip().splitlines()] == expected
 
 
 @pytest.mark.parametrize("line", ["", "   ", "\t"])
 def test_an_empty_line_does_nothing(line):
     session, model, _ = session_of(TWO_TURNS)
-    assert terminal(session, [line]) == "\n"
+    assert terminal(session, [line]) == ""
     assert (model.calls, session.messages) == ([], [])
 
 
@@ -138,105 +213,8 @@ def test_dropped_turns_are_reported():
 
 
 def test_another_mask_than_the_models_is_reported():
-    written = []
     session, _, _ = session_of([], mask="causal")
-    run_terminal(session, trained="ism", read=lambda prompt: "/exit", write=written.append)
-    assert written[0].startswith("Mask causal (the model was trained under ism).")
-    written.clear()
-    run_terminal(session, trained="causal", read=lambda prompt: "/exit", write=written.append)
-    assert written[0].startswith("Mask causal. ")
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, smollm2):
-    """A small saved model with a real tokenizer, without the settings file of ismdata."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("saved")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-def record(folder, mask):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "ismdata_mask": mask}))
-
-
-@pytest.mark.slow
-def test_opening_a_model(folder):
-    with pytest.raises(UsageError, match=r"config.json records no ismdata_mask.*--mask causal"):
-        open_chat(folder)
-    assert not (folder / SETTINGS_NAME).exists()
-    session = open_chat(folder, mask="causal", max_new_tokens=3)  # with its tokenizer's own template
-    assert session.mask == "causal"
-    assert len(session.fed) == 0
-    session.reply("Hello")
-    assert session.encoder.decode(session.fed).startswith("<|im_start|>")
-    record(folder, "ism")
-    assert open_chat(folder).mask == "ism"
-    assert open_chat(folder, mask="prefix").mask == "prefix"
-
-
-def test_an_unknown_mask(folder):
-    record(folder, "slanted")
-    with pytest.raises(DataError, match=r"config.json: ismdata_mask is 'slanted'; expected one of ism, causal, prefix"):
-        open_chat(folder)
-    assert open_chat(folder, mask="ism").mask == "ism"
-
-
-def test_a_question_longer_than_the_models_positions(folder):
-    session = open_chat(folder, mask="ism")
-    shown = terminal(session, ["word " * 100])
-    assert "would have" in shown
-    assert "the model has 64 positions, which must hold the answer too. Say less" in shown
-    assert session.messages == []
-
-
-@pytest.mark.slow
-def test_the_command_line(folder):
-    from typer.testing import CliRunner
-
-    from ismdata.cli.main import app
-
-    def run(*options, lines=""):
-        return CliRunner().invoke(app, ["chat", str(folder), *options], input=lines)
-
-    assert run().exit_code == 2
-    record(folder, "ism")
-    done = run("--max-new-tokens", "2", "--when-full", "drop-oldest", "--context", "60", lines="Hi\n/undo\n\n/exit\n")
-    assert done.exit_code == 0, done.output
-    assert "Mask ism. /help" in done.output
-    assert "Removed 'Hi'" in done.output
-    other = run("--mask", "causal", "--top-k", "3", "--min-p", "0.1", "--repetition-penalty", "1.1", lines="")
-    assert "Mask causal (the model was trained under ism)" in other.output
-    refused = run("--context", "65")
-    assert refused.exit_code == 2
-    assert "--context is 65; expected at most the model's 64 positions" in refused.output
-    record(folder, "slanted")
-    assert run().exit_code == 1
-
-
-def test_a_python_session_with_a_tokenizer_of_transformers(folder):
-    from transformers import AutoTokenizer
-
-    import ismdata
-
-    model = model_folder.load(folder, mask="ism")
-    session = ismdata.Session(model.eval(), AutoTokenizer.from_pretrained(folder), max_new_tokens=3)
-    pieces = list(session.ask("Hello"))
-    assert "".join(pieces) == session.messages[-1]["content"]
-    assert open_chat(folder, mask="ism", max_new_tokens=3).reply("Hello") == "".join(pieces)
-    assert attention.detach(model) is None
-    with pytest.raises(UsageError, match="not attached"):
-        ismdata.Session(tiny_model(), CharacterEncoder())
+    for trained, greeting in (("ism", "Mask causal (the model was trained under ism)."), ("causal", "Mask causal. ")):
+        screen = ScriptedScreen(["/exit", "never read"])
+        run_terminal(session, screen, trained=trained)
+        assert screen.said[0].startswith(greeting)

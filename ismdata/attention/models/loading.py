@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ import xxhash
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ismdata.attention.models.adapters import merge_adapter
 from ismdata.attention.models.presets import PRESETS, preset_model
+from ismdata.attention.models.source import check_source, is_adapter
 from ismdata.data import PackedDataset
 from ismdata.errors import DataError
 from ismdata.rendering import Tokenizer, load_pretrained
@@ -62,31 +65,33 @@ def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
     return model
 
 
-def pretrained(name: str) -> PreTrainedModel:
+def pretrained(name: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
-        name: A model folder, a GGUF file or a hub name.
+        name: A model folder, a folder of peft's adapters, which are merged, a GGUF file or a hub name.
+        options: Passed to `from_pretrained`; the dtype is float32 unless it is among them.
 
     Returns:
-        The model in float32.
+        The model.
 
     Raises:
         DataError: if no model can be loaded, or its weights are a pickle.
+        UnsupportedModelError: if the folder has virtual tokens of peft.
     """
     path = Path(name)
+    check_source(name)
+    if is_adapter(path):
+        return merge_adapter(path, partial(pretrained, **options))
     source: dict[str, Any] = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise DataError(f"{name}: no such file; expected a GGUF file")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif path.is_file():
-        raise DataError(f"{name}: a file; expected a preset, a model folder, a .gguf file or a hub name")
     else:
         source["use_safetensors"] = True
-        refuse_pickles(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, **{"dtype": torch.float32} | options, trust_remote_code=False
+        )
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
     except Exception as error:  # for a broken file the libraries raise anything, from KeyError to SafetensorError
@@ -99,11 +104,12 @@ def pretrained(name: str) -> PreTrainedModel:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that is not marked as quantized. The weights of a GGUF file are float32 once they are loaded."""
+    """A copy that is not marked as quantized. Loading a GGUF file turns its weights into plain ones."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = type(model)(config)
+    nn.Module.to(plain, model.dtype)
     plain.load_state_dict(model.state_dict())
     return plain
 
@@ -168,23 +174,6 @@ def tokenizer_files(packed: Path) -> list[Path]:
             f"{folder}: no tokenizer files; expected those that `ismdata pack` saves. Pack the corpus again"
         )
     return files
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder whose weights are pickles only: loading a pickle can run any code.
-
-    Args:
-        folder: A model folder; one that does not exist is not refused.
-
-    Raises:
-        DataError: if it has pickles and no safetensors.
-    """
-    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for path in folder.glob(kind))
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise DataError(
-            f"{folder}: the weights are a pickle ({pickles[0]}), which can run any code when loaded; expected "
-            "model.safetensors. If you trust it, load it with transformers and convert it with save_pretrained"
-        )
 
 
 def weights_digest(model: nn.Module) -> str:
