@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 from ismdata.errors import UsageError
+from ismdata.suggestions import did_you_mean
 
 
 def words(choice: Any) -> tuple[str, ...]:
@@ -95,7 +96,7 @@ def check_choice(option: str, value: object, choice: Any) -> None:
     """
     known = choice if isinstance(choice, tuple) else words(choice)
     if value not in known:
-        raise UsageError(f"{option} is {value!r}; expected one of {', '.join(known)}")
+        raise UsageError(f"{option} is {value!r}; expected one of {', '.join(known)}.{did_you_mean(str(value), known)}")
 
 
 def check_mask(mask: str, option: str = "mask") -> None:

@@ -189,6 +189,12 @@ def _console(stream: TextIO | None) -> Console:
     return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
+def make_tolerant() -> None:
+    """Let stdout and stderr print any text, for what other packages print: Typer's help, Python's tracebacks."""
+    _ready(sys.stdout)
+    _ready(sys.stderr)
+
+
 def _ready(stream: TextIO | None) -> TextIO | None:
     """Let a stream print any text, whatever its encoding. None is a closed one."""
     if stream is not None and hasattr(stream, "reconfigure"):

@@ -183,3 +183,26 @@ def foreign_name(word: str) -> tuple[str, str] | None:
     """
     name = word.strip().lstrip("-").replace("-", "_").lower()
     return FOREIGN_NAMES.get(name) or FOREIGN_NAMES.get(name.rpartition(".")[2])
+
+
+#: Commands of other tools -> the command that does it here.
+FOREIGN_COMMANDS: dict[str, str] = {
+    "help": "--help",
+    "version": "--version",
+    "preprocess": "pack",
+    "prepare": "convert",
+    "tokenize": "pack",
+    "sft": "train",
+    "finetune": "train",
+    "fine-tune": "train",
+    "fit": "train",
+    "evaluate": "eval",
+    "test": "eval",
+    "inference": "chat",
+    "generate": "chat",
+    "show": "inspect",
+    "info": "inspect",
+    "check": "verify",
+    "validate": "verify",
+    "split": "convert --split",
+}

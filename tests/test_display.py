@@ -193,7 +193,7 @@ READS_MARKUP |= {f"rich.{part}" for part in ("prompt", "status", "traceback")} |
 PRINTS = {"generate/terminal.py", "bench/data/stages.py"}
 
 #: Escapes markup, for the help texts that Typer reads markup in.
-ESCAPES = {"cli/common.py"}
+ESCAPES = {"cli/help.py"}
 
 
 def test_only_one_module_prints() -> None:

@@ -7,18 +7,26 @@ from typing import Annotated
 
 import typer
 
-from ismdata.cli.common import AsJson, Overwrite, explained, show
+from ismdata.cli.common import AsJson, Overwrite, show
+from ismdata.cli.help import MARKUP, Help, add_command, help_if_alone, help_text
 from ismdata.display import TerminalReporter
 
 BenchOutput = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write: bench.json with every single time, and bench.svg.")
 ]
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure ismdata beside its yardsticks and peers on this machine.")
+bench_app = typer.Typer(
+    add_help_option=False,
+    rich_markup_mode=MARKUP,
+    help=help_text("Measure ismdata beside its yardsticks and peers on this machine."),
+)
 
 
-@bench_app.command("data")
-@explained
+@bench_app.callback(invoke_without_command=True)
+def bench(context: typer.Context, show_help: Help = False) -> None:
+    help_if_alone(context)
+
+
 def bench_data(
     output: BenchOutput,
     corpus: Annotated[
@@ -76,8 +84,6 @@ def bench_data(
         raise typer.Exit(1)
 
 
-@bench_app.command("attention")
-@explained
 def bench_attention(
     output: BenchOutput,
     seq_len: Annotated[
@@ -124,8 +130,6 @@ def bench_attention(
         raise typer.Exit(1)
 
 
-@bench_app.command("latency")
-@explained
 def bench_latency(
     output: BenchOutput,
     model: Annotated[
@@ -150,3 +154,25 @@ def bench_latency(
     )
     results = run_latency_bench(output, options, overwrite=overwrite, reporter=TerminalReporter())
     show(latency_table(results), as_json=as_json)
+
+
+_MEASURED = {
+    "What is measured": ("corpus", "synthetic", "tokenizer", "seq_len", "rounds", "only", "peers", "peer_python")
+}
+_MEASURED_CHAT = {"What is measured": ("model", "turns", "rounds", "prefix_rounds", "threads", "device")}
+
+add_command(
+    bench_app,
+    "data",
+    bench_data,
+    examples=["ismdata bench data -o bench --only convert --only pack"],
+    groups=_MEASURED,
+)
+add_command(bench_app, "attention", bench_attention, examples=["ismdata bench attention -o bench-attention"])
+add_command(
+    bench_app,
+    "latency",
+    bench_latency,
+    examples=["ismdata bench latency -o bench-latency --turns 10"],
+    groups=_MEASURED_CHAT,
+)

@@ -36,13 +36,13 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
         try:
             return command(*args, **kwargs)
         except IsmdataError as error:
-            _note_once(f"error: {error}")
+            note_once(f"error: {error}")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            _note_once(str(interrupt) or "interrupted; no unfinished output is left")
+            note_once(str(interrupt) or "interrupted; no unfinished output is left")
             raise typer.Exit(130) from interrupt
         except Terminated as end:
-            _note_once(
+            note_once(
                 "terminated; run the same command again to resume"
                 if end.kept
                 else "terminated; no unfinished output is left"
@@ -52,8 +52,12 @@ def explained(command: Callable[..., Returned]) -> Callable[..., Returned]:
     return wrapped
 
 
-def _note_once(text: str) -> None:
-    """Print a line, in the first of several processes only: all of them end for the same reason."""
+def note_once(text: str) -> None:
+    """Print a line, in the first of several processes only: all of them end for the same reason.
+
+    Args:
+        text: The line.
+    """
     if is_first_process():
         note(text)
 

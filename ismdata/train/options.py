@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +12,7 @@ from typing import Any
 
 from ismdata.choices import AttentionBackend, LossWeighting, Precision, Schedule, check_choice
 from ismdata.errors import DataError, UsageError
+from ismdata.suggestions import did_you_mean, foreign_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,8 +149,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, value in found.items():
         name = key.replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
-            raise DataError(f"{path}: unknown option {key!r}. Did you mean {near[0]!r}?")
+            raise DataError(f"{path}: unknown option {key!r}.{_meant(key, names)}")
         if name in options:
             raise DataError(f"{path}: {name!r} is set twice, once as {key!r}. Remove one of them")
         options[name] = tuple(value) if name == "report_to" and isinstance(value, list) else value
@@ -158,6 +158,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     except UsageError as error:
         raise DataError(f"{path}: {error}") from error
     return options
+
+
+def _meant(key: str, names: set[str]) -> str:
+    """What an unknown key may have meant, or what can be written instead."""
+    if foreign := foreign_name(key):
+        meant, source = foreign
+        option = meant.removeprefix("train --").replace("-", "_")
+        if option in names:
+            return f" {key!r} of {source} is {option!r} here"
+        what = f"`ismdata {meant}`" if re.fullmatch(r"[a-z]+ (--[a-z-]+|[A-Z]+)", meant) else meant
+        return f" It is known from {source}; here {what}. Remove the line"
+    return did_you_mean(key.replace("-", "_"), names) or f" Expected some of {', '.join(sorted(names))}"
 
 
 #: The Python types that a field accepts, by the annotation above.

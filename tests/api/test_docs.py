@@ -64,12 +64,13 @@ def test_commands_and_options_exist(path: Path) -> None:
 
 def test_mentioned_options_exist() -> None:
     """Options named in running text belong to some command, to a script, or to a tool (listed here)."""
-    known = {
-        option
-        for command in group().commands.values()
-        for parameter in parameters(command)
-        for option in parameter.opts + parameter.secondary_opts
-    } | {"--help", "--strict", "--index-url", "--no-deps", "--nproc-per-node"}
+    known = {option for parameter in parameters(group()) for option in parameter.opts + parameter.secondary_opts} | {
+        "--help",
+        "--strict",
+        "--index-url",
+        "--no-deps",
+        "--nproc-per-node",
+    }
     for script in sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]):
         known |= set(re.findall(r"\"(--[a-z][a-z-]+)\"", script.read_text(encoding="utf-8")))
     for path in DOCUMENTS:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: The files that stand beside the packages: what every package shares.
 GROUND = {
     *("__init__", "__main__", "arrays", "choices", "concurrency", "conversation", "display", "distributed", "errors"),
-    "memory",
+    *("memory", "suggestions"),
 }
 MOST_LINES = 450
 MOST_PARAMETERS = 8
