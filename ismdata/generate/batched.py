@@ -15,9 +15,10 @@ from ismdata.attention import takes_two_positions
 from ismdata.errors import DataError, UsageError
 from ismdata.generate.feeding import Block, Encoder, answer_lead, arrange_blocks, as_encoder
 from ismdata.generate.greedy import Prompt, greedy_answers, pad_left
-from ismdata.generate.model_facts import end_of_turn, glm_tokens, positions_of, resolve_mask
+from ismdata.generate.model_facts import end_of_turn, glm_tokens, resolve_mask
 from ismdata.generate.sampling import message_text
 from ismdata.generate.transcript import Transcript
+from ismdata.generate.window import Window, context_size
 from ismdata.masks import block_positions
 from ismdata.rendering import GlmTokens, Message
 
@@ -120,7 +121,7 @@ def _prompts(
         raise UsageError(f"tools has {len(tools)} entries; expected one for each of {len(conversations)} conversations")
     glm = glm_tokens(model, encoder, mask)
     end = end_of_turn(model, encoder)
-    positions = positions_of(model)
+    positions = context_size(model, Window())
     prompts, leads = [], []
     for number, messages in enumerate(conversations):
         place = f"conversation {number + 1}"

@@ -64,6 +64,24 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return found
 
 
+def steady_positions(model: PreTrainedModel) -> int | None:
+    """Read up to how many positions the rotary angles of a model stay the same.
+
+    Beyond `original_max_position_embeddings`, LongRoPE (Phi-3, Phi-4-mini) rotates all positions by other angles. Keys
+    that were cached before are wrong then, so a conversation that is fed turn by turn must end there.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number, or None if the angles never change.
+    """
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    bounds = [each.get("original_max_position_embeddings") for each in kinds if each.get("rope_type") == "longrope"]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
 def glm_tokens(model: PreTrainedModel, encoder: Encoder, mask: str) -> GlmTokens | None:
     """Find the tokens of the GLM layout; None for a model with one position per token.
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ismdata.choices import WhenFull, check_choice
 from ismdata.errors import UsageError
-from ismdata.generate.model_facts import positions_of
+from ismdata.generate.model_facts import positions_of, steady_positions
 
 #: The default factor of entropies after each turn, for `sirllm`.
 DECAY = 0.9
@@ -55,9 +55,15 @@ class Window:
 
 def context_size(model: PreTrainedModel, window: Window) -> int | None:
     """Maximum number of entries in the cache; None for no bound. Raises UsageError if it exceeds the positions."""
-    positions = positions_of(model)
-    if window.context is None:
-        return positions
-    if positions is not None and window.context > positions:
-        raise UsageError(f"--context is {window.context}; expected at most the model's {positions} positions")
-    return window.context
+    positions, steady = positions_of(model), steady_positions(model)
+    most = min((bound for bound in (positions, steady) if bound is not None), default=None)
+    if window.context is None or most is None:
+        return most if window.context is None else window.context
+    if window.context <= most:
+        return window.context
+    if most == steady != positions:
+        raise UsageError(
+            f"--context is {window.context}; expected at most {steady}: beyond, {type(model).__name__} rotates all "
+            "positions by other angles (longrope), and the cached keys of earlier turns would be wrong"
+        )
+    raise UsageError(f"--context is {window.context}; expected at most the model's {positions} positions")

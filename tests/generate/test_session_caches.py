@@ -11,15 +11,17 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaConfig,
     MistralConfig,
     MoshiConfig,
+    Phi3Config,
     PhimoeConfig,
     Qwen2Config,
     cache_utils,
 )
 
 from ismdata.attention.attachment import attach
-from ismdata.errors import UnsupportedModelError
+from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.generate.eviction import KeyRotation, crop_entries, keep_entries
 from ismdata.generate.feeding import feed
 from ismdata.generate.session import Session
@@ -192,3 +194,56 @@ def test_a_cache_that_holds_more_than_keys_is_refused(monkeypatch):
         UnsupportedModelError, match=r"the cache of layer 1 is a LinearAttentionLayer, which holds more"
     ):
         Session(model, TextEncoder(), mask="ism")
+
+
+def longrope():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    sizes = SIZES | {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    torch.manual_seed(0)
+    config = Phi3Config(**sizes, rope_parameters=rope)
+    return attach(AutoModelForCausalLM.from_config(config).to(torch.float64).eval())
+
+
+def test_a_conversation_ends_where_the_rotary_angles_change():
+    """Beyond, the keys in the cache are those of other angles: neither law 3 nor an undo would hold."""
+    model = longrope()
+    with pytest.raises(UsageError, match=r"--context is 33; expected at most 32: beyond, Phi3ForCausalLM .*longrope"):
+        Session(model, TextEncoder(), mask="ism", window=Window(context=33))
+    window = Window(when_full="drop-oldest")
+    session = Session(model, TextEncoder(), mask="ism", max_new_tokens=5, window=window)
+    assert session.context == 32
+    for number in range(9):
+        session.reply(f"question {number}")
+        assert len(session.fed) <= 32
+    assert session.left_out > 2
+    crowded = Session(model, TextEncoder(), mask="ism", max_new_tokens=5)
+    with pytest.raises(DataError, match=r"the model has 32 positions|the cache has 32 positions"):
+        for number in range(9):
+            crowded.reply(f"question {number}")
+
+
+def test_the_angles_do_change():
+    """The test above can fail: one forward and a cache agree up to the bound and not beyond."""
+    model = longrope()
+    for length, agrees in ((32, True), (40, False)):
+        ids = [(7 * k) % 50 + 2 for k in range(length)]
+        cache = whole_cache(model)
+        feed(model, ids[:20], cache, bidirectional=False)
+        ours = feed(model, ids[20:], cache, bidirectional=False)
+        theirs = feed(model, ids, whole_cache(model), bidirectional=False)
+        assert bool((ours - theirs).abs().max() < 1e-9) == agrees
+
+
+def test_dynamic_angles_do_not_change_within_the_positions():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SIZES | {"max_position_embeddings": 48}), rope_parameters=rope)
+    model = attach(AutoModelForCausalLM.from_config(config).to(torch.float64).eval())
+    session = Session(model, TextEncoder(), mask="ism", max_new_tokens=5)
+    assert session.context == 48
+    ids = [(7 * k) % 50 + 2 for k in range(48)]
+    cache = whole_cache(model)
+    feed(model, ids[:20], cache, bidirectional=False)
+    ours = feed(model, ids[20:], cache, bidirectional=False)
+    torch.testing.assert_close(ours, feed(model, ids, whole_cache(model), bidirectional=False), rtol=0, atol=1e-9)
