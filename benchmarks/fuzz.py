@@ -60,10 +60,11 @@ with atheris.instrument_imports(include=INSTRUMENTED) if "--here" in sys.argv el
     import numpy as np
 
     from ismdata.conversation import REASONS, ROLE_NAMES
-    from ismdata.convert.canonical import Rules, parse_json
+    from ismdata.convert.canonical import Rules
     from ismdata.convert.corpus_format import Choices, with_choices
     from ismdata.convert.explain import explain
     from ismdata.convert.formats.registry import FORMATS
+    from ismdata.convert.json_values import parse_json
     from ismdata.convert.mapping_file import parse_mapping
     from ismdata.convert.parts import FormatChoice
     from ismdata.convert.sources.blocks import ValueBlock

@@ -1,9 +1,9 @@
 from .canonical import Rules as Rules
 from .canonical import canonicalize as canonicalize
-from .canonical import parse_json as parse_json
 from .canonical import role_table as role_table
 from .explain import Explanation as Explanation
 from .formats.messages import OPENAI as OPENAI
+from .json_values import parse_json as parse_json
 from .options import Cleaning as Cleaning
 from .options import ConvertOptions as ConvertOptions
 from .options import Selection as Selection

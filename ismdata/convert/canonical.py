@@ -6,14 +6,25 @@ them to whole columns and leaves every conversation to this module that it canno
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES, ROLES, TOOL_CALL_ROLE_NAMES
+from ismdata.convert.answer_labels import check_labels
 from ismdata.convert.corpus_format import Draft, kind_of
+from ismdata.convert.json_values import json_text, without_nan
+from ismdata.convert.tool_calls import (
+    argument_schemas,
+    calls_of_message,
+    calls_of_text,
+    calls_of_value,
+    described_tools,
+    without_null_arguments,
+)
 from ismdata.convert.training_flags import refuse_flags, train_flag
 from ismdata.errors import Refused, UsageError, shown
 
@@ -54,18 +65,21 @@ class Rules:
     Attributes:
         roles: Role names in lower case to canonical roles.
         join: Whether to merge consecutive messages of the same role, with a line break between them.
+        preference: Which answers are read, if their records label them as good or bad; None reads the good ones.
     """
 
     roles: Mapping[str, str]
     join: bool = False
+    preference: Preference | None = None
 
 
-def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
+def canonicalize(draft: Draft, rules: Rules, ignored: list[str] | None = None) -> dict[str, Any]:
     """Turn a draft into a canonical conversation.
 
     Args:
         draft: The conversation as its format parsed it.
         rules: The rules that all formats share.
+        ignored: Receives names of what is left out beside the draft's `ignored`, such as null arguments of tool calls.
 
     Returns:
         A row of `conversation.CONVERSATION_SCHEMA` without its `source`. Its `id` is None if the draft has none.
@@ -79,11 +93,14 @@ def canonicalize(draft: Draft, rules: Rules) -> dict[str, Any]:
         if draft.extra.get(name):
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
     refuse_flags(draft.ignored)
-    messages = [_message(raw, number, rules.roles) for number, raw in enumerate(draft.messages, 1)]
+    check_labels(draft.extra, rules.preference)
+    tools = described_tools(draft.tools)
+    calls = _Calls(schemas=argument_schemas(tools), ignored=[] if ignored is None else ignored)
+    messages = [_message(raw, number, rules.roles, calls) for number, raw in enumerate(draft.messages, 1)]
     row = {
         "id": None if draft.id is None else str(draft.id),
         "messages": messages,
-        "tools": _tools(draft.tools),
+        "tools": json_text(tools, "tools") if tools else None,
         "meta": meta_json(draft.extra),
     }
     for number, message in enumerate(messages, 1):
@@ -117,7 +134,15 @@ def _differ_in_content_only(one: Mapping[str, Any], other: Mapping[str, Any]) ->
     return all(one[name] == other[name] for name in one if name != "content")
 
 
-def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _Calls:
+    """What tool calls need: the schemas of their arguments, and the list of what is left out."""
+
+    schemas: Mapping[str, Any]
+    ignored: list[str]
+
+
+def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str], described: _Calls) -> dict[str, Any]:
     """A canonical message, with all fields of `conversation.MESSAGE_TYPE`."""
     name = raw.get("role")
     if name is None:
@@ -127,11 +152,12 @@ def _message(raw: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> d
     role = roles.get(name.lower())
     text, calls, reasoning = _content(raw.get("content"), number)
     if role is None and name.lower() in TOOL_CALL_ROLE_NAMES:
-        role, calls, text = "assistant", _calls_of_text(text, number), None
+        role, calls, text = "assistant", calls_of_text(text, number), None
     if role is None:
         fix = f"Map it with --role {name}=assistant"
         raise Refused("unknown_role", f"message {number} has role {shown(name)}; expected {_expected_roles()}. {fix}.")
-    calls = calls + _calls_of_message(raw, number)
+    calls = calls + calls_of_message(raw, number)
+    calls = [without_null_arguments(call, described.schemas, described.ignored) for call in calls]
     if text is None and not calls:
         raise Refused("missing_content", f"message {number} ({role}) has neither content nor tool calls")
     if role == "assistant" and not calls and not (text and text.strip()):
@@ -162,6 +188,8 @@ def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]],
     texts: list[str] = []
     reasoning: list[str] = []
     calls: list[dict[str, Any]] = []
+    if len(value) > 1 and all(isinstance(part, str) for part in value):
+        return join_texts(value), [], None
     for part in value:
         if isinstance(part, str):
             texts.append(part)
@@ -172,7 +200,7 @@ def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]],
             raise Refused("invalid_content", f"{found}; expected an object with a type, such as {{'type': 'text', …}}")
         body = next((part[key] for key in ("text", "value", kind) if part.get(key) is not None), None)
         if kind == "tool_call":
-            calls += _calls_of_value(body, number)
+            calls += calls_of_value(body, number)
         elif kind not in _TEXT_PARTS | _REASONING_PARTS:
             raise Refused("unsupported_content", f"message {number} has a part of type {kind!r}; expected text only")
         elif not isinstance(body, str):
@@ -185,70 +213,28 @@ def _content(value: Any, number: int) -> tuple[str | None, list[dict[str, Any]],
     return text, calls, "".join(reasoning) if reasoning else None
 
 
-def _calls_of_message(raw: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
-    """The calls in `tool_calls` and `function_call`."""
-    calls = raw.get("tool_calls")
-    found = [] if calls is None or calls == "" else _calls_of_value(calls, number)
-    if raw.get("function_call") is not None:
-        found += _calls_of_value(raw["function_call"], number)
-    return found
+def join_texts(texts: Sequence[str]) -> str:
+    """Pieces of one text, with a line break between two of which neither has whitespace there.
 
-
-def _calls_of_text(text: str | None, number: int) -> list[dict[str, Any]]:
-    """The calls in the content of a message whose role says that it is one."""
-    calls = _calls_of_value(text, number)
-    if not calls:
-        raise Refused("invalid_tool_call", f"message {number} calls no tool; expected {_EXPECTED_CALL}")
-    return calls
-
-
-_EXPECTED_CALL = 'a JSON object such as {"name": …, "arguments": {…}}'
-
-
-def _calls_of_value(value: Any, number: int) -> list[dict[str, Any]]:
-    """Tool calls given as an object, a list of them, or the JSON text of either."""
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            found = f"message {number}'s tool call is {shown(value)} ({error})"
-            raise Refused("invalid_tool_call", f"{found}; expected {_EXPECTED_CALL}") from error
-    return [_call(call, number) for call in (value if isinstance(value, list) else [value])]
-
-
-def _call(call: Any, number: int) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name:
-        raise Refused("invalid_tool_call", f"message {number}'s tool call is {shown(call)}; expected {_EXPECTED_CALL}")
-    arguments = function.get("arguments")
-    head = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    # Arguments stay as in the corpus, an object or its JSON text. Rendering parses the text.
-    return {**head, "type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
-
-
-def _tools(value: Any) -> str | None:
-    """The JSON text of an OpenAI-style list of tool descriptions, None if there are none."""
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise Refused("invalid_tools", f"tools is not JSON text ({error}); expected a list") from error
-    if value is None or value == []:
-        return None
-    tools = [value] if isinstance(value, dict) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Refused("invalid_tools", f"tools is {shown(value)}; expected a list of objects")
-    whole = [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
-    return json_text(whole, "tools")
+    >>> join_texts(["One.", "Two. ", "Three."])
+    'One.\\nTwo. Three.'
+    """
+    joined = "".join(texts[:1])
+    for before, text in pairwise(texts):
+        apart = not before or not text or before[-1].isspace() or text[0].isspace()
+        joined += text if apart else f"\n{text}"
+    return joined
 
 
 def meta_json(extra: Mapping[str, Any]) -> str | None:
-    """The JSON text of a record's other fields without nulls, None if there are none. Raises Refused."""
+    """The JSON text of a record's other fields without nulls; NaN is null. None if there are none. Raises Refused."""
+    where = "the record's other fields"
     present = {name: value for name, value in extra.items() if value is not None}
-    return json_text(present, "the record's other fields") if present else None
+    try:
+        return json_text(present, where) if present else None
+    except Refused:  # perhaps a number that is not finite: null, as in records that write it as NaN
+        finite = {name: value for name, value in without_nan(present, used=frozenset()).items() if value is not None}
+        return json_text(finite, where) if finite else None
 
 
 #: The largest weight: packed shards store weights as float32.
@@ -286,58 +272,3 @@ def _check_text(value: Any, where: str) -> None:
         except UnicodeEncodeError as error:
             found = f"{where} contains half a surrogate pair, \\u{ord(value[error.start]):04x}"
             raise Refused("lone_surrogate", f"{found}; expected text that UTF-8 can encode") from error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-#: Values nested more deeply are refused. Python's recursion limit is no substitute: it counts the frames of the caller
-#: too, so that a value that was read might not be writable.
-MAX_DEPTH = 800
-_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
-
-
-def parse_json(text: str) -> Any:
-    """Parse strict JSON, which has no NaN and Infinity.
-
-    Args:
-        text: The JSON text of one value.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If the text is not strict JSON, or is nested more than MAX_DEPTH levels deep.
-    """
-    try:
-        value = _DECODER.decode(text)
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
-    if text.count("[") + text.count("{") > MAX_DEPTH and exceeds_depth(value):
-        raise ValueError(_TOO_DEEP)
-    return value
-
-
-def exceeds_depth(value: Any) -> bool:
-    """Whether a JSON value is nested more than MAX_DEPTH levels deep.
-
-    >>> exceeds_depth([[1]])
-    False
-    """
-    level = [value] if isinstance(value, list | dict) else []
-    for _ in range(MAX_DEPTH):
-        values = (inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer))
-        level = [inner for inner in values if isinstance(inner, list | dict)]
-        if not level:
-            return False
-    return True
-
-
-def json_text(value: Any, where: str) -> str:
-    """The JSON text of a value, not escaped to ASCII. Raises Refused if JSON cannot express it."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise Refused("invalid_field", f"{where}: {error}; expected values that JSON can express") from error

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ismdata.arrays import offsets_of
+from ismdata.convert.answer_labels import may_be_labelled
 from ismdata.convert.canonical import MEDIA_FIELDS, meta_json
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list
 from ismdata.convert.corpus_format import Block, Columns, take_id
@@ -70,7 +71,7 @@ def record_info(fields: dict[str, Any], unused: Collection[str]) -> RecordInfo |
     for name in unused:
         if fields.pop(name, None) not in (None, "", []):
             return None
-    if any(fields.get(name) for name in MEDIA_FIELDS):
+    if any(fields.get(name) for name in MEDIA_FIELDS) or may_be_labelled(fields):
         return None
     own = take_id(fields)
     try:

@@ -206,4 +206,5 @@ def kind_of(value: object) -> str:
     if isinstance(value, bool):
         return "a boolean"
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    names |= {bytes: "bytes that are not UTF-8 text"}
     return names.get(type(value), type(value).__name__)

@@ -219,8 +219,8 @@ def _explanation(sample: PartSample, mapping: str | None, *, equivalent: bool) -
 
 def _rules(corpus_format: CorpusFormat | None, choices: Choices) -> Rules:
     if isinstance(corpus_format, Mapped):
-        return Rules(roles=corpus_format.roles, join=corpus_format.join)
-    return Rules(roles=choices.roles)
+        return Rules(roles=corpus_format.roles, join=corpus_format.join, preference=choices.preference)
+    return Rules(roles=choices.roles, preference=choices.preference)
 
 
 def _with_roles(mapping: Mapped, choices: Choices) -> Mapped:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, SourceBlock, with_choices
+from ismdata.convert.formats.preference import KTO, LABELLED
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
 from ismdata.convert.sources.blocks import TableBlock
@@ -271,7 +272,8 @@ def _detect_format(block: Block, place: Place, name: str, format: FormatChoice) 
         assert chosen is not None
         return chosen
     refusal, others = "", []
-    for row in range(min(len(block.numbers), _DETECTION_RECORDS)):
+    rows = min(len(block.numbers), _DETECTION_RECORDS)
+    for row in range(rows):
         try:
             record = block.record(row)
         except Refused as error:
@@ -279,7 +281,7 @@ def _detect_format(block: Block, place: Place, name: str, format: FormatChoice) 
             continue
         found = format.format_for(record)
         if found is not None:
-            return found
+            return _labelled_format(found, block, range(row + 1, rows), format.choices)
         others.append(record)
     if not others:
         raise DataError(refusal)
@@ -301,3 +303,21 @@ def listed_fields(record: Mapping[Any, Any]) -> str:
     names = [repr(name if len(str(name)) <= _SHOWN_NAME else f"{str(name)[:_SHOWN_NAME]}…") for name in record]
     more = f" and {len(names) - _SHOWN_FIELDS:,} more" if len(names) > _SHOWN_FIELDS else ""
     return (", ".join(names[:_SHOWN_FIELDS]) or "(none)") + more
+
+
+def _labelled_format(
+    found: tuple[str, CorpusFormat], block: Block, rows: Iterable[int], choices: Choices
+) -> tuple[str, CorpusFormat]:
+    """`kto` instead of a format of its records if one of these rows has a label: it may be missing in the first."""
+    if FORMATS[found[0]] not in LABELLED:
+        return found
+    if any(_is_labelled(block, row) for row in rows):
+        return "kto", with_choices(KTO, choices)
+    return found
+
+
+def _is_labelled(block: Block, row: int) -> bool:
+    try:
+        return KTO.matches(block.record(row))
+    except Refused:
+        return False

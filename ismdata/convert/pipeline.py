@@ -201,7 +201,8 @@ def _reading(options: ConvertOptions) -> tuple[FormatChoice, Rules]:
         preference=options.preference,
     )
     name = str(options.mapping) if options.mapping else options.format
-    rules = Rules(roles=roles, join=options.join or (mapping is not None and mapping.join))
+    join = options.join or (mapping is not None and mapping.join)
+    rules = Rules(roles=roles, join=join, preference=options.preference)
     return FormatChoice(name=name, corpus_format=mapping, choices=choices), rules
 
 

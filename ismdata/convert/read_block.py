@@ -129,8 +129,9 @@ def _read_chosen(block: SourceBlock, rules: Rules, chosen: Sequence[int]) -> tup
         except Refused as refusal:
             refuse(refusal)
         for draft in drafts:
+            left_out = list(draft.ignored)
             try:
-                conversation = canonicalize(draft, rules)
+                conversation = canonicalize(draft, rules, left_out)
             except Refused as refusal:
                 refuse(refusal)
                 continue
@@ -138,7 +139,7 @@ def _read_chosen(block: SourceBlock, rules: Rules, chosen: Sequence[int]) -> tup
             conversation["id"] = f"{own_id}/{draft.id_suffix}" if draft.id_suffix else own_id
             rows.append({**conversation, "source": source})
             groups.append(draft.split_group)
-            ignored.update(draft.ignored)
+            ignored.update(left_out)
         counts.append(len(rows) - before)
     result = BlockResult(
         rows=pa.Table.from_pylist(rows, CONVERSATION_SCHEMA),

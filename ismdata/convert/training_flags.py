@@ -14,17 +14,23 @@ from ismdata.errors import Refused, shown
 #: Fields in which true means that the answer is trained, and fields in which true means that it is not.
 _TRAINED = ("train", "trainable", "training", "trained", "train_on_turn", "loss", "loss_mask", "step_loss_mask")
 _MASKED = ("mask", "masked")
+#: Labels of a single answer; one that is labelled as bad is not trained. Labels of a record: `answer_labels.py`.
+_GOOD = ("is_good", "is_chosen", "is_desirable", "is_accepted", "is_correct", "is_preferred", "kto_tag")
+_BAD = ("is_bad", "is_rejected", "is_undesirable", "is_wrong", "is_incorrect", "thumbs_down")
 #: Fields that decide it for parts of an answer, which conversations cannot express.
 _PARTIAL = ("train_detail", "training_detail", "loss_masks", "label_mask", "labels_mask", "token_mask")
 
 #: All fields of a message that can decide training, except weights.
-TRAINING_FLAGS = frozenset({*_TRAINED, *_MASKED, *_PARTIAL})
+TRAINING_FLAGS = frozenset({*_TRAINED, *_MASKED, *_GOOD, *_BAD, *_PARTIAL})
+
+#: Booleans as text, as files without types have them.
+_TEXTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def train_flag(message: Mapping[str, Any], number: int) -> bool | None:
     """Whether message `number` is trained, None if no field decides it. Raises Refused."""
     found: dict[str, bool] = {}
-    for name in (*_TRAINED, *_MASKED, *_PARTIAL):
+    for name in (*_TRAINED, *_MASKED, *_GOOD, *_BAD, *_PARTIAL):
         value = message.get(name)
         if value is None:
             continue
@@ -38,7 +44,7 @@ def train_flag(message: Mapping[str, Any], number: int) -> bool | None:
         if flag is None:
             hint = "true to leave the answer out of the loss, false to train it" if name in _MASKED else "true or false"
             raise Refused("invalid_field", f"message {number} has {name} {shown(value)}; expected {hint}")
-        found[name] = flag != (name in _MASKED)
+        found[name] = flag != (name in _MASKED or name in _BAD)
     if len(set(found.values())) > 1:
         names = " and ".join(f"{name} {shown(message[name])}" for name in found)
         raise Refused("invalid_field", f"message {number} has {names}; expected fields that agree")
@@ -48,8 +54,9 @@ def train_flag(message: Mapping[str, Any], number: int) -> bool | None:
 def _as_bool(value: Any, *, numbers: bool) -> bool | None:
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
+    if isinstance(value, str):
+        text = value.strip().lower()
+        return _TEXTS[text] if text in _TEXTS and (numbers or text.isalpha()) else None
     return bool(value) if numbers and isinstance(value, int | float) and value in (0, 1) else None
 
 

@@ -239,7 +239,7 @@ def test_role_names_can_be_added(run):
         ('{"messages": [{"role": "assistant", "content": " \u3000\\n"}]}'.encode(), "empty_answer"),
         (b'{"messages": [{"role": 7, "content": "q"}]}', "invalid_field"),
         (b'{"messages": [{"role": "user", "content": "q", "weight": -1}]}', "invalid_field"),
-        (b'{"messages": [{"role": "user", "content": "q", "weight": NaN}]}', "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "q", "weight": NaN}]}', "invalid_field"),
         (b'{"messages": [{"role": "user", "content": "q", "weight": 1e999}]}', "invalid_field"),
         (b'{"messages": [{"role": "user", "content": "q", "train": "yes"}]}', "invalid_field"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone_surrogate"),
@@ -250,7 +250,6 @@ def test_role_names_can_be_added(run):
             "invalid_json",
         ),
         (b'{"messages": [{"role": "user", "content": "q"}], "x": ' + b"9" * 5_000 + b"}", "invalid_json"),
-        (b'{"messages": [{"role": "user", "content": "q"}], "x": 1e999}', "invalid_field"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

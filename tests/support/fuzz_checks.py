@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ismdata.conversation import CONVERSATION_SCHEMA, REASONS, ROLES
-from ismdata.convert.canonical import Rules, parse_json
+from ismdata.convert.canonical import Rules
 from ismdata.convert.corpus_format import Block, CorpusFormat, Place, SourceBlock
 from ismdata.convert.digests import digests
+from ismdata.convert.json_values import parse_json
 from ismdata.convert.parts import FormatChoice, open_parts
 from ismdata.convert.read_block import read_block, read_records
 from ismdata.convert.sources.archives import Part, parts_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ismdata.convert.canonical import json_text
+from ismdata.convert.json_values import json_text
 
 #: Keys of blocks without a `type`: Bedrock's, then Gemini's in both spellings.
 _KEYS = (

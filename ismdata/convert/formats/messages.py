@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
-from ismdata.convert.canonical import MAX_WEIGHT, parse_json
+from ismdata.convert.canonical import MAX_WEIGHT
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list, has_text
 from ismdata.convert.columnar_extras import (
     PlainRecord,
@@ -26,6 +26,7 @@ from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, f
 from ismdata.convert.formats.content_blocks import has_blocks, openai_tools, split_blocks, system_blocks
 from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns
 from ismdata.convert.formats.speakers import alternating_role_column, alternating_roles, with_roles
+from ismdata.convert.json_values import parse_record_json
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.training_flags import TRAINING_FLAGS
 from ismdata.errors import Refused, shown
@@ -295,7 +296,7 @@ def _parsed(value: Any) -> Any:
     """A list of messages given as JSON text, as CSV files have it, parsed; anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            return parse_json(value)
+            return parse_record_json(value)
         except ValueError:
             return value
     return value

@@ -11,6 +11,7 @@ from typing import Any
 
 from ismdata.choices import Preference
 from ismdata.conversation import ROLE_NAMES
+from ismdata.convert.answer_labels import check_labels, labels_of, may_be_labelled
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, take_id
 from ismdata.convert.formats.alpaca import ALPACA
 from ismdata.convert.formats.fields import listed_names, missing_field
@@ -27,7 +28,12 @@ _SIDES = (
     ("chosen_messages", "rejected_messages"),
     ("preferred_output", "non_preferred_output"),
     ("response", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
 )
+#: The worse answer replaces the last answer of the messages: ms-swift.
+_LAST_ANSWER = ("messages", "rejected_response")
+_LAST = ("assistant", "rejected_response")
 #: Two conversations; the end of `winner` names the better one. Battles of Chatbot Arena.
 _BATTLE = ("conversation_a", "conversation_b")
 _WINNERS = {"model_a": _BATTLE, "model_b": _BATTLE[::-1]}
@@ -35,10 +41,8 @@ _WINNERS = {"model_a": _BATTLE, "model_b": _BATTLE[::-1]}
 _EARLIER = ("messages", "conversations")
 _PROMPTS = ("prompt", "instruction", "question", "query", "input")
 
-#: The label of an answer: whether it is good.
-_LABELS = ("label", "kto_tag")
 #: The formats of a record without its label.
-_LABELLED: tuple[CorpusFormat, ...] = (OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)
+LABELLED: tuple[CorpusFormat, ...] = (OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)
 
 _Messages = list[dict[str, Any]]
 
@@ -70,6 +74,8 @@ class PreferencePairs(CorpusFormat):
                 "Use --preference chosen to read the better one",
             )
         fields = dict(record)
+        if names == _LAST_ANSWER and isinstance(fields["messages"], list):
+            fields["rejected_response"] = [*fields["messages"][:-1], *_side(fields["rejected_response"], *_LAST, [])]
         if names == _BATTLE:
             names = _ranked(fields.get("winner"))
         wanted, other = names if self.preference == "chosen" else names[::-1]
@@ -164,41 +170,42 @@ def _side(value: Any, role: str, name: str, ignored: list[str]) -> _Messages:
 
 @dataclass(frozen=True, kw_only=True)
 class Kto(CorpusFormat):
-    """An answer with a boolean label. Those labelled true are read, or false with `preference` "rejected"."""
+    """An answer with a label. Those labelled as good are read, or as bad with `preference` "rejected"."""
 
     expects: str = "messages or prompt/completion, label: true or false"
     plain_text: bool = False
     preference: Preference | None = None
 
     def matches(self, record: Any) -> bool:
-        return (
-            isinstance(record, dict)
-            and isinstance(record.get(_label_field(record)), bool)
-            and _format_beside_label(record) is not None
-        )
+        if not isinstance(record, dict) or not may_be_labelled(record):
+            return False
+        try:
+            labelled = bool(labels_of(record))
+        except Refused:
+            labelled = True
+        return labelled and _format_beside_label(record) is not None
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         fields = dict(fields_of(record))
-        name = _label_field(fields)
-        label = fields.pop(name, None)
-        if not isinstance(label, bool):
-            raise Refused("invalid_field", f"{name} is {shown(label)}; expected true or false")
+        found = labels_of(fields)
+        if not found:
+            given = {name: value for name, value in fields.items() if may_be_labelled({name: value})}
+            what = (
+                " and ".join(f"{name} is {shown(value)}" for name, value in given.items()) or "the record has no label"
+            )
+            raise Refused("invalid_field", f"{what}; expected a label, true or false, as in other records of the file")
+        check_labels(fields, self.preference)
+        for name in found:
+            del fields[name]
         inner = _format_beside_label(fields)
         if inner is None:
-            found = f"beside {name} the record has the fields {listed_names(fields)}"
-            raise Refused("missing_field", f"{found}; expected messages, conversations or prompt/completion")
-        if label is (self.preference == "rejected"):
-            kind = "good, and --preference rejected reads bad answers" if label else "bad"
-            raise Refused("rejected", f"{name} is {str(label).lower()}: the answer is labelled as {kind}")
+            what = f"beside {' and '.join(found)} the record has the fields {listed_names(fields)}"
+            raise Refused("missing_field", f"{what}; expected messages, conversations or prompt/completion")
         return inner.parse_record(fields)
 
 
-def _label_field(fields: dict[str, Any]) -> str:
-    return next((name for name in _LABELS if name in fields), _LABELS[0])
-
-
 def _format_beside_label(fields: dict[str, Any]) -> CorpusFormat | None:
-    return next((one for one in _LABELLED if one.matches(fields)), None)
+    return next((one for one in LABELLED if one.matches(fields)), None)
 
 
 PREFERENCE = PreferencePairs()

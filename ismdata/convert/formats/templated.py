@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ismdata.convert.canonical import parse_json
+from ismdata.convert.json_values import parse_json
 from ismdata.errors import Refused, shown
 
 #: The system prompt in the first question of Llama 2.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -17,8 +15,8 @@ import pyarrow as pa
 import pyarrow.json
 from numpy.typing import NDArray
 
-from ismdata.convert.canonical import parse_json
 from ismdata.convert.corpus_format import ID_FIELDS
+from ismdata.convert.json_values import json_text, parse_json, parse_record_json, without_nan
 from ismdata.errors import DataError, Refused, shown
 
 
@@ -54,7 +52,7 @@ class LineBlock:
         if self.plain_text:
             return text
         try:
-            return self._value(text)
+            return self._value(text, parse_record_json)
         except json.JSONDecodeError as error:
             found = (
                 f"{error.msg} at character {error.pos + 1}, near {shown(text[max(0, error.pos - 20) : error.pos + 20])}"
@@ -72,14 +70,14 @@ class LineBlock:
         if self.plain_text:
             return text
         try:
-            return self._value(text)
+            return self._value(text, parse_json)
         except ValueError:
             return text
 
-    def _value(self, text: str) -> Any:
+    def _value(self, text: str, parse: Callable[[str], Any]) -> Any:
         if not self.keyed:
-            return parse_json(text)
-        ((key, value),) = parse_json(f"{{{text}}}").items()
+            return parse(text)
+        ((key, value),) = parse(f"{{{text}}}").items()
         return with_key(key, value)
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
@@ -135,10 +133,13 @@ class TableBlock:
     numbers: NDArray[np.int64]
 
     def record(self, row: int) -> Any:
-        return self.raw(row)
+        return plain_value(self._values(row))
 
     def raw(self, row: int) -> Any:
-        return plain_value(self.rows.slice(row, 1).to_pylist()[0])
+        return json_value(self._values(row))
+
+    def _values(self, row: int) -> Any:
+        return self.rows.slice(row, 1).to_pylist()[0]
 
     def table(self, schema: pa.Schema, *, wrapped: bool = False) -> pa.Table | None:
         if wrapped or not set(self.rows.column_names) <= set(schema.names):
@@ -241,23 +242,33 @@ def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
 
 
 def plain_value(value: Any) -> Any:
-    """An Arrow value as JSON can represent it: maps as objects, dates as ISO text, NaN and infinities as null.
+    """An Arrow value as records have it: maps as objects, dates as ISO text, NaN as `without_nan` does.
 
-    Bytes become base64.
+    Bytes become text if they are UTF-8, and else stay bytes: where a text is expected they are refused.
     """
+    return without_nan(_converted(value))
+
+
+def json_value(value: Any) -> Any:
+    """An Arrow value as JSON can represent it: as `plain_value`, with other bytes as base64 and every NaN as null."""
+    return json.loads(json_text(without_nan(_converted(value), used=frozenset()), "the record"))
+
+
+def _converted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): plain_value(item) for key, item in value.items()}
+        return {str(key): _converted(item) for key, item in value.items()}
     if isinstance(value, list):
         # Arrow gives a map as a list of tuples, and nothing else as tuples.
         if value and all(isinstance(item, tuple) for item in value) and len({key for key, _ in value}) == len(value):
-            return {str(key): plain_value(item) for key, item in value}
-        return [plain_value(item) for item in value]
+            return {str(key): _converted(item) for key, item in value}
+        return [_converted(item) for item in value]
     if isinstance(value, tuple):
-        return [plain_value(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return [_converted(item) for item in value]
     if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, datetime | date | time):
         return value.isoformat()
     if isinstance(value, timedelta | Decimal):

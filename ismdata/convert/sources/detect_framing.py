@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from ismdata.convert.canonical import parse_json
 from ismdata.convert.corpus_format import ID_FIELDS
+from ismdata.convert.json_values import parse_record_json
 from ismdata.convert.sources.blocks import with_key
 from ismdata.convert.sources.delimited import DELIMITERS, detect_delimiter, frame_rows
 from ismdata.convert.sources.file_names import is_table, is_yaml
@@ -122,7 +122,7 @@ def _yaml_or_table(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[
 
 def _value(line: bytes) -> object:
     try:
-        return parse_json(line.decode("utf-8"))
+        return parse_record_json(line.decode("utf-8"))
     except ValueError:
         return None
 
