@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ismdata.convert.canonical import parse_json
+from ismdata.convert.json_values import parse_json
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.framing import ByteQueue, Framed
 
