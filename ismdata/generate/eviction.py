@@ -168,6 +168,8 @@ class KeyRotation:
                 name, f"its rotary embedding takes {', '.join(needed)}; expected a tensor and one position per token"
             )
         rotation = cls(embedding=embedding)
+        if not rotation._gives_cos_and_sin(model):
+            raise _unsupported(name, "its rotary embedding gives complex numbers; expected cosines and sines")
         if not rotation._is_exact(model):
             raise _unsupported(name, "its rotated keys differ from the keys that it computes at the new positions")
         return rotation
@@ -197,6 +199,13 @@ class KeyRotation:
         """Cosines and sines of the angles at positions, [1, n, D] each."""
         cos, sin = self.embedding(like, positions[None])
         return cos, sin
+
+    @torch.no_grad()
+    def _gives_cos_and_sin(self, model: PreTrainedModel) -> bool:
+        """Whether the embedding returns two tensors; DeepSeek-V2's returns one of complex numbers."""
+        positions = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        found = self.embedding(torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device), positions)
+        return isinstance(found, tuple) and len(found) == 2
 
     @torch.no_grad()
     def _is_exact(self, model: PreTrainedModel) -> bool:

@@ -23,7 +23,8 @@ def resolve_mask(model: PreTrainedModel, mask: str | None) -> str:
     """
     check_adapters(model)
     names = {backend.name for backend in BACKENDS.values()}
-    if getattr(model.config, "_attn_implementation", None) not in names:
+    configs = (model.config, model.config.get_text_config())  # models with several parts name it in those only
+    if not names & {getattr(config, "_attn_implementation", None) for config in configs}:
         raise UsageError(
             f"{type(model).__name__} is not attached, so it would ignore the mask. Call ismdata.attach(model, mask=…) "
             "first, or load it with ismdata.attention.load"

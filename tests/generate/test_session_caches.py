@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DynamicCache,
     LlamaConfig,
     MistralConfig,
@@ -24,6 +26,7 @@ from ismdata.attention.attachment import attach
 from ismdata.errors import DataError, UnsupportedModelError, UsageError
 from ismdata.generate.eviction import KeyRotation, crop_entries, keep_entries
 from ismdata.generate.feeding import feed
+from ismdata.generate.model_facts import resolve_mask
 from ismdata.generate.session import Session
 from ismdata.generate.whole_cache import whole_cache
 from ismdata.generate.window import Window
@@ -178,6 +181,33 @@ def test_a_whole_cache_gives_the_logits_of_the_models_own(name):
     crop_entries(whole, before)
     assert whole.get_seq_length() == before
     assert {layer.keys.shape[-2] for layer in whole.layers} == {before}
+
+
+def test_a_rotary_embedding_of_complex_numbers():
+    """DeepSeek-V2's. A session without eviction works."""
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    sizes = SIZES | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DeepseekV2Config(**sizes))
+    attach(model.eval(), mask="ism")
+    with pytest.raises(UnsupportedModelError, match=r"gives complex numbers; expected cosines.*Use --when-full stop"):
+        Session(model, TextEncoder(), window=Window(when_full="sirllm", context=24))
+    session = Session(model, TextEncoder(), max_new_tokens=5)
+    session.reply("one")
+    session.reply("undone")
+    session.undo()
+    session.reply("two")
+    fresh = Session(model, TextEncoder(), max_new_tokens=5)
+    fresh.reply("one")
+    fresh.reply("two")
+    assert session.fed == fresh.fed
+
+
+def test_a_model_whose_text_part_is_attached():
+    """The config of a model with several parts does not name the attention itself."""
+    model = attach(decoder("llama"), mask="ism")
+    parts = SimpleNamespace(get_text_config=lambda: model.config, ismdata_mask="ism")
+    assert resolve_mask(SimpleNamespace(config=parts), None) == "ism"
 
 
 def test_a_cache_that_holds_more_than_keys_is_refused(monkeypatch):
