@@ -50,13 +50,12 @@ def chat_command(
         str | None,
         typer.Option(help="Jinja file or name of a built-in template, for a tokenizer that has none."),
     ] = None,
-    history: Annotated[
+    no_history: Annotated[
         bool,
         typer.Option(
-            "--history/--no-history",
-            help="Keep what is typed in ismdata/chat_history of the user's state folder (~/.local/state).",
+            "--no-history", help="Do not keep what is typed. Else it is in ~/.local/state/ismdata/chat_history."
         ),
-    ] = True,
+    ] = False,
 ) -> None:
     """Talk with a model in the terminal. The KV cache is kept from turn to turn.
 
@@ -85,7 +84,7 @@ def chat_command(
             chat_template=chat_template,
             reporter=reporter,
         )
-    screen = open_screen(history=history)
+    screen = open_screen(history=not no_history)
     errors = run_terminal(session, screen, trained=recorded_mask(model))
     if errors and not screen.interactive:
         raise typer.Exit(1)

@@ -170,7 +170,11 @@ add_command(
     app,
     "chat",
     chat_command,
-    examples=["ismdata chat model", "ismdata chat model --system 'Be brief.' --temperature 0.7 --top-p 0.9"],
+    examples=[
+        "ismdata chat model",
+        "ismdata chat model --system 'Be brief.' --temperature 0.7 --top-p 0.9",
+        "ismdata chat model.gguf --mask causal",
+    ],
     groups={
         "Sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
         "Context": ("mask", "context", "when_full"),
