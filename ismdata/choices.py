@@ -26,6 +26,9 @@ def words(choice: Any) -> tuple[str, ...]:
     return get_args(choice)
 
 
+#: Models to train from scratch (attention/models/presets.py has their shapes).
+Preset = Literal["tiny", "small", "base", "glm-tiny", "glm-small"]
+
 #: What each token sees (docs/masks.md).
 Mask = Literal["ism", "causal", "prefix"]
 

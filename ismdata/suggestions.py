@@ -151,7 +151,7 @@ def near(word: str, known: Iterable[str]) -> str | None:
     'ism'
     """
     lowered = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=_ALIKE)
+    found = difflib.get_close_matches(word.lower().removeprefix("./"), lowered, n=1, cutoff=_ALIKE)
     return lowered[found[0]] if found else None
 
 

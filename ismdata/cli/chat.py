@@ -62,6 +62,10 @@ def chat_command(
     Commands are /undo, /save FILE, /load FILE, /new, /help and /exit. Ctrl-C ends an answer, Ctrl-D leaves. Answers go
     to stdout, all else to stderr; from a pipe, each line is a question.
     """
+    from ismdata.rendering import check_model_name
+
+    check_model_name(model, presets=False)  # before torch is imported, which takes seconds
+
     from ismdata.cli.screens import open_screen
     from ismdata.generate import Sampling, Window, open_chat, recorded_mask, run_terminal
 

@@ -62,6 +62,10 @@ def eval_command(
     Reports the negative log-likelihood and perplexity of the answers, overall and by turn, with confidence intervals.
     --generate adds scores of generated answers, --compare the difference from another evaluation.
     """
+    from ismdata.rendering import check_model_name
+
+    check_model_name(model, presets=False)  # before torch is imported, which takes seconds
+
     from ismdata.cli.views.evaluation import eval_report
     from ismdata.eval import EvalOptions, run_eval
 

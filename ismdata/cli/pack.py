@@ -82,6 +82,10 @@ def pack_command(
     Writes tokens, spans, targets, positions and block tables. Conversations read = packed + quarantined. No
     answer is trained twice.
     """
+    from ismdata.rendering import check_tokenizer_name
+
+    check_tokenizer_name(tokenizer)  # before pyarrow and transformers are imported
+
     from ismdata.cli.views import reports
     from ismdata.pack import pack
     from ismdata.rendering import DEFAULT_DATE, parse_arguments

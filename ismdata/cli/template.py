@@ -33,6 +33,10 @@ def template_command(
     Shows which kinds of conversation can be packed, what ends an answer and whether it is trained, what happens to
     reasoning and tool calls, and one conversation with its spans.
     """
+    from ismdata.rendering import check_tokenizer_name
+
+    check_tokenizer_name(tokenizer or source)
+
     from ismdata.cli.views.template import drawing
     from ismdata.display import View
     from ismdata.rendering import encoding_of, parse_arguments, report_template

@@ -125,9 +125,11 @@ def train_command(
         del flags[name]
     flags["report_to"] = tuple(report_to or ())
 
+    from ismdata.rendering import check_model_name
     from ismdata.train import read_options
 
     options = read_options(config, flags)
+    check_model_name(options.model)  # before torch is imported, which takes seconds
 
     from ismdata.cli.views import reports
     from ismdata.train import train

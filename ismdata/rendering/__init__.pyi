@@ -11,6 +11,8 @@ from .glm_tokens import GlmTokens as GlmTokens
 from .glm_tokens import insert_glm_tokens as insert_glm_tokens
 from .glm_tokens import insert_glm_tokens_in_blocks as insert_glm_tokens_in_blocks
 from .glm_tokens import insert_glm_tokens_in_pieces as insert_glm_tokens_in_pieces
+from .hub import check_model_name as check_model_name
+from .hub import check_tokenizer_name as check_tokenizer_name
 from .messages import SPECIAL_FIELDS as SPECIAL_FIELDS
 from .messages import as_template_messages as as_template_messages
 from .pieces import Piece as Piece

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ismdata.errors import DataError
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, control_tokens, with_markers
+from ismdata.rendering.hub import check_tokenizer_name
 from ismdata.rendering.tokenizer_backends import Reference
 
 if TYPE_CHECKING:
@@ -57,9 +58,13 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
         elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
             raise DataError(f"{name}: no such folder; expected a saved tokenizer, a .gguf file or a hub name")
         elif path.is_dir() and not (path / "tokenizer.json").is_file() and not any(path.glob("tokenizer*")):
-            raise DataError(f"{name}: a folder without tokenizer.json; expected a saved tokenizer")
+            raise DataError(
+                f"{name}: a folder without tokenizer.json; expected a saved tokenizer, such as a model folder, or the "
+                "folder `tokenizer` inside a packed one"
+            )
         else:
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            local = check_tokenizer_name(name)
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
     except DataError:

@@ -132,7 +132,7 @@ def test_calls_that_cannot_be(converted: Path, packed: Path, smollm2: Path, tmp_
     refused(
         run("pack", converted, "-o", out, "--tokenizer", tmp_path / "none"),
         1,
-        "no such folder; expected a saved tokenizer",
+        "no such file or folder, and no name that the hub can have; expected a folder with tokenizer.json",
     )
     refused(run("pack", converted, "-o", packed, *tokenizer), 2, "in use")
     refused(run("verify", tmp_path / "none"), 1, "none")

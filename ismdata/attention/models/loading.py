@@ -16,7 +16,7 @@ from ismdata.attention.models.presets import PRESETS, preset_model
 from ismdata.attention.models.source import check_source, is_adapter
 from ismdata.data import PackedDataset
 from ismdata.errors import DataError
-from ismdata.rendering import Tokenizer, load_pretrained
+from ismdata.rendering import Tokenizer, check_model_name, load_pretrained
 
 #: The folder with the tokenizer inside a packed folder.
 TOKENIZER_NAME = "tokenizer"
@@ -88,6 +88,7 @@ def pretrained(name: str, **options: Any) -> PreTrainedModel:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     else:
         source["use_safetensors"] = True
+        source["local_files_only"] = check_model_name(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             **source, **{"dtype": torch.float32} | options, trust_remote_code=False
