@@ -35,7 +35,7 @@ class PipeScreen:
         self._wrap = WordWrap(lambda: shutil.get_terminal_size().columns) if on_terminal else None
 
     def read(self) -> str:
-        line = sys.stdin.readline()
+        line = "" if sys.stdin is None else sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\n")
