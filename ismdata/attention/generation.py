@@ -122,7 +122,7 @@ def _check_causal(model: PreTrainedModel, tokens: int) -> None:
     if mask is None:
         raise UsageError(
             f"{name}: the model's config records no mask, so it is unknown what the tokens of the prompt see. Attach "
-            "it with the mask that it was trained under, attach(model, mask='causal'), or pass kv_end"
+            "it with the mask that it was trained under, as in attach(model, mask='ism'). " + _INSTEAD
         )
     raise UsageError(
         f"{name}: under the mask {mask} the tokens of a context see each other, and input_ids do not say which of "
@@ -169,6 +169,6 @@ def _padding(attention_mask: Tensor | None, batch: int, keys: int, device: torch
         raise UsageError(
             "the attention_mask hides tokens after the first one that it shows; expected padding on the left only: "
             "tokenizer.padding_side = 'left'. If no mask was passed, transformers made it from the padding tokens "
-            "among the input_ids: pass attention_mask=torch.ones_like(input_ids)"
+            f"among the input_ids: pass attention_mask=torch.ones_like(input_ids). {_INSTEAD}"
         )
     return padding
