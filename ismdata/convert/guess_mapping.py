@@ -27,6 +27,8 @@ from ismdata.errors import Refused
 
 #: The depth to which a list of messages is searched in a record.
 _DEPTH = 4
+#: The most records inside an object that are examined.
+_MOST_EXAMINED = 20
 #: The most characters of a speaker's name.
 _NAME_LENGTH = 40
 #: Separators of turns in a string, the most specific first.
@@ -78,13 +80,25 @@ class GuessedFormat(CorpusFormat):
         return "anything that holds messages"
 
     def matches(self, record: Any) -> bool:
-        return guess_mapping([record]) is not None
+        return not _holds_records(record) and guess_mapping([record]) is not None
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         found = guess_mapping([record])
         if found is None:
             raise Refused("not_an_object", "no messages were found in the record")
         return found.parse_record(record)
+
+
+def _holds_records(value: Any) -> bool:
+    """Whether an object holds records rather than being one: by id, all with the same fields, or in lists by split."""
+    if not isinstance(value, dict) or not value:
+        return False
+    inner = [*value.values()]
+    if all(isinstance(one, list) and one and isinstance(one[0], dict | list) for one in inner):
+        inner = [one[0] for one in inner]
+    elif len(inner) < 2 or not all(isinstance(one, dict) and one.keys() == inner[0].keys() for one in inner):
+        return False
+    return all(guess_mapping([one]) is not None for one in inner[:_MOST_EXAMINED])
 
 
 def _candidates(records: Sequence[Any]) -> Iterator[Mapped | None]:

@@ -66,11 +66,13 @@ KEYS: dict[str, _Key] = {
         accepts=_are_fields,
         about="instead of role and content: the fields of each list element that are messages, in order",
     ),
+    "answer": _path("path of the answer after the messages: a string, a message or a list of messages"),
     "text": _path("path of the string that holds the whole conversation; . is the record or line itself"),
     "separator": _text("what separates two turns"),
     "speaker_separator": _text("what separates the speaker's name from the text of a turn"),
     "group": _path("the column that identifies the conversation; each record is one of its messages"),
     "order": _path("the column with the number of the message in its conversation"),
+    "records": _path("path of the conversations inside a record; each becomes a record of its own"),
     "system": _path("path of the system prompt"),
     "tools": _path("path of the tool descriptions"),
     "id": _path("path of the record's id"),
@@ -90,8 +92,8 @@ KEYS: dict[str, _Key] = {
 
 #: The keys that locate the messages, each with the keys that can be combined with it alone.
 _LOCATIONS = {
-    "messages": ("role", "content", "exchange"),
-    "text": ("separator", "speaker_separator"),
+    "messages": ("records", "role", "content", "exchange", "answer"),
+    "text": ("records", "separator", "speaker_separator"),
     "group": ("role", "content", "order"),
 }
 

@@ -11,11 +11,18 @@ import numpy as np
 import pyarrow as pa
 
 from ismdata.convert.corpus_format import Block, Choices, CorpusFormat, Place, SourceBlock, with_choices
+from ismdata.convert.formats.known_shapes import known_shape
 from ismdata.convert.formats.preference import KTO, LABELLED
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
 from ismdata.convert.sources.blocks import TableBlock
-from ismdata.convert.sources.detect_framing import LINE_LAYOUTS, TEXT_LINES, detect_layout, skip_byte_order_mark
+from ismdata.convert.sources.detect_framing import (
+    CHAT_LOG,
+    LINE_LAYOUTS,
+    TEXT_LINES,
+    detect_layout,
+    skip_byte_order_mark,
+)
 from ismdata.convert.sources.framing import ByteQueue, Framed
 from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source
 from ismdata.errors import DataError, Refused, shown
@@ -49,9 +56,11 @@ def expected_format(name: str) -> str:
 class UnknownFormat(DataError):
     """No record of a part matches any format. `name` is the part, `found` the message without the advice."""
 
-    def __init__(self, name: str, found: str) -> None:
-        self.name, self.found = name, f"{name}: {found}"
-        super().__init__(f"{self.found}; {expected_format(name)}")
+    def __init__(self, name: str, record: Any) -> None:
+        seen = f"has the fields {listed_fields(record)}" if isinstance(record, dict) else f"is {shown(record)}"
+        self.name, self.found = name, f"{name}: the first record {seen}"
+        shape = known_shape(record)
+        super().__init__(f"{self.found}; {expected_format(name)}" if shape is None else f"{self.found}. {shape}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +220,12 @@ def _open_part(part: Part, format: FormatChoice) -> SourcePart:
 
 def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:
     """Raise DataError if the chosen format reads lines of text and the file has another layout."""
-    if format.name in FORMATS and FORMATS[format.name].plain_text and layout != TEXT_LINES and queue.data:
+    if (
+        format.name in FORMATS
+        and FORMATS[format.name].plain_text
+        and layout not in (TEXT_LINES, CHAT_LOG)
+        and queue.data
+    ):
         expected = FORMATS[format.name].expects
         raise DataError(f"{name}: found {layout}; expected {expected}. Leave out --format {format.name}")
 
@@ -290,8 +304,7 @@ def _detect_format(block: Block, place: Place, name: str, format: FormatChoice) 
         for field, known_name in _EMPTY_LISTS.items():
             if first.get(field) == []:
                 return known_name, with_choices(FORMATS[known_name], format.choices)
-        raise UnknownFormat(name, f"the first record has the fields {listed_fields(first)}")
-    raise UnknownFormat(name, f"the first record is {shown(first)}")
+    raise UnknownFormat(name, first)
 
 
 def listed_fields(record: Mapping[Any, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from ismdata.convert.formats.mapped import Mapped, remove_at, value_at
 from ismdata.convert.guess_mapping import regroup_records
 from ismdata.convert.mapping_file import KEYS, load_mapping, mapping_text, parse_mapping
 from ismdata.errors import Refused, UsageError
+from tests.support.converted import convert_files
 from tests.support.paths import ROOT
 
 CHOICES = Choices(roles=role_table({}))
@@ -87,6 +89,22 @@ QA = [("user", "q"), ("assistant", "a")]
         ('text = "t"\nseparator = "|"\nspeaker_separator = ":"', {"t": "A:q|a"}, "missing_role"),
         ('text = "t"\nseparator = "|"\nspeaker_separator = ":"\n[roles]\nA = "assistant"\n"*" = "user"',
          {"t": "B:q|A:a|C:q"}, [*QA, QA[0]]),
+        ('messages = "t.*"\nrole = "by"\ncontent = "x"',
+         {"t": [[{"by": 0, "x": "q"}], [], [{"by": 1, "x": "a"}]]}, QA),
+        ('messages = "t.*"', {"t": {"n2": ["a"], "n1": ["q"]}}, [("user", "a"), ("assistant", "q")]),
+        ('messages = "*.t"', [{"t": ["q"]}, {"t": ["a"]}], QA),
+        ('messages = "t.*.u"', {"t": []}, "no_messages"),
+        ('messages = "t.*"', {"t": [1]}, "invalid_field"),
+        ('messages = "t"\nanswer = "u.v"', {"t": ["q"], "u": {"v": "a"}}, QA),
+        ('messages = "t"\nanswer = "u"', {"t": ["q"]}, [QA[0]]),
+        ('messages = "t"\nanswer = "u"', {"t": ["q"], "u": {"x": "a"}}, "invalid_field"),
+        ('messages = "t"\nrole = "role"\ncontent = "x"\nanswer = "u.0.m"',
+         {"t": [{"role": "user", "x": "q"}], "u": [{"m": {"role": "assistant", "x": "a"}}]}, QA),
+        ('messages = "t"\nrole = "role"\ncontent = "x"\nanswer = "u"',
+         {"t": [{"role": "user", "x": "q"}], "u": [{"role": "assistant", "x": "a"}]}, QA),
+        ('records = "r.*"\nmessages = "t"', {"r": {"k": {"t": ["q", "a"]}}, "t": ["x"]}, QA),
+        ('records = "r"\nmessages = "t"', {"r": {"t": ["q", "a"]}}, QA),
+        ('records = "r.*"\nmessages = "t"', {"r": 1}, "missing_field"),
         ('messages = "t"\nsystem = "s.p"', {"t": ["q"], "s": {"p": "Hi"}}, [("system", "Hi"), QA[0]]),
         ('messages = "t"\nsystem = "s"', {"t": ["q"], "s": 1}, "invalid_field"),
         ('messages = "t"\nrole = "by"\ncontent = "x"',
@@ -101,6 +119,19 @@ def test_records_are_read_as_described(text: str, record: Any, expected: Any) ->
 def test_rows_are_grouped_and_ordered() -> None:
     rows = [{"d": "1", "n": "10", "x": "a"}, {"d": "2", "n": "1", "x": "q"}, {"d": "1", "n": "9", "x": "q"}]
     assert read('group = "d"\norder = "n"\ncontent = "x"', *rows) == [QA, [QA[0]]]
+
+
+def test_conversations_inside_records_are_named_after_both_and_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text('records = "r.*"\nmessages = "t"')
+    data = json.dumps({"r": [{"t": ["q", "a"]}, {"t": [1]}, {"t": ["q", "a"], "id": "x"}], "more": 1})
+    found = convert_files(tmp_path, {"a.jsonl": f"{data}\n{data}\n"}, mapping=tmp_path / "my.toml")
+    assert found.talks == [QA] * 4
+    assert [reason for reason, _ in found.refusals] == ["invalid_content"] * 2
+    with pa.ipc.open_stream(tmp_path / "converted" / "conversations-00000.arrow") as stream:
+        rows = stream.read_all().to_pylist()
+    assert [(row["id"], row["source"].removeprefix(f"{tmp_path}/")) for row in rows[:3]] == [
+        ("a-1-1", "a.jsonl:1:record 1"), ("x", "a.jsonl:1:record 3"), ("a-2-1", "a.jsonl:2:record 1"),
+    ]  # fmt: skip
 
 
 def test_both_sides() -> None:
@@ -244,14 +275,16 @@ def documented() -> list[tuple[Any, str]]:
 
 
 def test_documented_mappings_read_the_records_above_them() -> None:
-    """The first five have records."""
+    """The first seven have records."""
     found = documented()
-    assert len(found) == 7
-    for records, text in found[:5]:
-        (talk,) = read(text, *records)
-        assert {role for role, _ in talk} == {"user", "assistant"}
-        assert all(content for _, content in talk)
-    for _, text in found[5:]:
+    assert len(found) == 9
+    for at, (records, text) in enumerate(found[:7]):
+        talks = read(text, *records)
+        assert len(talks) == (2 if at == 6 else 1)
+        for talk in talks:
+            assert {role for role, _ in talk} == {"user", "assistant"}
+            assert all(content for _, content in talk)
+    for _, text in found[7:]:
         parse_mapping(text, "docs/mapping.md")
 
 

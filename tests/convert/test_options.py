@@ -43,7 +43,7 @@ def test_invalid_selections_are_refused(options: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "csv"}, "--format csv: unknown format; expected auto, oasst"),
+        ({"format": "csv"}, "--format csv: unknown format; expected auto, "),
         ({"format": "messages", "mapping": Path("my.toml")}, "--format messages and --mapping exclude each other"),
         ({"roles": {"bot": "boss"}}, "--role bot=boss: 'boss' is not a role"),
         ({"assistant": "third"}, "--assistant is 'third'; expected one of second, first, both"),

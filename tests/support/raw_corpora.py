@@ -6,27 +6,20 @@ The writers follow the formats and know nothing of the code that reads them: wha
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
-import json
-import lzma
+import html
 import re
-import tarfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
+from tests.support.raw_layouts import ESCAPING as ESCAPING
+from tests.support.raw_layouts import LAYOUTS, Records, parquet_of
+from tests.support.raw_layouts import PACKED as PACKED
+from tests.support.raw_layouts import packed as packed
 
 S, U, A = "system", "user", "assistant"
 #: Role and text of each message.
 Talk = Sequence[tuple[str, str]]
-#: What a conversation becomes in a file: its records, lines of text or JSON values.
-Records = list[Any]
 
 #: A conversation that every format can hold and that is taken for nothing else. Opens each file, for detection.
 ANCHOR: Talk = ((U, "Is it open?"), (A, "Until six."), (U, "And on Sunday?"), (A, "No."))
@@ -215,6 +208,65 @@ def _convai(talk: Talk, name: str) -> Records:
     return [{"id": name, "utterances": turns} | ({"personality": [system]} if system else {})]
 
 
+def _telegram(talk: Talk, name: str) -> Records:
+    said = [{"type": "message", "from": who, "from_id": who, "text": text} for who, text in talk]
+    return [{"id": name, "type": "personal_chat", "messages": said}]
+
+
+def _open_webui(talk: Talk, name: str) -> Records:
+    nodes = {
+        f"n{at}": {"id": f"n{at}", "parentId": f"n{at - 1}" if at else None, "role": role, "content": text}
+        for at, (role, text) in enumerate(talk)
+    }
+    return [{"id": name, "chat": {"history": {"messages": nodes, "currentId": f"n{len(talk) - 1}"}}}]
+
+
+def _claude_code(talk: Talk, name: str) -> Records:
+    return [
+        {
+            "type": role,
+            "sessionId": name,
+            "uuid": f"{name}.{at}",
+            "parentUuid": f"{name}.{at - 1}" if at else None,
+            "message": {"role": role, "content": text},
+        }
+        for at, (role, text) in enumerate(talk)
+    ]
+
+
+def _codex(talk: Talk, name: str) -> Records:
+    items = [{"type": "message", "role": role, "content": text} for role, text in talk]
+    rows = [{"type": "response_item", "payload": item} for item in items]
+    return [{"type": "session_meta", "payload": {"id": name}}, *rows]
+
+
+def _tavern(talk: Talk, name: str) -> Records:
+    header = {"user_name": "Kim", "character_name": "Ada"}
+    return [header, *({"name": "Kim", "is_user": role == U, "mes": text} for role, text in talk)]
+
+
+def _studio(talk: Talk, name: str) -> Records:
+    versions = [
+        {"type": "singleStep", "role": role, "content": [{"type": "text", "text": text}]} for role, text in talk
+    ]
+    return [{"id": name, "messages": [{"versions": [one], "currentlySelected": 0} for one in versions]}]
+
+
+def _log(talk: Talk, name: str) -> Records:
+    *asked, answer = _listed(talk, "role", "content")
+    return [{"id": name, "request": {"messages": asked}, "response": {"choices": [{"message": answer}]}}]
+
+
+def _spoken_by_both(talk: Talk) -> bool:
+    """Somebody else speaks second, and no text is empty: such messages are left out."""
+    return _as_string(talk) and all(text.strip() for _, text in talk)
+
+
+def _people(name: str, write: Callable[[Talk, str], Records], *layouts: str) -> Format:
+    """A format of chats of people, in which a text that is a notice or a mark is left out."""
+    return Format(name=name, write=write, holds=_spoken_by_both, layouts=layouts or ("lines", "lines_crlf", "values"))
+
+
 _JSON = ("lines", "lines_crlf", "array", "array_indented", "splits", "entries", "values")
 _LISTS = ("lines", "lines_crlf", "array", "array_indented", "splits", "yaml")
 _TEXT = ("text", "text_crlf")
@@ -223,6 +275,84 @@ _MORE = (*_JSON, "parquet", "yaml")
 FORMATS: dict[str, Format] = {
     one.name: one
     for one in [
+        _people("telegram", _telegram),
+        _people(
+            "slack",
+            lambda talk, name: [
+                [{"type": "message", "user": who, "text": html.escape(text, False), "ts": "1"} for who, text in talk]
+            ],
+        ),
+        _people(
+            "discord",
+            lambda talk, name: [{"messages": [{"content": text, "author": {"name": who}} for who, text in talk]}],
+        ),
+        _people(
+            "messenger",
+            lambda talk, name: [
+                {
+                    "participants": [],
+                    "messages": [
+                        {"sender_name": who, "content": text, "timestamp_ms": at} for at, (who, text) in enumerate(talk)
+                    ],
+                }
+            ],
+        ),
+        _people(
+            "google_chat",
+            lambda talk, name: [
+                {"messages": [{"creator": {"name": who}, "text": text, "created_date": "x"} for who, text in talk]}
+            ],
+        ),
+        Format(
+            name="whatsapp",
+            write=lambda talk, name: [f"31.12.20, 22:15 - {who}: {text}" for who, text in talk],
+            holds=lambda talk: talk is ANCHOR,  # a file has one chat
+            layouts=_TEXT,
+        ),
+        Format(
+            name="sillytavern",
+            write=_tavern,
+            holds=lambda talk: _without_system(talk) and len(talk) > 0,
+            layouts=("lines", "lines_crlf", "array", "values"),
+        ),
+        Format(
+            name="text_generation_webui",
+            write=lambda talk, name: [{"internal": [*map(list, _exchanges(talk))], "visible": []}],
+            holds=lambda talk: _pairs(talk) and _without_system(talk) and all(text for _, text in talk),
+            layouts=("lines", "lines_crlf", "array", "values"),
+        ),
+        Format(name="open_webui", write=_open_webui, holds=lambda talk: len(talk) > 0, layouts=_JSON),
+        Format(name="lm_studio", write=_studio, holds=lambda talk: len(talk) > 0, layouts=_JSON),
+        Format(
+            name="claude_code",
+            write=_claude_code,
+            holds=_without_system,
+            layouts=("lines", "lines_crlf", "array", "values"),
+        ),
+        Format(name="codex", write=_codex, holds=_anything, layouts=("lines", "lines_crlf", "array", "values")),
+        Format(
+            name="langchain",
+            write=lambda talk, name: [
+                {
+                    "id": name,
+                    "messages": [
+                        {"type": {U: "human", A: "ai"}.get(role, role), "data": {"content": text}}
+                        for role, text in talk
+                    ],
+                }
+            ],
+            holds=_anything,
+            layouts=_JSON,
+        ),
+        Format(name="api_log", write=_log, holds=lambda talk: len(talk) > 1, layouts=_JSON),
+        Format(
+            name="described",
+            write=lambda talk, name: [
+                {"id": name, "dialogue": [{"turn": who, "data": {"utterance": text}} for who, text in talk]}
+            ],
+            holds=_with_speakers,
+            layouts=_JSON,
+        ),
         Format(name="oasst", write=_tree_rows, holds=_without_system, layouts=(*_JSON, "parquet")),
         Format(name="oasst_trees", write=_nested_tree, holds=_without_system, layouts=_JSON),
         Format(
@@ -333,132 +463,10 @@ FORMATS: dict[str, Format] = {
 }
 
 
-# ---- layouts: the records of each conversation to the bytes of a file ----
-
-
-_BEYOND_ASCII = re.compile("[^ -~]")
-
-
-def _dumped(value: Any, escaped: bool, **how: Any) -> str:
-    return json.dumps(value, ensure_ascii=escaped, **how)
-
-
-def _lines(talks: Sequence[Records], escaped: bool, end: str = "\n") -> str:
-    return "".join(_dumped(record, escaped) + end for records in talks for record in records)
-
-
-def _flat(talks: Sequence[Records]) -> Records:
-    return [record for records in talks for record in records]
-
-
-def _splits(talks: Sequence[Records], escaped: bool) -> str:
-    half = (len(talks) + 1) // 2
-    return _dumped({"train": _flat(talks[:half]), "test": _flat(talks[half:])}, escaped)
-
-
-def _entries(talks: Sequence[Records], escaped: bool) -> str:
-    return _dumped({f"d{number}": record for number, record in enumerate(_flat(talks), 1)}, escaped)
-
-
-def _values(talks: Sequence[Records], escaped: bool) -> str:
-    return "\n".join(_dumped(record, escaped, indent=1) for record in _flat(talks))
-
-
-def _escape(found: re.Match[str]) -> str:
-    return f"\\U{ord(found.group()):08x}"
-
-
-def _yaml(talks: Sequence[Records], escaped: bool) -> str:
-    """A block list of values in flow style: JSON, but for the escapes beyond the first 65,536 characters."""
-    texts = [_dumped(record, False) for record in _flat(talks)]
-    return "".join(f"- {_BEYOND_ASCII.sub(_escape, text)}\n" for text in texts)
-
-
-def _table(talks: Sequence[Records], delimiter: str) -> str:
-    rows = _flat(talks)
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, [*rows[0]], delimiter=delimiter, quoting=csv.QUOTE_ALL)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _parquet(talks: Sequence[Records]) -> bytes:
-    out, rows = io.BytesIO(), _flat(talks)
-    names = dict.fromkeys(name for row in rows for name in row)
-    pyarrow.parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), out)
-    return out.getvalue()
-
-
-#: The ending of a file's name, and its text; `escaped` writes JSON in ASCII.
-_LAYOUTS: dict[str, tuple[str, Callable[[Sequence[Records], bool], str]]] = {
-    "lines": (".jsonl", _lines),
-    "lines_crlf": (".jsonl", lambda talks, escaped: _lines(talks, escaped, "\r\n")),
-    "array": (".json", lambda talks, escaped: _dumped(_flat(talks), escaped)),
-    "array_indented": (".json", lambda talks, escaped: _dumped(_flat(talks), escaped, indent=2)),
-    "splits": (".json", _splits),
-    "entries": (".json", _entries),
-    "values": (".json", _values),
-    "yaml": (".yaml", _yaml),
-    "csv": (".csv", lambda talks, escaped: _table(talks, ",")),
-    "tsv": (".tsv", lambda talks, escaped: _table(talks, "\t")),
-    "semicolons": (".csv", lambda talks, escaped: _table(talks, ";")),
-    "text": (".txt", lambda talks, escaped: "".join(f"{line}\n" for line in _flat(talks))),
-    "text_crlf": (".txt", lambda talks, escaped: "".join(f"{line}\r\n" for line in _flat(talks))),
-}
-#: Layouts in which half of a surrogate pair can be written at all: as an escape.
-ESCAPING = frozenset({"lines", "lines_crlf", "array", "array_indented", "splits", "entries", "values"})
-
-
 def written(form: Format, talks: Sequence[Talk], layout: str, *, escaped: bool = True) -> tuple[str, bytes]:
     """The ending of a file's name, and its bytes. Half surrogate pairs are written as escapes, where that can be."""
     records = [form.write(talk, f"t{number}") for number, talk in enumerate(talks)]
     if layout == "parquet":
-        return ".parquet", _parquet(records)
-    ending, text = _LAYOUTS[layout]
+        return ".parquet", parquet_of(records)
+    ending, text = LAYOUTS[layout]
     return ending, text(records, escaped or not all(map(is_unicode, talks))).encode("utf-8")
-
-
-# ---- compressions and archives ----
-
-
-def _zipped(data: bytes, name: str) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(zipfile.ZipInfo(f"data/{name}"), data)
-        archive.writestr(zipfile.ZipInfo("README"), b"About the data.")
-    return out.getvalue()
-
-
-def _tarred(data: bytes, name: str) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for member, content in (("README", b"About the data."), (f"data/{name}", data)):
-            header = tarfile.TarInfo(member)
-            header.size = len(content)
-            archive.addfile(header, io.BytesIO(content))
-    return out.getvalue()
-
-
-def _gzipped(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)
-
-
-#: What is put behind a file's name, and its bytes packed.
-PACKED: dict[str, tuple[str, Callable[[bytes, str], bytes]]] = {
-    "plain": ("", lambda data, name: data),
-    "gz": (".gz", lambda data, name: _gzipped(data)),
-    "bz2": (".bz2", lambda data, name: bz2.compress(data)),
-    "xz": (".xz", lambda data, name: lzma.compress(data)),
-    "zst": (".zst", lambda data, name: pa.compress(data, codec="zstd", asbytes=True)),
-    "zip": (".zip", _zipped),
-    "tar": (".tar", _tarred),
-    "tar.gz": (".tar.gz", lambda data, name: _gzipped(_tarred(data, name))),
-    "gz in zip": (".zip", lambda data, name: _zipped(_gzipped(data), f"{name}.gz")),
-}
-
-
-def packed(data: bytes, name: str, how: str) -> tuple[str, bytes]:
-    """The file's name and bytes, packed as a key of PACKED says."""
-    ending, pack = PACKED[how]
-    return name + ending, pack(data, name)

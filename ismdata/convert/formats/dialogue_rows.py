@@ -15,9 +15,9 @@ from ismdata.convert.sources.grouping import group_by_key, sort_rows
 from ismdata.errors import Refused, shown
 
 #: The usual column names, in lower case and without anything but letters; the first one present is read.
-_DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "sessionid", "threadid")
-_ORDERS = ("utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
-_SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername")
+_DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "conversationno", "sessionid", "threadid")
+_ORDERS = ("transcriptindex", "utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
+_SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername", "caller")
 _TEXTS = ("utterance", "text", "content", "message")
 
 #: The columns of EmpatheticDialogues, whose texts spell the comma as `_comma_`.

@@ -14,12 +14,14 @@ from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fie
 from ismdata.convert.formats.dialogue_rows import dialogue_id, id_text, other_cells, rows_of, speaker_name
 from ismdata.convert.formats.fields import is_columns, listed_names, rows_of_columns
 from ismdata.convert.formats.speakers import alternating_roles, message_roles, with_roles
-from ismdata.convert.sources.grouping import group_by_key, sort_rows
+from ismdata.convert.sources.grouping import expand_records, group_by_key, sort_rows
 from ismdata.convert.training_flags import TRAINING_FLAGS
 from ismdata.errors import Refused, shown
 
 #: The path of the record itself.
 WHOLE = "."
+#: A step of a path that stands for every element of a list and every value of an object.
+EACH = "*"
 #: A name in the roles that stands for all other names.
 ANYONE = "*"
 
@@ -40,13 +42,17 @@ class Utterance:
 class Mapped(CorpusFormat):
     """A format given by dotted paths. Exactly one of `messages` (a list), `text` (a string), `group` (rows) is set.
 
-    `roles` maps role names in lower case to canonical roles; `ANYONE` among them stands for all other names.
+    `records` finds conversations inside a record: each becomes a record of its own. `answer` is a text, a message or a
+    list of messages after `messages`. `roles` maps role names in lower case to canonical roles; `ANYONE` among them
+    stands for all other names.
     """
 
+    records: str | None = None
     messages: str | None = None
     role: str | None = None
     content: str | None = None
     exchange: tuple[str, ...] = ()
+    answer: str | None = None
     text: str | None = None
     separator: str = ""
     speaker_separator: str | None = None
@@ -74,12 +80,15 @@ class Mapped(CorpusFormat):
         return self.text == WHOLE
 
     def matches(self, record: Any) -> bool:
+        if self.records is not None:
+            inner = replace(self, records=None)
+            return any(inner.matches(one) for one in values_at(record, self.records))
         if self.group is not None:
             return isinstance(record, dict) and self.group in record and value_at(record, self.content) is not _ABSENT
         if self.text is not None:
             return isinstance(value_at(record, self.text), str)
         try:
-            elements = self._elements(value_at(record, self.messages))
+            elements = self._listed(record)
         except Refused:
             return False
         first = next((element for element in elements if element is not None), None)
@@ -88,7 +97,9 @@ class Mapped(CorpusFormat):
         return isinstance(first, str) if self.content is None else value_at(first, self.content) is not _ABSENT
 
     def regroup(self, blocks: Iterable[tuple[Block, Place]]) -> Iterator[tuple[Block, Place]]:
-        if self.group is None:
+        if self.records is not None:
+            yield from expand_records(blocks, partial(values_at, path=self.records))
+        elif self.group is None:
             yield from blocks
         else:
             yield from group_by_key(blocks, partial(_row_group, column=self.group))
@@ -103,12 +114,30 @@ class Mapped(CorpusFormat):
             return self._from_rows(record, self.group, ignored)
         if self.text is not None:
             return self._from_text(_required(record, self.text)), remove_at(record, self.text)
-        listed = _required(record, self.messages)
-        utterances = self._from_elements(self._elements(listed), f"{self.messages}[]", ignored)
+        utterances = self._from_elements(self._listed(record), f"{self.messages}[]", ignored)
         fields = remove_at(record, self.messages)
-        if listed is record:  # one exchange: its other fields describe the whole record
+        if self.answer is not None:
+            answer, fields = _take_at(fields, self.answer)
+            utterances += self._from_answer(answer, ignored)
+        if self.messages == WHOLE:  # one exchange: its other fields describe the whole record
             fields = {name: value for name, value in fields.items() if name not in self._message_fields}
         return utterances, fields
+
+    def _listed(self, record: Any) -> Sequence[Any]:
+        """The messages or exchanges of a record. Raises Refused."""
+        if EACH not in str(self.messages).split("."):
+            return self._elements(_required(record, self.messages))
+        found = values_at(record, str(self.messages))
+        return [element for value in found for element in self._elements(value)]
+
+    def _from_answer(self, answer: Any, ignored: list[str]) -> list[Utterance]:
+        """The messages of the answer after the list of messages."""
+        if answer is None or isinstance(answer, str):
+            return [] if answer is None else [Utterance(speaker="assistant", message={"content": answer})]
+        listed = answer if isinstance(answer, list) else [answer]
+        if self.content is None or self.exchange:
+            raise Refused("invalid_field", f"{self.answer} is {kind_of(answer)}; expected a string")
+        return self._from_elements(listed, f"{self.answer}[]", ignored)
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         ignored: list[str] = []
@@ -255,10 +284,32 @@ def value_at(value: Any, path: str | None) -> Any:
     return value
 
 
+def values_at(value: Any, path: str) -> list[Any]:
+    """The values at a dotted path, of which each step may be `EACH`.
+
+    >>> values_at({"days": [{"chat": 1}, {"chat": 2}, {}]}, "days.*.chat")
+    [1, 2]
+    """
+    if path in ("", WHOLE):
+        return [value]
+    steps = path.split(".")
+    if EACH not in steps:
+        found = value_at(value, path)
+        return [] if found is _ABSENT else [found]
+    at = steps.index(EACH)
+    inside = value_at(value, ".".join(steps[:at]) or WHOLE)
+    inner = [*inside.values()] if isinstance(inside, dict) else inside if isinstance(inside, list) else []
+    return [found for one in inner for found in values_at(one, ".".join(steps[at + 1 :]))]
+
+
 def remove_at(value: Any, path: str | None) -> dict[str, Any]:
     """A copy of a record's fields without the value at a path."""
     if not isinstance(value, dict) or path is None:
         return {}
+    steps = path.split(".")
+    if EACH in steps:
+        before = ".".join(steps[: steps.index(EACH)])
+        return remove_at(value, before) if before else {}
     if path == WHOLE or value_at(value, path) is _ABSENT:
         return dict(value)
     if path in value:

@@ -320,7 +320,7 @@ OPENAI = MessageLists(
     role="role",
     content="content",
     also=("conversations", "conversation"),
-    contents=("text", "value", "refusal"),
+    contents=("text", "value", "message", "refusal"),
     systems=("system", "system_prompt"),
 )
 SHAREGPT = MessageLists(

@@ -80,6 +80,8 @@ def side_messages(
 
 
 def _is_side(value: Any) -> bool:
+    if isinstance(value, dict):  # one message
+        value = [value] if "role" in value and "content" in value else None
     return isinstance(value, str) or (isinstance(value, list) and OPENAI.matches({"messages": value}))
 
 

@@ -57,6 +57,7 @@ _TEMPLATES = (
     Template(opening=re.compile(r"<\|(system|user|assistant)\|>\n"), endings=("<|endoftext|>", "</s>", "<|end|>")),
     Template(opening=re.compile(r"<start_of_turn>(user|model)\n"), endings=("<eos>", "<end_of_turn>"), before="<bos>"),
     Template(opening=re.compile(r"\[\|(Human|AI)\|\]"), before="The conversation between human and AI assistant."),
+    Template(opening=re.compile(r"(?:\A|(?<=\n))<(human|bot)>:")),
     Template(opening=re.compile(r"\[(Human|MOSS)\]:"), endings=("<eoh>", "<eoa>")),
     Template(
         opening=re.compile(r"(?:\A|(?<=\n)|(?<=</s>)|(?<= ))(USER|ASSISTANT|FUNCTION RESPONSE): ?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ismdata.choices import Side
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, kind_of
 from ismdata.convert.formats.dailydialog import END_OF_UTTERANCE, columns_of_lines, split_utterances
+from ismdata.convert.formats.known_shapes import DIALOGPT_LINE
 from ismdata.convert.formats.speakers import alternating_roles, to_messages
 from ismdata.errors import Refused
 
@@ -22,7 +24,7 @@ class TabPairs(CorpusFormat):
     assistant: Side = "second"
 
     def matches(self, record: Any) -> bool:
-        if not isinstance(record, str) or END_OF_UTTERANCE in record:
+        if not isinstance(record, str) or END_OF_UTTERANCE in record or re.match(DIALOGPT_LINE, record):
             return False
         cells = record.split("\t")
         return len(cells) > 1 and all(any(map(str.isalpha, cell)) for cell in cells)

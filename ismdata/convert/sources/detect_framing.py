@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from ismdata.convert.corpus_format import ID_FIELDS
 from ismdata.convert.json_values import parse_record_json
 from ismdata.convert.sources.blocks import with_key
+from ismdata.convert.sources.chat_logs import is_chat_log
 from ismdata.convert.sources.delimited import DELIMITERS, detect_delimiter, frame_rows
 from ismdata.convert.sources.file_names import is_table, is_yaml
 from ismdata.convert.sources.foreign import refuse_foreign
@@ -24,6 +25,7 @@ from ismdata.convert.sources.framing import (
     frame_lines,
     frame_splits,
     frame_values,
+    frame_whole,
 )
 from ismdata.convert.sources.pandas_json import LAYOUT, detect_pandas
 from ismdata.convert.sources.yaml_files import frame_yaml
@@ -33,7 +35,7 @@ _RECORD_FIELDS = frozenset(
     {"messages", "conversations", "conversation", "history", "dialog", "dialogue", "tools", *ID_FIELDS}
 )
 
-JSON_LINES, TEXT_LINES = "JSON Lines", "text lines"
+JSON_LINES, TEXT_LINES, CHAT_LOG = "JSON Lines", "text lines", "a chat log"
 #: Layouts whose records are numbered by the lines on which they begin; in all others they are counted.
 LINE_LAYOUTS = frozenset({JSON_LINES, TEXT_LINES, *DELIMITERS.values()})
 
@@ -48,6 +50,8 @@ _KEY = re.compile(r'\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*')
 _YAML_OPENING = re.compile(rb"\A(?:[^\S\n]*(?:#.*)?\n|---[^\S\n]*\n)*(categories:|conversations:|- - .*\n(  - |- - ))")
 #: Lines, or entries of an object, examined before a decision.
 _MOST_EXAMINED = 20
+#: Bytes of a text in which a chat log shows.
+_LOG_HEAD = 1 << 12
 #: Limit of bytes read ahead to get the first complete entry of an object.
 _MOST_BYTES_AHEAD = 64 << 20
 
@@ -74,7 +78,11 @@ def detect_layout(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[s
     Returns:
         The layout in words, and its framing function.
     """
-    opens_entries = _opens_entries(queue, is_record)
+    if is_chat_log(queue.data[:_LOG_HEAD]) and is_record(queue.data[:_LOG_HEAD].decode("utf-8", errors="replace")):
+        return CHAT_LOG, frame_whole
+    entries, complete = _first_entries(queue)
+    whole = bool(entries) and complete and is_record(dict(entries))
+    opens_entries = not whole and _opens_entries(entries, is_record)
     head = queue.data
     opening = head.lstrip(WHITESPACE)[:1] if _JSON_OPENING.match(head) else b""
     lines = [line for line in head.split(b"\n", _MOST_EXAMINED)[:_MOST_EXAMINED] if line.strip(WHITESPACE)]
@@ -85,7 +93,7 @@ def detect_layout(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[s
             return "a JSON array", frame_document
     if opening == b"[" and not values and _first_inside(head) == b"":
         return "a JSON array", frame_document
-    alone = len(values) == 1 and is_record(values[0])
+    alone = whole or (len(values) == 1 and is_record(values[0]))
     pandas = detect_pandas(queue, is_record) if opening == b"{" and len(values) < 2 and not alone else None
     if pandas is not None:
         return LAYOUT, pandas
@@ -141,13 +149,9 @@ def _opens_splits(head: bytes, is_record: Callable[[Any], bool]) -> bool:
     return element is None or is_record(element)
 
 
-def _opens_entries(queue: ByteQueue, is_record: Callable[[Any], bool]) -> bool:
-    """Whether a file is an object of records by id, rather than a single record or another object.
-
-    Reads ahead until the first entry is complete.
-    """
-    entries, complete = _first_entries(queue)
-    if not entries or (complete and is_record(dict(entries))):
+def _opens_entries(entries: Sequence[tuple[str, Any]], is_record: Callable[[Any], bool]) -> bool:
+    """Whether an object that begins with these entries is an object of records by id."""
+    if not entries:
         return False
     # Keys such as `chosen` and `rejected` are fields, whatever their values. Ids have digits, or there are many.
     numbered = any(char.isdigit() for char in entries[0][0])
@@ -162,7 +166,7 @@ def _opens_entries(queue: ByteQueue, is_record: Callable[[Any], bool]) -> bool:
 def _first_entries(queue: ByteQueue) -> tuple[list[tuple[str, Any]], bool]:
     """The first entries of the object with which a file begins, and whether these are all.
 
-    They end before an incomplete entry, and after 20 entries.
+    They end before an incomplete entry, and after 20 entries. Reads ahead until the first entry is complete.
     """
     opening = re.match(rb'\s*\{\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*[\[{]', queue.data)
     if opening is not None and opening.group(1).decode("utf-8", errors="replace") in _RECORD_FIELDS:

@@ -416,6 +416,15 @@ def frame_values(queue: ByteQueue) -> Iterator[Framed]:
         queue.skip_whitespace()
 
 
+def frame_whole(queue: ByteQueue) -> Iterator[Framed]:
+    """A text that is one record."""
+    while queue.more():
+        pass
+    text = queue.data.decode("utf-8", errors="surrogateescape")
+    queue.drop(len(queue.data))
+    yield Framed(block=ValueBlock(values=[text], numbers=np.array([1])))
+
+
 def _without_comma(text: bytes) -> bytes:
     """A value without the comma between it and the value before."""
     return text[1:].lstrip(WHITESPACE) if text[:1] == b"," else text

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.convert.corpus_format import Block, Place
-from ismdata.convert.sources.blocks import TableBlock
+from ismdata.convert.sources.blocks import TableBlock, Unreadable, ValueBlock
 from ismdata.errors import Refused
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?")
@@ -123,6 +123,36 @@ def group_by_key(
                     found[name] = Group(rows=[(block, row)])
                     waiting.append(found[name])
         yield from _group_blocks(waiting, place)
+
+
+def expand_records(
+    blocks: Iterable[tuple[Block, Place]], inner: Callable[[Any], Sequence[Any] | None]
+) -> Iterator[tuple[Block, Place]]:
+    """The records inside records: `inner(record)` lists them. A record that has none stays a record itself.
+
+    Each inner record is named after the place of the outer one and its number in it.
+    """
+    for block, place in blocks:
+        found = [_inner(block, row, inner) for row in range(len(block.numbers))]
+        if not any(isinstance(values, list) and values for values in found):
+            yield block, place
+            continue
+        for row, values in enumerate(found):
+            number = int(block.numbers[row])
+            if isinstance(values, list) and values:
+                inside = Place(prefix=f"{place.prefix}{number}:record ", stem=f"{place.stem}-{number}")
+                yield ValueBlock(values=values, numbers=np.arange(1, len(values) + 1)), inside
+            else:
+                alone = values if isinstance(values, Unreadable) else block.record(row)
+                yield ValueBlock(values=[alone], numbers=np.array([number])), place
+
+
+def _inner(block: Block, row: int, inner: Callable[[Any], Sequence[Any] | None]) -> list[Any] | Unreadable:
+    """The records inside a record, or the record if it cannot be read."""
+    try:
+        return list(inner(block.record(row)) or ())
+    except Refused as refusal:
+        return Unreadable(refusal=refusal, raw=block.raw(row))
 
 
 def select_columns(block: Block, columns: Collection[str]) -> Block:
