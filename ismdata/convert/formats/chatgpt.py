@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
+from ismdata.convert.formats.fields import path_to
 from ismdata.errors import Refused, shown
 
 #: Content types that are no part of the conversation: thoughts, settings.
@@ -29,27 +30,11 @@ class ChatGptExport(CorpusFormat):
         mapping, current = fields.pop("mapping", None), fields.pop("current_node", None)
         if not isinstance(mapping, dict):
             raise Refused("invalid_field", f"mapping is {kind_of(mapping)}; expected an object of messages by id")
-        path = _path(mapping, current)
+        nodes = path_to(mapping, current, "parent")
+        path = [message for message in map(_message_of, nodes) if message is not None]
         ignored = [_OTHER_BRANCHES] * (sum(_message_of(node) is not None for node in mapping.values()) - len(path))
         messages = [message for node in path for message in _converted(node, ignored)]
         return [Draft(messages=messages, id=take_id(fields), extra=fields, ignored=ignored)]
-
-
-def _path(mapping: Mapping[str, Any], current: Any) -> list[dict[str, Any]]:
-    """The messages from the root to the current one. Raises Refused if a parent is missing or they form a circle."""
-    path: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    while current is not None:
-        node = mapping.get(current) if isinstance(current, str) else None
-        if not isinstance(node, dict):
-            raise Refused("broken_tree", f"the message {shown(current)} is not in mapping; expected the complete chat")
-        if current in seen:
-            raise Refused("broken_tree", f"the message {shown(current)} is its own ancestor; expected a tree")
-        seen.add(current)
-        message = _message_of(node)
-        path += [message] if message is not None else []
-        current = node.get("parent")
-    return path[::-1]
 
 
 def _message_of(node: Any) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ismdata.convert.corpus_format import kind_of
-from ismdata.errors import Refused
+from ismdata.errors import Refused, shown
 
 
 def missing_field(fields: Iterable[object], expected: str) -> Refused:
@@ -45,3 +45,31 @@ def rows_of_columns(columns: Mapping[str, list[Any]], name: str) -> list[dict[st
     if len({len(column) for column in columns.values()}) > 1:
         raise Refused("invalid_field", f"the lists in {name} differ in length; expected one entry per message in each")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def path_to(nodes: Mapping[str, Any], current: Any, parent: str) -> list[dict[str, Any]]:
+    """The messages of a tree from the first one to the current one.
+
+    Args:
+        nodes: The messages by id.
+        current: The id of the last message, None for none.
+        parent: The field with the id of the message before.
+
+    Returns:
+        The messages in order.
+
+    Raises:
+        Refused: If a message is missing or its own ancestor.
+    """
+    path: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while current is not None:
+        node = nodes.get(current) if isinstance(current, str) else None
+        if not isinstance(node, dict):
+            raise Refused("broken_tree", f"the message {shown(current)} is missing; expected the complete chat")
+        if current in seen:
+            raise Refused("broken_tree", f"the message {shown(current)} is its own ancestor; expected a tree")
+        seen.add(current)
+        path.append(node)
+        current = node.get(parent)
+    return path[::-1]

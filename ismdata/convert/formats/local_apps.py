@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ismdata.convert.corpus_format import CorpusFormat, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.fields import missing_field
+from ismdata.convert.formats.fields import missing_field, path_to
 from ismdata.convert.formats.messages import OPENAI
 from ismdata.errors import Refused, shown
 
@@ -33,7 +33,7 @@ class OpenWebui(CorpusFormat):
             raise missing_field(fields, self.expects)
         chat = fields.pop("chat")
         nodes = history["messages"]
-        path = _path(nodes, history.get("currentId"))
+        path = path_to(nodes, history.get("currentId"), "parentId")
         messages = []
         for number, node in enumerate(path, 1):
             if node.get("files"):
@@ -50,22 +50,6 @@ def _history(record: Mapping[str, Any]) -> dict[str, Any] | None:
     chat = record.get("chat")
     history = chat.get("history") if isinstance(chat, dict) else None
     return history if isinstance(history, dict) and isinstance(history.get("messages"), dict) else None
-
-
-def _path(nodes: Mapping[str, Any], current: Any) -> list[dict[str, Any]]:
-    """The messages from the first one to the current one. Raises Refused."""
-    path: list[dict[str, Any]] = []
-    seen: set[Any] = set()
-    while current is not None:
-        node = nodes.get(current) if isinstance(current, str) else None
-        if not isinstance(node, dict):
-            raise Refused("broken_tree", f"the message {shown(current)} is missing; expected the complete chat")
-        if current in seen:
-            raise Refused("broken_tree", f"the message {shown(current)} is its own ancestor; expected a tree")
-        seen.add(current)
-        path.append(node)
-        current = node.get("parentId")
-    return path[::-1]
 
 
 @dataclass(frozen=True, kw_only=True)
