@@ -93,11 +93,11 @@ class SavedTokenizer:
         """All tokens with their ids."""
         return dict(self.backend_tokenizer.get_vocab(with_added_tokens=True))
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, **_: Any) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
         """The text of ids; blanks are never changed."""
         return self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(self, ids: Sequence[Sequence[int]], *, skip_special_tokens: bool, **_: Any) -> list[str]:
+    def batch_decode(self, ids: Sequence[Sequence[int]], *, skip_special_tokens: bool = False, **_: Any) -> list[str]:
         """The texts of lists of ids; blanks are never changed."""
         return self.backend_tokenizer.decode_batch([list(each) for each in ids], skip_special_tokens)
 
