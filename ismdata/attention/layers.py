@@ -177,8 +177,12 @@ def check_implementation(model: PreTrainedModel, layers: Sequence[AttachedLayer]
     Raises:
         UsageError: if one does not.
     """
+    checked = None
     for number, layer in enumerate(layers):
         config = getattr(layer.module, "config", model.config)
+        if config is checked:  # mostly one for all layers; reading a configuration's properties is slow
+            continue
+        checked = config
         if config._attn_implementation != name:
             raise UsageError(
                 f"{type(model).__name__} was attached with the backend {backend_name}, and the attention "
