@@ -18,8 +18,8 @@ from ismdata.errors import Refused, shown
 
 #: The usual column names, in lower case and without anything but letters; the first one present is read.
 _DIALOGUES = (
-    "dialogueid", "dialogid", "conversationid", "convid", "conversationno", "sessionid", "threadid", "thread", "session",
-    "conv", "chatid", "talkid", "conversationuuid", "sessionuuid", "threaduuid", "root", "rootid",
+    "dialogueid", "dialogid", "conversationid", "convid", "conversationno", "sessionid", "threadid", "thread",
+    "session", "conv", "chatid", "talkid", "conversationuuid", "sessionuuid", "threaduuid", "root", "rootid",
 )  # fmt: skip
 _ORDERS = ("transcriptindex", "utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
 _SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername", "caller", "user")
