@@ -76,10 +76,7 @@ def deepseek(tokenizers_root: Path) -> Path:
 
 @functools.cache
 def pretrained(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers loads it."""
-    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    assert isinstance(loaded, PreTrainedTokenizerFast)
-    return loaded
+    return load_pretrained(str(folder))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`ismdata convert`: read raw corpora into one folder of conversations."""
+"""`ismdata convert`: read raw corpora into a folder of conversations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def convert_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, globs, hub names or - (standard input). JSON Lines, JSON, CSV, TSV, YAML, Parquet or "
+            help="Files, folders, globs, hub names, converted folders or - (standard input); with :SPLIT, one split of "
+            "it. JSON Lines, JSON, CSV, TSV, YAML, Parquet or "
             "text; plain, compressed (gz, zst, bz2, xz) or in archives (zip, tar)."
         ),
     ],
@@ -77,11 +78,19 @@ def convert_command(
             "output. Equal conversations are never separated.",
         ),
     ] = None,
+    splits: Annotated[
+        str,
+        typer.Option(
+            metavar="keep|merge|NAMES",
+            help="Splits that the sources name, such as train and test: keep each in a folder of its own, merge them, "
+            "or read only some (train,test). SOURCE:NAME reads one split of one source.",
+        ),
+    ] = "keep",
     workers: Workers = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read raw corpora into one folder of conversations.
+    """Read raw corpora into a folder of conversations; splits that they have (train, test, …) are kept apart in it.
 
     Each record becomes a conversation, or a line of quarantine.jsonl with the reason: read = written + quarantined.
     After a crash, run the same command again to resume.
@@ -110,6 +119,7 @@ def convert_command(
             sample=sample,
             seed=seed,
             split=split,
+            splits=splits,
         ),
         workers=workers,
         processes=True,

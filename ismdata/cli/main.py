@@ -110,7 +110,7 @@ add_command(
     ],
     groups={
         "Reading": ("format_", "mapping", "explain", "role", "assistant", "tree", "preference", "join"),
-        "Cleaning and splitting": ("dedup", "against", "min_turns", "exclude", "sample", "seed", "split"),
+        "Cleaning and splitting": ("dedup", "against", "min_turns", "exclude", "sample", "seed", "split", "splits"),
     },
 )
 add_command(
@@ -202,7 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        note_once(f"error: {call_error(error, sys.argv[1:] if arguments is None else arguments)}")
+        words = sys.argv[1:] if arguments is None else arguments
+        command = words[0] if words and not words[0].startswith("-") else ""
+        note_once(f"error: {call_error(error, command)}")
         code = getattr(error, "exit_code", 2)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -67,10 +67,14 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """How records are named: `prefix` + number is a record's `source`, `stem` + "-" + number the id if it has none."""
+    """How records are named: `prefix` + number is a record's `source`, `stem` + "-" + number the id if it has none.
+
+    `split` is the split that they belong to, None if nothing names one.
+    """
 
     prefix: str
     stem: str
+    split: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from ismdata.convert.formats.mapped import Mapped
 from ismdata.convert.guess_mapping import GuessedFormat, guess_mapping, regroup_records
 from ismdata.convert.mapping_file import mapping_text
 from ismdata.convert.parts import FormatChoice, SourcePart, UnknownFormat, open_parts
-from ismdata.convert.sources.source_types import SavedDataset, Source
+from ismdata.convert.sources.source_types import AnySource, ConvertedSource
 from ismdata.errors import DataError, Refused
 
 #: Records that a mapping is guessed from.
@@ -124,8 +124,13 @@ class PartSample:
     choices: Choices
 
 
-def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
+def explain(source: AnySource, format: FormatChoice) -> Explanation:
     """Explain the first part of a source that has a record. Raises DataError if none has, or if a part is broken."""
+    if isinstance(source, ConvertedSource):
+        raise DataError(
+            f"{source.name}: found a converted folder; expected a corpus to explain. `ismdata inspect {source.name}` "
+            "shows its conversations"
+        )
     try:
         sample = _sample(source, format)
     except DataError:
@@ -140,7 +145,7 @@ def explain(source: Source | SavedDataset, format: FormatChoice) -> Explanation:
     return explain_records(sample)
 
 
-def _sample(source: Source | SavedDataset, format: FormatChoice) -> PartSample | None:
+def _sample(source: AnySource, format: FormatChoice) -> PartSample | None:
     """The first records of the first part of a known format that has any. Raises UnknownFormat, or DataError."""
     unknown: list[UnknownFormat] = []
     for part in open_parts(source, format, unknown):

@@ -16,6 +16,7 @@ from ismdata.choices import Dedup, Paths, Preference, Side, check_choice
 from ismdata.convert.canonical import role_table
 from ismdata.convert.formats.registry import FORMATS
 from ismdata.convert.sampling import parse_split
+from ismdata.convert.sources.find import KEEP, chosen_splits
 from ismdata.errors import UsageError
 
 
@@ -68,10 +69,12 @@ class Selection:
         against: Sources or converted folders whose conversations are dropped.
         sample: How many conversations to draw at random from the rest; None keeps all.
         seed: Seed of the sample.
-        split: The shares of train and validation (and test), such as "0.98/0.02"; None writes one folder.
+        split: The shares of train and validation (and test), such as "0.98/0.02"; None draws no split.
+        splits: What happens to splits that the sources name, such as train and test: "keep" writes each to a folder
+            of its own, "merge" all to one; other words, such as "train,test", are the names of those to read.
 
     Raises:
-        UsageError: If the sample is below 1 or the shares do not add up to 1.
+        UsageError: If the sample is below 1, the shares do not add up to 1, or `splits` has an empty name.
     """
 
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -79,12 +82,14 @@ class Selection:
     sample: int | None = None
     seed: int = 0
     split: str | None = None
+    splits: str = KEEP
 
     def __post_init__(self) -> None:
         if self.sample is not None and self.sample < 1:
             raise UsageError(f"--sample {self.sample}: expected 1 or more")
         if self.split is not None:
             parse_split(self.split)
+        chosen_splits(self.splits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,4 +154,5 @@ class ConvertOptions:
             "sample": self.selection.sample,
             "seed": self.selection.seed,
             "split": self.selection.split,
+            "splits": self.selection.splits,
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import PurePosixPath
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,16 +17,18 @@ from ismdata.convert.formats.known_shapes import known_shape
 from ismdata.convert.formats.preference import KTO, LABELLED
 from ismdata.convert.formats.registry import FORMATS, detect
 from ismdata.convert.sources.archives import Part
-from ismdata.convert.sources.blocks import TableBlock
+from ismdata.convert.sources.blocks import ConversationBlock, TableBlock
 from ismdata.convert.sources.detect_framing import (
     CHAT_LOG,
     LINE_LAYOUTS,
+    SPLITS,
     TEXT_LINES,
     detect_layout,
     skip_byte_order_mark,
 )
 from ismdata.convert.sources.framing import ByteQueue, Framed
-from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source
+from ismdata.convert.sources.source_types import AnySource, ConvertedSource, FileSource, SavedDataset, Source
+from ismdata.convert.sources.splits import TRAIN, is_held_out, is_named, split_of_name, splits_of_files
 from ismdata.errors import DataError, Refused, shown
 
 Item = TypeVar("Item")
@@ -32,6 +36,8 @@ Result = TypeVar("Result")
 
 #: The format that is reported for a part without records.
 EMPTY = "empty"
+#: The format that is reported for a converted folder.
+CONVERTED = "conversations"
 #: The layout and format that are reported for a skipped file of no known format.
 UNKNOWN = "unknown"
 #: Fields that decide the format even if the list in them is empty.
@@ -139,17 +145,19 @@ class SourceBlocks:
         formats: The format of each part.
         skipped: Names of what the source holds and was not read.
         unknown: Why parts were skipped.
+        left_out: The records of splits that are not read, by split.
     """
 
-    def __init__(self, source: Source | SavedDataset, format: FormatChoice, progress: Callable[[int], None]) -> None:
+    def __init__(self, source: AnySource, format: FormatChoice, progress: Callable[[int], None]) -> None:
         self.layouts: list[str] = []
         self.formats: list[str] = []
         self.skipped: list[str] = []
         self.unknown: list[UnknownFormat] = []
+        self.left_out: Counter[str] = Counter()
         self._source, self._format, self._progress = source, format, progress
 
     def __iter__(self) -> Iterator[SourceBlock]:
-        parts = ResultIterator(open_parts(self._source, self._format, self.unknown))
+        parts = ResultIterator(open_parts(self._source, self._format, self.unknown, self.left_out))
         for part in parts:
             self.layouts.append(part.layout)
             self.formats.append(part.format)
@@ -162,7 +170,10 @@ class SourceBlocks:
 
 
 def open_parts(
-    source: Source | SavedDataset, format: FormatChoice, unknown: list[UnknownFormat] | None = None
+    source: AnySource,
+    format: FormatChoice,
+    unknown: list[UnknownFormat] | None = None,
+    left_out: Counter[str] | None = None,
 ) -> Generator[SourcePart, None, list[str]]:
     """Open the parts of a source, one at a time.
 
@@ -170,6 +181,7 @@ def open_parts(
         source: The source.
         format: The format to read it as.
         unknown: Receives the errors of parts that are skipped. None skips none.
+        left_out: Counts the records of splits that are not read.
 
     Yields:
         Its parts. Read the blocks of one before the next is taken.
@@ -182,8 +194,12 @@ def open_parts(
             archive that the user named would be.
         DataError: If a part cannot be read.
     """
+    if isinstance(source, ConvertedSource):
+        yield _converted_part(source)
+        return []
     if isinstance(source, SavedDataset):
-        yield _source_part(_table_blocks(source), source.name, "a dataset", format, lambda: 0)
+        blocks = _table_blocks(source, source.split)
+        yield _source_part(_chosen(blocks, source, left_out), source.name, "a dataset", format, lambda: 0)
         return []
     found = isinstance(source, FileSource) and source.found
     skipped: list[UnknownFormat] = []
@@ -191,7 +207,7 @@ def open_parts(
     parts = ResultIterator(source.parts())
     for part in parts:
         try:
-            opened = _open_part(part, format)
+            opened = _open_part(part, source, format, left_out)
         except UnknownFormat as error:
             if unknown is None or (part.name == source.name and not found):
                 raise
@@ -199,7 +215,8 @@ def open_parts(
             skipped.append(error)
             continue
         any_read = True
-        yield opened
+        if opened is not None:
+            yield opened
     if skipped and not any_read and not found:
         raise skipped[0]
     if unknown is not None:
@@ -207,15 +224,27 @@ def open_parts(
     return [*parts.result, *(error.name for error in skipped)]
 
 
-def _open_part(part: Part, format: FormatChoice) -> SourcePart:
-    """A part with its layout and format. Raises UnknownFormat if no record matches any, DataError if it is broken."""
+def _open_part(part: Part, source: Source, format: FormatChoice, left_out: Counter[str] | None) -> SourcePart | None:
+    """A part with its layout and format, None if this turn does not read it.
+
+    Raises UnknownFormat if no record matches any, DataError if it is broken.
+    """
+    split = _split_of_member(part.name[len(source.name) + 1 :]) or source.split
+    turn = (None, is_held_out(split or TRAIN))
+    this_turn = not isinstance(source, FileSource) or source.held_out in turn
+    if part.is_parquet and not this_turn:
+        return None
     if part.is_parquet:
-        return _source_part(_table_blocks(part), part.name, "Parquet", format, part.position)
+        blocks = _chosen(_table_blocks(part, split), source, left_out)
+        return _source_part(blocks, part.name, "Parquet", format, part.position)
     queue = ByteQueue(part.stream, part.name)
     skip_byte_order_mark(queue)
     layout, framing = detect_layout(queue, format.is_record)
+    if not this_turn and layout != SPLITS:
+        return None
     _check_layout(part.name, layout, format, queue)
-    return _source_part(_line_blocks(framing(queue), part, layout), part.name, layout, format, part.position)
+    blocks = _chosen(_line_blocks(framing(queue), part, layout, split), source, left_out)
+    return _source_part(blocks, part.name, layout, format, part.position)
 
 
 def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue) -> None:
@@ -230,17 +259,60 @@ def _check_layout(name: str, layout: str, format: FormatChoice, queue: ByteQueue
         raise DataError(f"{name}: found {layout}; expected {expected}. Leave out --format {format.name}")
 
 
-def _line_blocks(framed: Iterable[Framed], part: Part, layout: str) -> Iterator[tuple[Block, Place]]:
+def _split_of_member(name: str) -> str | None:
+    """The split that the name of an archive's member means."""
+    place = [part for part in PurePosixPath(name.replace("!", "/")).parts if part != "/"]
+    return splits_of_files([place]).splits[0] if place else None
+
+
+def _chosen(
+    blocks: Iterable[tuple[Block, Place]], source: AnySource, left_out: Counter[str] | None
+) -> Iterator[tuple[Block, Place]]:
+    """The blocks of the splits that are read; the records of the others are counted in `left_out`."""
+    for block, place in blocks:
+        split = place.split or TRAIN
+        if isinstance(source, FileSource) and source.held_out not in (None, is_held_out(split)):
+            continue
+        if source.only is None or is_named(split, source.only):
+            yield block, place
+        elif left_out is not None:
+            left_out[split] += len(block.numbers)
+
+
+def _line_blocks(framed: Iterable[Framed], part: Part, layout: str, split: str | None) -> Iterator[tuple[Block, Place]]:
     unit = "" if layout in LINE_LAYOUTS else "record "
     for one in framed:
         prefix, stem = part.name, part.stem
         if one.split is not None:
             prefix, stem = f"{prefix}:{one.split}", f"{stem}-{one.split}"
-        yield one.block, Place(prefix=f"{prefix}:{unit}", stem=stem)
+        inner = split if one.split is None else split_of_name(one.split) or split
+        yield one.block, Place(prefix=f"{prefix}:{unit}", stem=stem, split=inner)
 
 
-def _table_blocks(source: Part | SavedDataset) -> Iterator[tuple[Block, Place]]:
-    place = Place(prefix=f"{source.name}:row ", stem=source.stem)
+def _converted_part(source: ConvertedSource) -> SourcePart:
+    """The conversations of a converted folder, which need no format."""
+    place = Place(prefix=f"{source.name}:row ", stem="", split=source.split)
+
+    def blocks() -> Iterator[SourceBlock]:
+        first = 0
+        for table in source.tables():
+            _check_table(table, f"{source.name}: rows {first} to {first + len(table) - 1}")
+            numbers = np.arange(first, first + len(table))
+            yield SourceBlock(ConversationBlock(rows=table, numbers=numbers), place, FORMATS["messages"])
+            first += len(table)
+
+    return SourcePart(
+        name=source.name,
+        layout="a converted folder",
+        format=CONVERTED,
+        corpus_format=None,
+        blocks=blocks(),
+        position=lambda: 0,
+    )
+
+
+def _table_blocks(source: Part | SavedDataset, split: str | None) -> Iterator[tuple[Block, Place]]:
+    place = Place(prefix=f"{source.name}:row ", stem=source.stem, split=split)
     first = 1
     for table in source.tables():
         if len(table):

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,16 +37,20 @@ from ismdata.convert.formats.registry import FORMATS
 from ismdata.convert.job import ConversionJob
 from ismdata.convert.mapping_file import load_mapping
 from ismdata.convert.options import ConvertOptions
-from ismdata.convert.parts import UNKNOWN, FormatChoice, SourceBlocks, expected_format
-from ismdata.convert.position import SourceReport
+from ismdata.convert.parts import CONVERTED, UNKNOWN, FormatChoice, SourceBlocks, expected_format
+from ismdata.convert.position import SourceReport, combine
 from ismdata.convert.read_block import read_block
-from ismdata.convert.sources.arguments import expand, with_unique_stems
-from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source
+from ismdata.convert.sources.find import MERGE, find_sources, shortened
+from ismdata.convert.sources.source_types import AnySource, FileSource
+from ismdata.convert.sources.splits import TRAIN, in_order
 from ismdata.convert.worker_pool import WorkerPool
 from ismdata.data import Journal, JournaledLeftovers, open_output
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.memory import kept_memory
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +63,15 @@ class ConvertReport:
         written: Conversations in the shards.
         quarantined: Refused and dropped conversations, by reason.
         duplicates: Conversations that are the same as an earlier one, whether written or not.
-        parts: Conversations in each part of a split, by the name of its folder; empty without `--split`.
+        parts: Conversations in each split, by the name of its folder; empty if the output is one folder.
         first: The first refusal of each reason.
         sources: What was read from each source.
         ignored_fields: How many message fields were dropped, by name.
         notes: What the user should know and is no error, one sentence each.
         shards: Number of shards.
         seconds: Wall time.
+        drawn: Whether `parts` were drawn by `--split`, rather than named by the sources.
+        splits: The splits that the sources name, each with the names of these sources.
     """
 
     output: Path
@@ -78,10 +86,12 @@ class ConvertReport:
     notes: tuple[str, ...]
     shards: int
     seconds: float
+    drawn: bool = False
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def convert(
-    sources: Sequence[str],
+    sources: Sequence[str | os.PathLike[str] | Dataset | DatasetDict],
     output: Path,
     options: ConvertOptions | None = None,
     *,
@@ -89,12 +99,13 @@ def convert(
     reporter: Reporter = LOGGED,
     **fields: Any,
 ) -> ConvertReport:
-    """Convert raw corpora to one folder of conversations.
+    """Convert raw corpora to one folder of conversations, or to a folder with one for each split that they have.
 
     The folder is written completely or not at all. If it is interrupted, the same call resumes.
 
     Args:
-        sources: Files, archives, folders, globs, hub names of datasets, or "-" for standard input.
+        sources: Files, archives, folders, globs, converted folders, hub names of datasets, or "-" for standard input;
+            each may end in `:SPLIT`. Also a `datasets.Dataset` or `DatasetDict`.
         output: The folder to write.
         options: How to read records and what to keep. Default: `ConvertOptions()`.
         overwrite: Whether to replace what the folder holds.
@@ -116,45 +127,59 @@ def convert(
     options = replace(options or ConvertOptions(), **fields)
     _check_given(sources)
     format, rules = _reading(options)
+    paths = [os.fspath(source) for source in sources if isinstance(source, str | os.PathLike)]
     with (
         open_output(
-            output, overwrite=overwrite, inputs=sources, leftovers=JournaledLeftovers(), reporter=reporter
+            output, overwrite=overwrite, inputs=paths, leftovers=JournaledLeftovers(), reporter=reporter
         ) as folder,
         WorkerPool(options.workers or os.cpu_count() or 1, processes=options.processes) as pool,
         kept_memory(),
     ):
-        expanded = with_unique_stems([source for argument in sources for source in expand(argument)])
-        others = [OtherCorpus.find(argument) for argument in options.selection.against]
+        selection = options.selection
+        found = find_sources(sources, splits=selection.splits, shares=selection.split)
+        apart = selection.splits != MERGE and selection.split is None
+        turns = found.turns() if selection.cleaning.dedup and apart else [*enumerate(found.sources)]
+        others = [OtherCorpus.find(argument) for argument in selection.against]
         recorded = options.recorded()
         run = {
             "command": "convert",
             "version": __version__,
             "options": recorded,
-            "sources": [source.identity() for source in expanded],
+            "sources": [_identity(source) for source in found.sources],
             "others": [other.identity() for other in others],
         }
         journal = Journal.open(folder, run, restart=overwrite)
         try:
             against = np.concatenate([other.digests(format, rules) for other in others]) if others else None
-            job = ConversionJob(folder, options.selection, against, journal)
-            _read_sources(expanded, format, rules, job, pool, reporter)
-            _check_archives(expanded, job.position.reports)
-            job.finish(recorded)
+            job = ConversionJob(folder, selection, against, journal)
+            _read_sources([source for _, source in turns], format, rules, job, pool, reporter)
+            reports = [
+                combine([report for (at, _), report in zip(turns, job.position.reports, strict=True) if at == number])
+                for number in range(len(found.sources))
+            ]
+            _check_archives(found.sources, reports)
+            found.check_named(reports)
+            job.finish(recorded, reports)
         finally:
             journal.close()
     return ConvertReport(
         output=output,
         read=job.read,
         written=job.written,
-        quarantined=dict(sorted(job.quarantine.reasons.items())),
+        quarantined=dict(sorted(job.reasons.items())),
         duplicates=job.duplicates,
-        parts={part.name: part.writer.rows for part in job.parts if part.name},
-        first=job.quarantine.first,
-        sources=tuple(job.position.reports),
+        parts=job.rows_of_parts,
+        drawn=selection.split is not None,
+        splits=_splits(reports),
+        first=job.first,
+        sources=tuple(reports),
         ignored_fields=dict(sorted(job.position.ignored.items())),
         notes=(
-            *(f"skipped {reason}; this is no known format" for reason in job.position.unknown),
-            *_notes(job.position.reports, options),
+            *(f"skipped {reason}; this is no known format" for reason in dict.fromkeys(job.position.unknown)),
+            *found.notes,
+            *job.notes,
+            *_split_notes(reports, options),
+            *_notes(reports, options),
         ),
         shards=sum(len(part.writer.shards) for part in job.parts),
         seconds=time.perf_counter() - started,
@@ -180,12 +205,16 @@ def explain_sources(
     """
     _check_given(sources)
     format, _ = _reading(replace(options or ConvertOptions(), **fields))
-    for argument in sources:
-        for source in expand(argument):
-            yield explain(source, format)
+    for source in find_sources(sources, splits=MERGE).sources:
+        yield explain(source, format)
 
 
-def _check_given(sources: Sequence[str]) -> None:
+def _identity(source: AnySource) -> dict[str, Any]:
+    """What tells without reading whether a source, and what is read of it, is unchanged."""
+    return source.identity() | ({"only": list(source.only)} if source.only is not None else {})
+
+
+def _check_given(sources: Sequence[Any]) -> None:
     if not sources:
         raise UsageError("no source given; expected files, folders or hub names to convert")
 
@@ -207,7 +236,7 @@ def _reading(options: ConvertOptions) -> tuple[FormatChoice, Rules]:
 
 
 def _read_sources(
-    sources: Sequence[Source | SavedDataset],
+    sources: Sequence[AnySource],
     format: FormatChoice,
     rules: Rules,
     job: ConversionJob,
@@ -227,12 +256,12 @@ def _read_sources(
             pending=2 * pool.count + 1,  # enough that no worker waits
         )
         for result in results:
-            job.add(result)
+            job.add(result, source.name)
         done += source.bytes
         job.position.finish_source(source, blocks, sha256.result() if sha256 else source.sha256())
 
 
-def _check_archives(sources: Sequence[Source | SavedDataset], reports: Sequence[SourceReport]) -> None:
+def _check_archives(sources: Sequence[AnySource], reports: Sequence[SourceReport]) -> None:
     """Raise DataError if all members of a zip archive that the user named are of no known format."""
     formats: dict[Path, set[str]] = {}
     for source, report in zip(sources, reports, strict=True):
@@ -247,8 +276,43 @@ def _report_progress(reporter: Reporter, done: int, total: int, here: int) -> No
     reporter.progress("convert", done + here, total)
 
 
+def _splits(reports: Sequence[SourceReport]) -> dict[str, tuple[str, ...]]:
+    """The splits that the sources name, each with these sources; "" has those of no split, if any is named."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        for split in report.splits:
+            found.setdefault(split, []).append(report.name)
+    return {split: tuple(names) for split, names in in_order(found.items(), itemgetter(0))} if any(found) else {}
+
+
+def _split_notes(reports: Sequence[SourceReport], options: ConvertOptions) -> Iterator[str]:
+    """What the user should know about the splits that were found in the sources, one sentence each."""
+    splits, selection = _splits(reports), options.selection
+    left_out = sum((Counter(report.left_out) for report in reports), Counter[str]())
+    if left_out:
+        listed = ", ".join(f"{split} ({count:,} records)" for split, count in left_out.items())
+        yield f"left out {listed}"
+    several = len({split or TRAIN for split in splits}) > 1
+    if several and (selection.splits == MERGE or selection.split is not None):
+        listed = ", ".join(f"{split or 'no split'} ({shortened(names)})" for split, names in splits.items())
+        yield f"merged the splits {listed}"
+    elif several and "" in splits:
+        yield f"{shortened(splits[''])}: of no split; written to {TRAIN}"
+
+
 def _notes(reports: Sequence[SourceReport], options: ConvertOptions) -> list[str]:
     """One sentence per choice that makes no difference to any format that was read."""
+    if reports and all(report.format == CONVERTED for report in reports):
+        unused = {
+            "format": options.format != "auto",
+            "mapping": options.mapping is not None,
+            "role": bool(options.roles),
+            "assistant": options.assistant is not None,
+            "tree": options.tree != "all",
+            "preference": options.preference is not None,
+            "join": options.join,
+        }
+        return [f"--{name} had no effect: conversations are taken as they are" for name in unused if unused[name]]
     formats = {name for report in reports for name in report.format.split(", ")} & FORMATS.keys()
     given = {
         "assistant": options.assistant is not None,

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from ismdata.conversation import CONVERSATION_SCHEMA, Quarantined
 from ismdata.convert.canonical import Rules, canonicalize
-from ismdata.convert.columnar import assemble
+from ismdata.convert.columnar import as_bools, assemble
 from ismdata.convert.corpus_format import Block, Draft, SourceBlock
-from ismdata.convert.sources.blocks import LineBlock
+from ismdata.convert.sources.blocks import ConversationBlock, LineBlock
 from ismdata.errors import Refused
 
 
@@ -34,6 +34,7 @@ class BlockResult:
         quarantined: The refused records and conversations, in the order of the records.
         ignored: How many message fields were dropped, by name.
         checksum: `block_checksum` of the block.
+        split: The split that the records belong to, None if nothing names one.
     """
 
     rows: pa.Table
@@ -41,6 +42,7 @@ class BlockResult:
     quarantined: list[Quarantined]
     ignored: Counter[str] = field(default_factory=Counter)
     checksum: int = 0
+    split: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -58,10 +60,12 @@ def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
     Returns:
         The same rows and quarantine entries as `read_records`, and the block's checksum.
     """
-    checksum = block_checksum(block.records)
+    if isinstance(block.records, ConversationBlock):
+        return _converted(block.records, block.place.split)
+    checksum, split = block_checksum(block.records), block.place.split
     columns = block.corpus_format.parse_block(block.records)
     if columns is None:
-        return replace(read_records(block, rules), checksum=checksum)
+        return replace(read_records(block, rules), checksum=checksum, split=split)
     numbers = pa.array(block.records.numbers).cast(pa.string())
     sources = pc.binary_join_element_wise(block.place.prefix, numbers, "")
     own_ids = pc.binary_join_element_wise(f"{block.place.stem}-", numbers, "")
@@ -69,7 +73,9 @@ def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
     ignored = +Counter({name: int(counts[~fallback].sum()) for name, counts in columns.ignored.items()})
     groups = pa.nulls(len(rows), pa.string())
     if not fallback.any():
-        return BlockResult(rows=rows, split_groups=groups, quarantined=[], ignored=ignored, checksum=checksum)
+        return BlockResult(
+            rows=rows, split_groups=groups, quarantined=[], ignored=ignored, checksum=checksum, split=split
+        )
     chosen = np.flatnonzero(fallback).tolist()
     general, counts = _read_chosen(block, rules, chosen)
     merged = _merge(
@@ -81,7 +87,17 @@ def read_block(block: SourceBlock, rules: Rules) -> BlockResult:
         quarantined=general.quarantined,
         ignored=ignored + general.ignored,
         checksum=checksum,
+        split=split,
     )
+
+
+def _converted(block: ConversationBlock, split: str | None) -> BlockResult:
+    """The rows as they are. Rows of one record are adjacent and keep together, as the paths of a tree do."""
+    sources = block.rows["source"].combine_chunks()
+    same = np.zeros(len(sources) + 1, np.bool_)
+    same[1:-1] = as_bools(pc.equal(sources[1:], sources[:-1]))
+    groups = pc.if_else(pa.array(same[1:] | same[:-1]), sources, None)
+    return BlockResult(rows=block.rows, split_groups=groups, quarantined=[], split=split)
 
 
 def read_records(block: SourceBlock, rules: Rules) -> BlockResult:

@@ -7,12 +7,14 @@ from .conversations import ConvertedFolder as ConvertedFolder
 from .dataset import PackedDataset as PackedDataset
 from .dataset import Sample as Sample
 from .index import INDEX_NAME as INDEX_NAME
+from .index import PACKED_SPLIT_FORMAT as PACKED_SPLIT_FORMAT
 from .index import SPLIT_FORMAT as SPLIT_FORMAT
 from .index import GrowingFile as GrowingFile
 from .index import ShardFile as ShardFile
 from .index import describe_file as describe_file
 from .index import entries as entries
 from .index import load_index as load_index
+from .index import part_names as part_names
 from .index import read_index as read_index
 from .index import write_index as write_index
 from .journal import Journal as Journal
@@ -31,4 +33,3 @@ from .shards import PackedShards as PackedShards
 from .shards import packed_schema as packed_schema
 from .verification import VerifyReport as VerifyReport
 from .verification import verify as verify
-from .wrong_folder import next_step as next_step

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from ismdata.data.wrong_folder import next_step
 from ismdata.errors import DataError
 
 INDEX_NAME = "index.json"
 
-#: Format identifier of the index beside the parts of a split, each of which is a converted folder.
+#: Format identifier of the index of a folder of splits, each of which is a converted folder.
 SPLIT_FORMAT = "ismdata.split/1"
+#: The same where each is a packed folder.
+PACKED_SPLIT_FORMAT = "ismdata.packed_split/1"
 
 #: Stands for an index's own SHA-256 while that is computed.
 _NO_HASH = "0" * 64
@@ -154,27 +155,19 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         DataError: If the index is absent, broken, changed, or of another format.
     """
     path = folder / INDEX_NAME
-    packed = not expected_format.startswith("ismdata.conversations")
-    command = "ismdata pack" if packed else "ismdata convert"
+    command = "ismdata convert" if expected_format.startswith("ismdata.conversations") else "ismdata pack"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise DataError(
-            f"{folder}: found {found}; expected a folder that `{command}` wrote.{next_step(folder, packed=packed)}"
-        )
+        raise DataError(f"{folder}: found {found}; expected a folder that `{command}` wrote")
     if not path.is_file():
-        raise DataError(
-            f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote.{next_step(folder, packed=packed)}"
-        )
+        raise DataError(f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote")
     index = load_index(folder)
     found_format = index.get("format")
     if found_format == SPLIT_FORMAT and isinstance(index.get("parts"), dict):
         parts = " or ".join(str(folder / str(part)) for part in index["parts"])
         raise DataError(f"{folder}: holds the parts of a split; expected one folder of conversations. Name {parts}")
     if found_format != expected_format:
-        raise DataError(
-            f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes."
-            f"{next_step(folder, packed=packed)}"
-        )
+        raise DataError(f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes")
     fault = next(layout_faults(index, _NEEDED[expected_format.partition("/")[0]]), None)
     if fault is not None:
         raise DataError(f"{path}: {fault}. Make the folder again with `{command}`")
@@ -184,6 +177,24 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
                 f"{path}: lists {entry['name']!r}; expected a name inside the folder. Make the folder again"
             )
     return index
+
+
+def part_names(folder: Path) -> list[str]:
+    """The folders inside a folder of splits, in order.
+
+    Args:
+        folder: A folder whose index has the format SPLIT_FORMAT or PACKED_SPLIT_FORMAT.
+
+    Returns:
+        Their names.
+
+    Raises:
+        DataError: If the index is broken, or does not list folders inside it.
+    """
+    parts = load_index(folder).get("parts")
+    if not isinstance(parts, dict) or not parts or any(leaves_folder(name) for name in parts):
+        raise DataError(f"{folder / INDEX_NAME}: parts is {json.dumps(parts)[:80]}; expected the folders of splits")
+    return list(parts)
 
 
 def load_index(folder: Path) -> dict[str, Any]:

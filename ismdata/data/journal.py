@@ -21,7 +21,7 @@ from ismdata.data.output_folder import JOURNAL_NAME, sync_path
 from ismdata.errors import DataError, UsageError
 
 #: Version of the states that commands record. An interrupted run with another one cannot be resumed.
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 #: Seconds between two records. If recording is slow the interval grows, so that it takes at most 1/20 of the time.
 _EVERY = 1.0

@@ -17,7 +17,7 @@ import pytest
 
 from ismdata.concurrency import map_in_order
 from ismdata.conversation import CONVERSATION_SCHEMA
-from ismdata.convert import job
+from ismdata.convert import Selection, job
 from ismdata.convert.pipeline import convert
 from ismdata.convert.sources import framing
 from ismdata.convert.worker_pool import WorkerPool
@@ -289,13 +289,18 @@ def test_dailydialog_archives_and_folders(tmp_path):
             archive.writestr(f"{split}/dialogues_{split}.txt", line)
             archive.writestr(f"{split}/dialogues_act_{split}.txt", "1 2\n")
     convert([str(folder)], tmp_path / "out")
-    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["dialogues_test-1", "dialogues_train-1"]
+    for split in ("train", "test"):
+        assert [row["id"] for row in rows_of(tmp_path / "out" / split)] == [f"dialogues_{split}-1"]
 
 
 def test_splits_and_pretty_printed_values(run):
-    rows, _, report = run(json.dumps({"train": [["q", "a"]], "valid": [["q", "b"], ["c"]]}), "talks.json")
+    rows, _, report = run(
+        json.dumps({"film": [["q", "a"]], "valid": [["q", "b"], ["c"]]}),
+        "talks.json",
+        selection=Selection(splits="merge"),
+    )
     assert [(row["id"], row["source"].rsplit("/")[-1]) for row in rows] == [
-        ("talks-train-1", "talks.json:train:record 1"),
+        ("talks-film-1", "talks.json:film:record 1"),
         ("talks-valid-1", "talks.json:valid:record 1"),
         ("talks-valid-2", "talks.json:valid:record 2"),
     ]
@@ -329,8 +334,9 @@ def test_parquet_and_saved_datasets(tmp_path):
     )
     saved.save_to_disk(str(tmp_path / "saved"))
     report = convert([str(tmp_path / "saved")], tmp_path / "dataset")
-    sources = [row["source"].rsplit("/", 1)[-1] for row in rows_of(tmp_path / "dataset")]
-    assert sources == ["saved!train:row 1", "saved!test:row 1"]
+    for split in ("train", "test"):
+        (row,) = rows_of(tmp_path / "dataset" / split)
+        assert row["source"].endswith(f"/saved!{split}:row 1")
     assert (report.read, [source.format for source in report.sources]) == (3, ["messages", "messages"])
 
 

@@ -16,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ismdata.conversation import FORMAT, REASONS
-from ismdata.convert.against import folder_digests
-from ismdata.convert.digests import digests
+from ismdata.convert.against import OtherCorpus
+from ismdata.convert.canonical import Rules
+from ismdata.convert.corpus_format import Choices
+from ismdata.convert.digests import Digests, digests
 from ismdata.convert.filters import Cleaner, conversations, first_match, turn_counts
 from ismdata.convert.options import Cleaning
+from ismdata.convert.parts import FormatChoice
 from ismdata.data.index import describe_file, entries, write_index
 from ismdata.errors import DataError, UsageError
 from tests.support.talks import FEW, MANY, pieces, said, table, talk
@@ -198,6 +201,11 @@ def converted(folder: Path, shards: Sequence[pa.Table]) -> Path:
         files.append(describe_file(path, len(rows)))
     write_index(folder, {"format": FORMAT, "shards": entries(files)})
     return folder
+
+
+def folder_digests(folder: Path) -> Digests:
+    other = OtherCorpus.find(str(folder))
+    return other.digests(FormatChoice(choices=Choices(roles={})), Rules(roles={}))
 
 
 def test_against_reads_all_shards(tmp_path: Path) -> None:

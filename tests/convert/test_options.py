@@ -84,4 +84,5 @@ def test_all_options_that_change_the_output_are_recorded() -> None:
         "sample": None,
         "seed": 0,
         "split": None,
+        "splits": "keep",
     }

@@ -135,7 +135,7 @@ def test_a_run_of_a_version_with_other_states_is_refused(tmp_path: Path) -> None
     former = json.loads(first)
     del former["journal_version"]  # the first version did not record it
     path.write_text("".join([json.dumps(former) + "\n", *rest]))
-    with pytest.raises(UsageError, match="the interrupted run differs from this one: the journal version is 2"):
+    with pytest.raises(UsageError, match="the interrupted run differs from this one: the journal version is 3"):
         Journal.open(tmp_path, RUN, restart=False)
 
 

@@ -46,6 +46,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "cleaned-and-split": {"selection": Selection(cleaning=Cleaning(dedup="exact"), split="0.7/0.3")},
     "sampled": {"selection": Selection(sample=25, seed=1)},
+    "splits": {"selection": Selection(cleaning=Cleaning(dedup="exact"), sample=60)},
 }
 
 
@@ -69,6 +70,9 @@ def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_convert_dies_at_every_sync_and_at_random_lines(
     kind: str, corpora: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kind == "splits":
+        names = [tmp_path / "train.jsonl", tmp_path / "test.jsonl.gz"]
+        corpora = [str(Path(path).rename(name)) for path, name in zip(corpora, names, strict=True)]
     convert(corpora, tmp_path / "direct", **CONVERSIONS[kind])
     expected = files_of(tmp_path / "direct")
     assert sum(name.endswith(".arrow") for name in expected) >= 2
@@ -181,7 +185,7 @@ def test_a_source_and_a_tokenizer_that_changed(
             packed(converted, output)
         write_corpus(tmp_path / "chats.jsonl", 30)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
-        loaded = ismdata.pack.pipeline.probe_encoding(ismdata.pack.pipeline.load_pretrained("bytes"), name="bytes")
+        loaded = ismdata.pack.pipeline.load_encoding("bytes")
         with monkeypatch.context() as patch:
             patch.setitem(loaded.tokenizer.__dict__, "sha256", "another")
             with pytest.raises(UsageError, match=r"the tokenizer is .*another.* and was "):

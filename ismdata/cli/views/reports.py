@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from ismdata.pack import PackReport
     from ismdata.train import TrainReport
 from ismdata.cli.views.quarantine import quarantine
-from ismdata.display import View, heading, numbers, one_line, title
+from ismdata.display import View, heading, numbers, printable, title
 
 #: Sources and files that are listed; of further ones only the number is shown.
 _LISTED_SOURCES, _LISTED_FILES = 12, 8
+#: Names of sources that are listed beside a split.
+_LISTED_NAMES = 3
 
 
 def verify_report(report: VerifyReport) -> View:
@@ -31,15 +34,13 @@ def verify_report(report: VerifyReport) -> View:
     }
     if report.ok:
         counts = " · ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
-        return View(
-            facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {one_line(str(report.folder))}: {counts}")
-        )
+        return View(facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {report.folder}: {counts}"))
     number = len(report.problems)
     head = Text.assemble(
-        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {one_line(str(report.folder))}"
+        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
     )
     # Do not wrap: a path is only useful in one piece.
-    problems = [Text(f"  {one_line(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
+    problems = [Text(f"  {printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
     return View(facts=facts, drawing=Group(head, *problems))
 
 
@@ -53,6 +54,7 @@ def convert_report(report: ConvertReport) -> View:
         "quarantined": report.quarantined,
         "duplicates": report.duplicates,
         "parts": report.parts,
+        "splits": {split: list(names) for split, names in report.splits.items()},
         "first_refusals": first,
         "sources": [
             {
@@ -80,7 +82,16 @@ def convert_report(report: ConvertReport) -> View:
         *quarantine(facts),
     ]
     if report.parts:
-        parts.append(heading("parts", ", ".join(f"{name} {rows:,}" for name, rows in report.parts.items())))
+        how = "drawn by --split" if report.drawn else "as found, kept apart; --splits merge writes one folder"
+        parts.append(heading("splits", how))
+        parts.append(
+            numbers(
+                *(
+                    (name, rows, "" if report.drawn else shortened(report.splits.get(name, ())))
+                    for name, rows in report.parts.items()
+                )
+            )
+        )
     if report.duplicates:
         dropped = "" if {"duplicate", "near_duplicate"} & report.quarantined.keys() else "; --dedup exact drops them"
         parts.append(heading("duplicates", f"{report.duplicates:,} conversations repeat an earlier one{dropped}"))
@@ -97,6 +108,12 @@ def convert_report(report: ConvertReport) -> View:
         parts.append(heading("fields not used", names))
     parts += [heading("note", text) for text in report.notes]
     return View(facts=facts, drawing=Group(*parts))
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of some names, and the number of the others."""
+    more = f" and {len(names) - _LISTED_NAMES:,} more" if len(names) > _LISTED_NAMES else ""
+    return ", ".join(names[:_LISTED_NAMES]) + more
 
 
 def explanation(found: Explanation) -> View:

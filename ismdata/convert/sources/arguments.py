@@ -1,4 +1,6 @@
-"""Resolves SOURCE arguments: files, archives, folders, globs, standard input, saved datasets, names on the hub."""
+"""Resolves SOURCE arguments: files, archives, folders, globs, standard input, saved datasets, converted folders,
+names on the hub. `find.py` adds what concerns splits.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,14 @@ import re
 import stat
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ismdata.conversation import FORMAT
 from ismdata.convert.sources.archives import EMPTY_ZIP, ZIP, NoCorpus, open_zip, read_error, zip_members
 from ismdata.convert.sources.file_names import (
     expected_endings,
@@ -28,8 +31,18 @@ from ismdata.convert.sources.file_names import (
     stem_of,
 )
 from ismdata.convert.sources.foreign import refuse_url
-from ismdata.convert.sources.source_types import FileSource, SavedDataset, Source, StreamSource, open_file
-from ismdata.errors import DataError
+from ismdata.convert.sources.source_types import (
+    AnySource,
+    ConvertedSource,
+    FileSource,
+    SavedDataset,
+    StreamSource,
+    open_file,
+)
+from ismdata.convert.sources.splits import declared_splits, is_named
+from ismdata.data import FORMAT as PACKED_FORMAT
+from ismdata.data import INDEX_NAME, SPLIT_FORMAT, ConvertedFolder, load_index, part_names
+from ismdata.errors import DataError, UsageError
 
 STANDARD_INPUT = "-"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
@@ -37,7 +50,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*$")
 _HUB_SECONDS = 10
 
 
-def expand(argument: str) -> list[Source | SavedDataset]:
+def expand(argument: str) -> list[AnySource]:
     """The sources that one SOURCE argument names. Raises DataError if there are none."""
     if argument == STANDARD_INPUT:
         return [StreamSource(name="<stdin>", stem="stdin", stream=sys.stdin.buffer)]
@@ -49,19 +62,24 @@ def expand(argument: str) -> list[Source | SavedDataset]:
     if glob.has_magic(argument):
         return _matching(argument)
     # Without a network the hub takes seconds to fail, so it is tried only for names that cannot be paths.
-    if _HUB_NAME.match(argument) and not has_file_ending(argument) and not path.parent.is_dir():
-        return _from_hub(argument)
+    if is_hub_name(argument):
+        return from_hub(argument)
     raise DataError(f"{printable(argument)}: no such file or folder; expected a corpus. Check the name")
 
 
-def with_unique_stems(sources: Sequence[Source | SavedDataset]) -> list[Source | SavedDataset]:
+def is_hub_name(argument: str) -> bool:
+    """Whether an argument can be a name on the hub and no path."""
+    return bool(_HUB_NAME.match(argument)) and not has_file_ending(argument) and not Path(argument).parent.is_dir()
+
+
+def with_unique_stems(sources: Sequence[AnySource]) -> list[AnySource]:
     """The same sources; if files in several folders have one name, their records are named after the folders too.
 
     >>> film, music = (FileSource(name=name, path=Path(name)) for name in ("kd/film/dev.json", "kd/music/dev.json"))
     >>> [source.unique_stem for source in with_unique_stems([film, music])]
     ['film/dev', 'music/dev']
     """
-    renamed: list[Source | SavedDataset] = [*sources]
+    renamed: list[AnySource] = [*sources]
     by_stem: defaultdict[str, list[tuple[int, FileSource]]] = defaultdict(list)
     for number, source in enumerate(sources):
         if isinstance(source, FileSource):
@@ -88,10 +106,10 @@ def _file_type(name: str, path: Path) -> int | None:
         raise read_error(printable(name), error) from error
 
 
-def _existing(name: str, path: Path, kind: int) -> list[Source | SavedDataset]:
+def _existing(name: str, path: Path, kind: int) -> list[AnySource]:
     """The sources at an existing path; `kind` holds its file type bits."""
     if kind == stat.S_IFDIR:
-        return _saved(name, path) or _folder(name, path)
+        return _saved(name, path) or _converted(name, path) or _folder(name, path)
     if kind != stat.S_IFREG:
         return [StreamSource(name=printable(name), stem=stem_of(path.name), stream=open_file(printable(name), path))]
     return _file(printable(name), path).sources()
@@ -103,13 +121,13 @@ class _Selection(NamedTuple):
     files: list[FileSource]
     skipped: list[str]
 
-    def sources(self) -> list[Source | SavedDataset]:
+    def sources(self) -> list[AnySource]:
         """The files; the first one has the names of those that are not read."""
         first, *rest = self.files
         return [replace(first, skipped=tuple(self.skipped)), *rest]
 
 
-def _matching(pattern: str) -> list[Source | SavedDataset]:
+def _matching(pattern: str) -> list[AnySource]:
     """The files that match a pattern, each once, and the matching folders that contain no other match."""
     matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  # the pattern may be absolute
     inside = {str(parent) for match in matches for parent in Path(match).parents}
@@ -159,7 +177,7 @@ def _file(name: str, path: Path) -> _Selection:
     return _Selection(sources, [f"{name}!{other}" for other in others])
 
 
-def _folder(name: str, path: Path) -> list[Source | SavedDataset]:
+def _folder(name: str, path: Path) -> list[AnySource]:
     files, others = _walk(Path(name), path)
     selection = _select(Path(name), files, others)
     if not selection.files:
@@ -225,7 +243,7 @@ def _walk(name: Path, path: Path) -> tuple[dict[str, Path], list[str]]:
     return files, others
 
 
-def _saved(name: str, path: Path) -> list[Source | SavedDataset]:
+def _saved(name: str, path: Path) -> list[AnySource]:
     """The splits in a folder that `datasets` saved; an empty list for other folders."""
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         return []
@@ -235,36 +253,109 @@ def _saved(name: str, path: Path) -> list[Source | SavedDataset]:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises errors of many kinds for a broken folder
         raise DataError(f"{name}: not a readable saved dataset ({error}). Save it again with `save_to_disk`") from error
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    if not isinstance(loaded, datasets.DatasetDict):
+        return [SavedDataset(name=name, stem=path.name, path=path, dataset=loaded)]
+    return _splits_of(loaded, name, path.name, path)
+
+
+def _splits_of(loaded: Mapping[str, Any], name: str, stem: str, path: Path | None) -> list[AnySource]:
+    """The splits of a `DatasetDict`."""
+    splits = declared_splits(map(str, loaded))
     return [
         SavedDataset(
-            name=f"{name}!{split}" if split else name,
-            stem=f"{path.name}-{split}" if split else path.name,
-            path=path / split,
+            name=f"{name}!{key}",
+            stem=f"{stem}-{key}",
+            path=None if path is None else path / key,
             dataset=dataset,
+            split=splits[str(key)],
         )
-        for split, dataset in splits.items()
+        for key, dataset in loaded.items()
     ]
 
 
-def _from_hub(name: str) -> list[Source | SavedDataset]:
+def in_memory(dataset: Any, number: int) -> list[AnySource]:
+    """The sources of a `Dataset` or `DatasetDict`, the `number`-th argument counted from 1. Raises UsageError."""
+    import datasets
+
+    name = f"dataset{number}"
+    if isinstance(dataset, datasets.DatasetDict):
+        return _splits_of(dataset, name, name, None)
+    if isinstance(dataset, datasets.Dataset):
+        return [SavedDataset(name=name, stem=name, path=None, dataset=dataset)]
+    raise UsageError(
+        f"source {number} is {type(dataset).__name__}; expected a path, a name, a datasets.Dataset or a DatasetDict. "
+        "Save a streamed dataset to files first"
+    )
+
+
+def _converted(name: str, path: Path) -> list[AnySource]:
+    """A converted folder, or the parts of one with splits; an empty list for other folders. Raises DataError."""
+    if not (path / INDEX_NAME).is_file():
+        return []
+    try:
+        index = load_index(path)
+    except DataError:
+        return []  # another program's index
+    if index.get("format") == FORMAT:
+        options = index.get("options", {})
+        drawn = options.get("split") is not None
+        folder = ConvertedFolder(path)
+        return [ConvertedSource(name=name, folder=folder, drawn=drawn, split=options.get("part"))]
+    if index.get("format") == SPLIT_FORMAT:
+        return [part for split in part_names(path) for part in _converted(f"{name}/{split}", path / split)]
+    if index.get("format") == PACKED_FORMAT:
+        raise DataError(f"{printable(name)}: found a packed folder; expected a corpus. Name what it was packed from")
+    return []
+
+
+def from_hub(name: str, place: str = "") -> list[AnySource]:
+    """The splits of a dataset on the hub.
+
+    Args:
+        name: Its name.
+        place: What follows the name after a colon: a configuration or a split, or `CONFIGURATION:SPLIT`.
+
+    Returns:
+        A source for each split, or for the one that `place` names.
+
+    Raises:
+        DataError: If there is no such dataset, configuration or split.
+    """
     import datasets
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    config, _, split = place.rpartition(":")
     try:
         # `load_dataset` needs half a minute to give up on an unreachable hub and logs each try, so test the connection
         # first. In offline mode it reads what was downloaded before.
         with suppress(OfflineModeIsEnabled):
             huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_SECONDS)
-        loaded = datasets.load_dataset(name)
+        configs = list(datasets.get_dataset_config_names(name)) if place else []
+        if split in configs and not config and len(configs) > 1:
+            config, split = split, ""
+        loaded = datasets.load_dataset(name, config) if config else datasets.load_dataset(name)
     except Exception as error:  # network, permission, unknown name: each library has its own exceptions
+        found = re.search(r"available configs: (\[[^\]]*\])", str(error))
+        if found is not None:
+            configs = re.findall(r"'([^']*)'", found.group(1))
+            raise DataError(
+                f"{name}: has the configurations {', '.join(configs)}; expected one of them. Name {name}:{configs[0]}"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name}: no such file, and it cannot be loaded as a hub dataset ({reason}); expected a corpus. Check the "
             "name. Without a network, set HF_HUB_OFFLINE=1 to read what was downloaded before"
         ) from error
-    return [
-        SavedDataset(name=f"{name}!{split}", stem=f"{name.rsplit('/')[-1]}-{split}", path=None, dataset=dataset)
-        for split, dataset in loaded.items()
-    ]
+    sources = _splits_of(loaded, f"{name}:{config}" if config else name, name.rsplit("/")[-1], None)
+    chosen = [source for source in sources if not split or is_named(source.split or "", [split])]
+    if not chosen:
+        raise no_such_split(name, [split], [source.split for source in sources])
+    return chosen
+
+
+def no_such_split(name: str, wanted: Iterable[str], found: Iterable[str | None]) -> DataError:
+    """The error for splits that a source does not have."""
+    names = ", ".join(dict.fromkeys(filter(None, found)))
+    has = f"has the splits {names}" if names else "names no splits"
+    return DataError(f"{name}: {has}; expected {', '.join(wanted)}. Check the name of the split, or leave it out")

@@ -160,6 +160,11 @@ class TableBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversationBlock(TableBlock):
+    """N conversations of a converted folder, which stay as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Unreadable:
     """A record that could not be read: the reason, and its content for the quarantine."""
 

@@ -36,6 +36,8 @@ _RECORD_FIELDS = frozenset(
 )
 
 JSON_LINES, TEXT_LINES, CHAT_LOG = "JSON Lines", "text lines", "a chat log"
+#: The layout of `{"train": […], "valid": […]}`.
+SPLITS = "an object of splits"
 #: Layouts whose records are numbered by the lines on which they begin; in all others they are counted.
 LINE_LAYOUTS = frozenset({JSON_LINES, TEXT_LINES, *DELIMITERS.values()})
 
@@ -98,7 +100,7 @@ def detect_layout(queue: ByteQueue, is_record: Callable[[Any], bool]) -> tuple[s
     if pandas is not None:
         return LAYOUT, pandas
     if opening == b"{" and len(values) < 2 and not alone and _opens_splits(head, is_record):
-        return "an object of splits", frame_splits
+        return SPLITS, frame_splits
     if opens_entries and len(values) < 2:
         return "an object of records", frame_entries
     if not opening:

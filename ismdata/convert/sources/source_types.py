@@ -1,4 +1,4 @@
-"""The three types of source: files and members of zip archives, streams that are read once, saved datasets."""
+"""The types of source: files and members of zip archives, streams that are read once, datasets, converted folders."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ismdata.convert.sources.archives import CheckedStream, NoCorpus, Part, parts_of, read_error, zip_part
 from ismdata.convert.sources.file_names import printable, select_files, stem_of
+from ismdata.data import ConvertedFolder
 
 #: Rows per Arrow table of a saved dataset.
 _ROWS = 1000
@@ -35,6 +36,9 @@ class FileSource:
             no known format, it is skipped instead of refused.
         siblings: The archive has other members that are read: this one is skipped if it is of no known format.
         skipped: Files in the same folder or zip archive that are not read; the first source of these has them.
+        split: The split that its name means; None if there is none.
+        only: The splits of it that are read; None for all.
+        held_out: True reads only its splits for measuring, False only the others, None all.
     """
 
     name: str
@@ -45,6 +49,9 @@ class FileSource:
     from_folder: bool = False
     siblings: bool = False
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    split: str | None = None
+    only: tuple[str, ...] | None = None
+    held_out: bool | None = None
 
     #: Whether the source can be read only once, so that `bytes` and `sha256()` are known only after that.
     once = False
@@ -140,6 +147,8 @@ class StreamSource:
     stem: str
     stream: BinaryIO = field(repr=False)
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    split: str | None = None
+    only: tuple[str, ...] | None = None
     _digest: Any = field(default_factory=hashlib.sha256, repr=False, compare=False)
     _count: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
     _ended: list[bool] = field(default_factory=list, repr=False, compare=False)
@@ -183,13 +192,15 @@ class StreamSource:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedDataset:
-    """One split of a saved or downloaded `datasets` dataset. `path` is its folder, None for one from the hub."""
+    """A `datasets` dataset, or one split of it. `path` is its folder; None for one from the hub or in memory."""
 
     name: str
     stem: str
     path: Path | None
     dataset: Any
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    split: str | None = None
+    only: tuple[str, ...] | None = None
 
     once = False
 
@@ -198,7 +209,7 @@ class SavedDataset:
         return int(self.dataset.data.nbytes)
 
     def sha256(self) -> str | None:
-        """The SHA-256 of the names and hashes of the folder's data files; None for a dataset from the hub."""
+        """The SHA-256 of the names and hashes of the folder's data files; None if there is no folder."""
         if self.path is None:
             return None
         digest = hashlib.sha256()
@@ -208,6 +219,8 @@ class SavedDataset:
 
     def identity(self) -> dict[str, Any]:
         """Names, sizes and times of its files, which show whether they have changed. Raises DataError."""
+        if self.path is None:
+            return {"name": self.name, "fingerprint": getattr(self.dataset, "_fingerprint", None)}
         return {"name": self.name, "files": [source.identity() for source in self._files()]}
 
     def _files(self) -> list[FileSource]:
@@ -219,4 +232,40 @@ class SavedDataset:
         yield from self.dataset.with_format("arrow").iter(batch_size=_ROWS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertedSource:
+    """A folder that `convert` wrote, or a part of one with splits: its conversations are taken as they are.
+
+    Attributes:
+        name: The folder.
+        folder: Its shards.
+        drawn: The folder is a part of a split that `--split` drew, not one that the corpus had.
+    """
+
+    name: str
+    folder: ConvertedFolder = field(repr=False)
+    drawn: bool = False
+    skipped: tuple[str, ...] = field(default=(), compare=False)
+    split: str | None = None
+    only: tuple[str, ...] | None = None
+
+    once = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.folder.files)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the shards' hashes."""
+        return self.folder.sha256
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256()}
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The conversations, in batches of bounded size. Raises DataError."""
+        yield from (pa.Table.from_batches([batch]) for batch in self.folder.batches())
+
+
 Source = FileSource | StreamSource
+AnySource = FileSource | StreamSource | SavedDataset | ConvertedSource
