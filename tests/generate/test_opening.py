@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ismdata.attention import attachment as attention
 from ismdata.attention import model_folder
@@ -294,12 +295,17 @@ def test_adapters_inside_the_model_that_has_them_merged(adapters):
         open_chat(inner)
 
 
-@pytest.mark.parametrize("damage", ["weights", "shapes", "pickle", "prompt tuning"])
+@pytest.mark.parametrize("damage", ["weights", "a missing weight", "shapes", "pickle", "prompt tuning"])
 def test_adapters_that_cannot_be_merged(adapters, damage):
     config = json.loads((adapters / "adapter_config.json").read_text())
     error, message = DataError, r"adapters: not adapters of .*Train them again, or name their base"
     if damage == "weights":
         (adapters / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    elif damage == "a missing weight":
+        weights = load_file(adapters / "adapter_model.safetensors")
+        weights.pop(next(iter(weights)))
+        save_file(weights, adapters / "adapter_model.safetensors")
+        message = r"not adapters of .*missing adapter keys"
     elif damage == "shapes":
         config["r"] = 5
     elif damage == "pickle":

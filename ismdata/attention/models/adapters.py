@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def merge_adapter(folder: Path, load: Callable[[str], PreTrainedModel]) -> PreTr
                 f"{folder}: {config.peft_type.value} of peft puts virtual tokens before a row, which the mask does not "
                 "count. Train adapters of weights instead (LoRA, IA3, …)"
             )
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # peft would leave those weights as they are
+            warnings.filterwarnings("ignore", category=FutureWarning)  # about names that peft reads from transformers
+            merged: PreTrainedModel = PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
     except UnsupportedModelError:
         raise
     except Exception as error:  # for a broken file the libraries raise anything, from KeyError to SafetensorError
