@@ -234,6 +234,15 @@ def test_a_model_without_a_tokenizer(folder):
         open_chat(folder, mask="ism")
 
 
+def test_weights_that_lack_a_parameter(folder):
+    """transformers would make it up, and only log that."""
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"lack 1 parameters of a LlamaForCausalLM \(model.layers.0.mlp.up_proj.weight"):
+        open_chat(folder, mask="ism")
+
+
 def test_a_tokenizer_larger_than_the_model(folder):
     small = tiny_model(dtype=torch.float32)
     small.save_pretrained(folder)

@@ -90,8 +90,8 @@ def pretrained(name: str, **options: Any) -> PreTrainedModel:
         source["use_safetensors"] = True
         source["local_files_only"] = check_model_name(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, **{"dtype": torch.float32} | options, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source, **{"dtype": torch.float32} | options, trust_remote_code=False, output_loading_info=True
         )
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
@@ -101,6 +101,12 @@ def pretrained(name: str, **options: Any) -> PreTrainedModel:
             f"{name}: no model could be loaded ({first}). Expected a preset ({', '.join(PRESETS)}), a model folder "
             "with safetensors, a .gguf file, or a hub name that this machine can reach"
         ) from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise DataError(
+            f"{name}: the weights lack {len(missing)} parameters of a {type(model).__name__} ({missing[0]}, …), which "
+            "would be random. Save the whole model again, or name another one"
+        )
     return _plain(model) if path.suffix == ".gguf" else cast(PreTrainedModel, model)
 
 
