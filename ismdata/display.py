@@ -99,7 +99,7 @@ def note(text: str, *, style: str = "") -> None:
     stream = _ready(sys.stderr)
     if stream is None:
         return
-    line = printable(text).replace("\n", "␊")
+    line = one_line(text)
     if style and stream.isatty():
         _console(stream).print(Text(line, style))
     else:
@@ -145,7 +145,7 @@ def print_json(facts: Any) -> None:
     with _stdout() as stream:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         text = json.dumps(facts, ensure_ascii=not encoding.lower().startswith("utf"), indent=2)
-        print(text.encode("utf-8", "backslashreplace").decode("utf-8"), file=stream)
+        print(_UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text), file=stream)
 
 
 @contextlib.contextmanager
@@ -291,12 +291,12 @@ class View:
 
 def title(name: str, rest: str) -> Text:
     """The first line of a view."""
-    return Text.assemble((name, "bold"), "  ", (rest, "dim"))
+    return Text.assemble((one_line(name), "bold"), "  ", (one_line(rest), "dim"))
 
 
 def heading(text: str, rest: str = "") -> Text:
     """The line above a part of a view."""
-    return Text.assemble("\n", (text, "bold"), "  ", (rest, "dim"))
+    return Text.assemble("\n", (one_line(text), "bold"), "  ", (one_line(rest), "dim"))
 
 
 def numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
@@ -306,7 +306,7 @@ def numbers(*lines: tuple[str, int, str | Text]) -> RenderableType:
     table.add_column(justify="right")
     table.add_column()
     for name, number, rest in lines:
-        table.add_row(name, f"{number:,}", rest)
+        table.add_row(one_line(name), f"{number:,}", rest)
     return Padding(table, (1, 0, 0, 2))
 
 
@@ -334,6 +334,21 @@ def histogram_bars(title: str, counts: list[dict[str, int]]) -> list[RenderableT
         name = f"{count['from']:,}" if count["from"] == count["to"] else f"{count['from']:,}–{count['to']:,}"
         table.add_row(name, f"{bar(count['count'] / tallest):<{_BAR_WIDTH}}", f"{count['count']:,}")
     return [heading(title), Padding(table, (0, 0, 0, 2))]
+
+
+def one_line(text: str) -> str:
+    """Make a text printable, with its line breaks as signs.
+
+    Args:
+        text: Any text, such as a file name.
+
+    Returns:
+        One line.
+
+    >>> one_line("a\\nb")
+    'a␊b'
+    """
+    return printable(text).replace("\n", "␊")
 
 
 def printable(text: str) -> str:

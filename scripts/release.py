@@ -56,6 +56,9 @@ def problems(release: str) -> list[str]:
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text("utf-8"), flags=re.MULTILINE)
     if not cited or cited[1] != release:
         found.append(f"CITATION.cff has version {cited and cited[1]}; expected {release}")
+    own = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "ismdata/__init__.py").read_text("utf-8"), flags=re.MULTILINE)
+    if not own or own[1] != release:
+        found.append(f"ismdata/__init__.py has version {own and own[1]}; expected {release}")
     return found
 
 

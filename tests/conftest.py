@@ -76,7 +76,10 @@ def deepseek(tokenizers_root: Path) -> Path:
 
 @functools.cache
 def pretrained(folder: Path) -> PreTrainedTokenizerFast:
-    return load_pretrained(str(folder))
+    """The tokenizer as transformers loads it."""
+    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
 
 
 @functools.cache

@@ -24,6 +24,15 @@ from ismdata.attention.backends.base import KEYWORD, Backend, Intervals
 from ismdata.attention.backends.registry import BACKENDS, choose
 from ismdata.attention.canary import check_attached, loss_is_weighted, stock_logits
 from ismdata.attention.generation import prepare_generation, restore_generation
+from ismdata.attention.layers import (
+    ATTACHMENT,
+    AttachedLayer,
+    Implementation,
+    check_implementation,
+    implementations,
+    restore_implementations,
+    set_implementation,
+)
 from ismdata.attention.models import glm
 from ismdata.attention.supported_models import check_architecture, check_parallelism
 from ismdata.attention.weighted_loss import weighted_loss
@@ -33,9 +42,6 @@ from ismdata.errors import UnsupportedModelError, UsageError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-#: Attribute under which a model keeps its Attachment.
-_ATTACHMENT = "ismdata_attachment"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attachment:
@@ -43,8 +49,10 @@ class Attachment:
 
     backend: str
     hook: RemovableHandle
-    stock_attention: str
+    stock_attention: list[Implementation]
     stock_loss: Callable[..., Tensor]
+    #: The attention modules (the canary finds them).
+    layers: tuple[AttachedLayer, ...] = ()
     #: Whether the model's forward passes `loss_weight` to its loss function (the canary finds out).
     weights_loss: bool
 
@@ -102,12 +110,12 @@ def attach(
     chosen = BACKENDS[name]
     detach(model)
     expected = stock_logits(model, chosen)
-    stock_attention = model.config._attn_implementation
+    stock_attention = implementations(model)
     stock_loss = model.loss_function
     AttentionInterface.register(chosen.name, chosen.attention)
-    model.set_attn_implementation(chosen.name)
+    set_implementation(model, chosen.name)
     model.loss_function = partial(weighted_loss, stock_loss)
-    vars(model)[_ATTACHMENT] = Attachment(
+    vars(model)[ATTACHMENT] = Attachment(
         backend=name,
         hook=model.register_forward_pre_hook(partial(_before_forward, chosen), with_kwargs=True),
         stock_attention=stock_attention,
@@ -115,8 +123,10 @@ def attach(
         weights_loss=True,
     )
     try:
-        check_attached(model, chosen, expected)
-        vars(model)[_ATTACHMENT] = replace(vars(model)[_ATTACHMENT], weights_loss=loss_is_weighted(model, chosen))
+        layers = tuple(check_attached(model, chosen, expected))
+        vars(model)[ATTACHMENT] = replace(
+            vars(model)[ATTACHMENT], layers=layers, weights_loss=loss_is_weighted(model, chosen)
+        )
     except BaseException:
         detach(model)
         raise
@@ -138,7 +148,7 @@ def attached_backend(model: PreTrainedModel) -> str:
     Raises:
         UsageError: if the model is not attached.
     """
-    attachment: Attachment | None = vars(model).get(_ATTACHMENT)
+    attachment: Attachment | None = vars(model).get(ATTACHMENT)
     if attachment is None:
         raise UsageError(f"{type(model).__name__} is not attached. Call ismdata.attach first")
     return attachment.backend
@@ -150,12 +160,12 @@ def detach(model: PreTrainedModel) -> None:
     Args:
         model: Any model; one that is not attached stays unchanged.
     """
-    attachment: Attachment | None = vars(model).pop(_ATTACHMENT, None)
+    attachment: Attachment | None = vars(model).pop(ATTACHMENT, None)
     if attachment is None:
         return
     attachment.hook.remove()
     restore_generation(model)
-    model.set_attn_implementation(attachment.stock_attention)
+    restore_implementations(attachment.stock_attention)
     model.loss_function = attachment.stock_loss
 
 
@@ -163,6 +173,8 @@ def _before_forward(
     backend: Backend, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: replace the intervals by the backend's mask, once per micro-batch."""
+    attachment: Attachment = vars(module)[ATTACHMENT]
+    check_implementation(module, attachment.layers, attachment.backend, backend.name)
     kwargs = dict(kwargs)
     doc_start = kwargs.pop("doc_start", None)
     kv_end = kwargs.pop("kv_end", None)
@@ -173,8 +185,8 @@ def _before_forward(
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     check_adapters(module)
-    _check_attention_mask(kwargs.get("attention_mask"))
-    if kwargs.get("loss_weight") is not None and not vars(module)[_ATTACHMENT].weights_loss:
+    _check_attention_mask(kwargs.pop("attention_mask", None))
+    if kwargs.get("loss_weight") is not None and not attachment.weights_loss:
         raise UnsupportedModelError(
             f"{type(module).__name__} does not pass the keywords of forward to its loss function, so it would ignore "
             "loss_weight. Remove it from the batch to train without weights, or use another model"
@@ -200,13 +212,14 @@ def _before_forward(
         kv_end=kv_end,
         block_table=block_table,
         keys=past + rows,
+        logits_to_keep=kept if isinstance(kept := kwargs.get("logits_to_keep"), int) else 0,
         fills_cache=decodes or cache is not None or bool(kwargs.get("use_cache")),
         tables={name: tables[name] for name in backend.tables if name in tables},
     )
     if intervals.one_pass and rows % backend.rows_multiple:
         raise UsageError(
-            f"the batch has samples of {rows} tokens; the backend {vars(module)[_ATTACHMENT].backend} needs a multiple "
-            f"of {backend.rows_multiple}. Pad the samples, or use the backend sdpa"
+            f"the batch has samples of {rows} tokens; the backend {attachment.backend} needs a multiple of "
+            f"{backend.rows_multiple}. Pad the samples, or use the backend sdpa"
         )
     glm.check_positions(
         module,

@@ -10,21 +10,29 @@ and random state stay as they were.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ismdata import masks
 from ismdata.attention.backends.base import Backend, Intervals, PerWindow
 from ismdata.attention.backends.registry import BACKENDS
 from ismdata.attention.backends.sdpa import dense_mask, plain_attention
+from ismdata.attention.layers import (
+    ATTACHMENT,
+    AttachedLayer,
+    Attention,
+    check_calls,
+    implementations,
+    recorded,
+    restore_implementations,
+)
 from ismdata.attention.models import glm
 from ismdata.attention.supported_models import check_parallelism
 from ismdata.errors import UnsupportedModelError, UsageError
@@ -57,25 +65,44 @@ _COMPARED = ("output", "gradient of the queries", "gradient of the keys", "gradi
 #: TF32). One key too many among 100 differs by more.
 _EPS, _LEAST = 8, 4e-3
 
-#: An attention function as transformers calls it.
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+class StockLogits(NamedTuple):
+    """The stock model's logits for half of the canary's tokens, float32[T / 2, V] each."""
+
+    own: Tensor
+    #: With positions 0, 1, 2 … passed to it.
+    from_zero: Tensor
 
 
-def stock_logits(model: PreTrainedModel, backend: Backend) -> Tensor:
-    """The stock model's logits for half of the canary's tokens.
+def stock_logits(model: PreTrainedModel, backend: Backend) -> StockLogits:
+    """Run the stock model on half of the canary's tokens, under eager attention.
+
+    Eager attention is the one that computes all that a model's configuration asks for: transformers up to 5.20 runs
+    Gemma 2 under sdpa, without its soft caps.
 
     Args:
         model: Before it is attached.
         backend: The backend to come, whose dtype the logits are computed in.
 
     Returns:
-        float32[T / 2, V].
+        The logits.
     """
-    with _quiet(model), _computing(model, backend):
-        return _logits(model(input_ids=_tokens(model)[None, : _TOKENS // 2], use_cache=False))[0]
+    tokens = _tokens(model)[None, : _TOKENS // 2]
+    positions = {} if glm.takes_two_positions(model) else {"position_ids": torch.arange(_TOKENS // 2)[None]}
+    saved = implementations(model)
+    model.set_attn_implementation("eager")
+    try:
+        with _quiet(model), _computing(model, backend):
+            own, from_zero = (
+                _logits(model(input_ids=tokens, use_cache=False, **each))[0]
+                for each in ({}, {name: ids.to(tokens.device) for name, ids in positions.items()})
+            )
+    finally:
+        restore_implementations(saved)
+    return StockLogits(own, from_zero)
 
 
-def check_attached(model: PreTrainedModel, backend: Backend, stock: Tensor) -> None:
+def check_attached(model: PreTrainedModel, backend: Backend, stock: StockLogits) -> list[AttachedLayer]:
     """Check that an attached model follows the intervals and still gives its `stock_logits`.
 
     Args:
@@ -83,21 +110,29 @@ def check_attached(model: PreTrainedModel, backend: Backend, stock: Tensor) -> N
         backend: Its backend.
         stock: What `stock_logits` returned.
 
+    Returns:
+        The model's layers.
+
     Raises:
         UnsupportedModelError: if it does not.
     """
     name = type(model).__name__
     tokens = _tokens(model)
-    eps = torch.finfo(_dtype(model, backend)).eps
+    allowed = max(8 * torch.finfo(_dtype(model, backend)).eps, 1e-3)
+    scale = float(stock.own.abs().max())
+    if not float((stock.from_zero - stock.own).abs().max()) <= allowed * scale:
+        raise UnsupportedModelError(
+            f"{name} gives other logits with position_ids 0, 1, 2 … than without position_ids: it counts positions in "
+            "another way, which packed documents do not have. Use another model"
+        )
 
     twice = tokens[: _TOKENS // 2].repeat(1, 2)
     intervals = masks.intervals(_HALVES, _HALF_SPANS, seq_len=_TOKENS, mask="causal")
-    with _quiet(model), _recorded(backend) as calls:
+    with _quiet(model), recorded(backend) as calls:
         causal = _forward(model, backend, twice, *intervals)[0]
-    _check_calls(model, calls)
-    scale = float(stock.abs().max())
-    difference = float((causal - stock.repeat(2, 1)).abs().max())
-    if not difference <= max(8 * eps, 1e-3) * scale:
+    layers = check_calls(model, calls)
+    difference = float((causal - stock.own.repeat(2, 1)).abs().max())
+    if not difference <= allowed * scale:
         raise UnsupportedModelError(
             f"{name} gives other logits when attached (largest difference {difference:.3g}, logits up to {scale:.3g}), "
             "even under the causal mask: its attention or its positions do something that intervals cannot express. "
@@ -109,6 +144,7 @@ def check_attached(model: PreTrainedModel, backend: Backend, stock: Tensor) -> N
     with _quiet(model):
         base, *changed = _forward(model, backend, _perturbed(tokens), doc_start, kv_end)
     change = torch.stack([(row - base).abs().amax(-1) for row in changed], dim=1).cpu()  # [T rows, T perturbed tokens]
+    eps = torch.finfo(_dtype(model, backend)).eps
     threshold = max(2 * eps, 1e-5) * float(base.abs().max())
     leak = (change > threshold) & ~sees
     if leak.any() or not change.isfinite().all():
@@ -125,6 +161,7 @@ def check_attached(model: PreTrainedModel, backend: Backend, stock: Tensor) -> N
                 f"{name} does not look at {what}: changing tokens there changes too few of the rows that see them. "
                 "It has a causal or local restriction of its own, or weights without effect. Use another model"
             )
+    return layers
 
 
 def loss_is_weighted(model: PreTrainedModel, backend: Backend) -> bool:
@@ -162,9 +199,8 @@ def check_training(
     inner = _attached_part(model)
     home = inner.device
     device = home if device is None else torch.device(device)
-    name, backend = next(
-        (name, each) for name, each in BACKENDS.items() if each.name == inner.config._attn_implementation
-    )
+    name = vars(inner)[ATTACHMENT].backend
+    backend = BACKENDS[name]
     check_parallelism()
     reason = backend.missing(device) or backend.missing_for_training(device)
     if reason is not None:
@@ -191,9 +227,9 @@ def _check_short_batch(model: PreTrainedModel, backend_name: str, backend: Backe
     changed = tokens.clone()
     changed[place] = tokens[place - 1]
     compared = _compared(backend_name, backend, _reference(model.device, doc_start, kv_end))
-    with _quiet(model), _recorded(backend, compared) as calls, _autocast(model, dtype):
+    with _quiet(model), recorded(backend, compared) as calls, _autocast(model, dtype):
         logits = _logits(_call(model, doc_start, kv_end, input_ids=torch.stack([tokens, changed])))
-    _check_calls(model, calls)
+    check_calls(model, calls, vars(model)[ATTACHMENT].layers)
     change = (logits[1] - logits[0]).abs().amax(-1).cpu()  # [T]
     threshold = max(2 * torch.finfo(dtype).eps, 1e-5) * float(logits.abs().max())
     sees = torch.from_numpy(masks.dense(doc_start, kv_end))[:, place]
@@ -252,10 +288,8 @@ def _row_error(here: Tensor, there: Tensor) -> float:
 
 def _attached_part(model: nn.Module) -> PreTrainedModel:
     """The attached model inside its wrappers."""
-    names = {backend.name for backend in BACKENDS.values()}
     for module in model.modules():
-        attached = isinstance(module, PreTrainedModel) and module.config._attn_implementation in names
-        if attached and module._forward_pre_hooks:
+        if ATTACHMENT in vars(module):
             return cast(PreTrainedModel, module)
     raise UsageError(f"{type(model).__name__} has no attached model inside. Call ismdata.attach before training")
 
@@ -283,42 +317,6 @@ def _reference(device: torch.device, doc_start: IntArray, kv_end: IntArray) -> A
         return output.transpose(1, 2).contiguous(), None
 
     return attention
-
-
-@contextmanager
-def _recorded(backend: Backend, attention: Attention | None = None) -> Iterator[list[tuple[nn.Module, int | None]]]:
-    """List the backend's calls as (module, sliding window). `attention`, if given, replaces its function meanwhile."""
-    calls: list[tuple[nn.Module, int | None]] = []
-    function = attention or backend.attention
-
-    def recording(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        calls.append((module, kwargs.get("sliding_window")))
-        return function(module, *args, **kwargs)
-
-    AttentionInterface.register(backend.name, recording)
-    try:
-        yield calls
-    finally:
-        AttentionInterface.register(backend.name, backend.attention)
-
-
-def _check_calls(model: PreTrainedModel, calls: list[tuple[nn.Module, int | None]]) -> None:
-    """Raise unless each layer called the attention function once, and each sliding layer passed its window."""
-    config = model.config.get_text_config()
-    times = Counter(id(module) for module, _ in calls)
-    if len(times) != config.num_hidden_layers or set(times.values()) != {1}:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {config.num_hidden_layers} layers, and {len(times)} called the attention "
-            f"function, {len(calls)} times in all; expected each layer once. Some of its layers do not use the mask. "
-            "Use another model"
-        )
-    sliding = (getattr(config, "layer_types", None) or []).count("sliding_attention")
-    passed = sum(window is not None for _, window in calls)
-    if sliding > passed:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {sliding} sliding layers, of which {passed} pass their window to the "
-            "attention function; the others would see too much. Use another model"
-        )
 
 
 def _rows(backend: Backend) -> int:

@@ -13,9 +13,15 @@ from ismdata.errors import UnsupportedModelError
 #: Kinds of layers in which each row sees one interval of keys.
 _INTERVAL_LAYERS = {"full_attention", "sliding_attention"}
 
+_OWN_CHOICE = "which choose or merge keys by scores of their own, whatever the mask says"
+
 #: Why layers of another kind cannot follow the mask, by a word in the kind's name.
 _OTHER_LAYERS = {
+    "indexed": _OWN_CHOICE,
+    "sparse": _OWN_CHOICE,
+    "compressed": _OWN_CHOICE,
     "chunked": "whose chunks count from the start of the row and split documents and context blocks",
+    "hybrid": "which compute a convolution or a state beside their attention: it mixes documents and only looks back",
     "conv": "whose convolution mixes documents and only looks back",
 }
 _RECURRENT = "which carry a state from token to token: it mixes documents and cannot look ahead in a context block"

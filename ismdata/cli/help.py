@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -152,17 +153,18 @@ def _value_name(taken: Any) -> tuple[str, tuple[str, ...]]:
 # ---- errors of the call ----
 
 
-def call_error(error: Any, command: str) -> str:
+def call_error(error: Any, words: Sequence[str]) -> str:
     """Say what is wrong with a call, in place of Typer's own message.
 
     Args:
         error: What Typer raised: an exception with `format_message` and, mostly, `ctx`.
-        command: The command of the call, for an error without `ctx`.
+        words: The call, without the program's name.
 
     Returns:
         One line: what was found, what was expected, and what to type next.
     """
     context = getattr(error, "ctx", None)
+    command = words[0] if words and not words[0].startswith("-") else ""
     path = f"ismdata {command}".strip() if context is None else context.command_path
     more = f"`{path} --help` shows what it takes"
     if hasattr(error, "possibilities"):
@@ -172,7 +174,7 @@ def call_error(error: Any, command: str) -> str:
         return f"{path} lacks {_name(parameter)}: {_first_sentence(parameter.help)} {more}"
     message = error.format_message().replace("Value error, ", "")
     if parameter is not None:
-        return f"{path}: {_bad_value(_name(parameter), message)} {more}"
+        return f"{path}: {_bad_value(parameter, message, words)} {more}"
     if found := re.match(r"No such command '(.*?)'\.", message):
         return f"{path} has no command {found[1]!r}.{_command_meant(found[1], context)} {more}"
     if found := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message, re.DOTALL):
@@ -189,14 +191,17 @@ def _name(parameter: Any) -> str:
     return str(parameter.metavar or parameter.name) if parameter.param_type_name == "argument" else parameter.opts[0]
 
 
-def _bad_value(name: str, message: str) -> str:
+def _bad_value(parameter: Any, message: str, words: Sequence[str]) -> str:
     """What is wrong with the value of an option or argument."""
+    name = _name(parameter)
     quoted = re.findall(r"'([^']*)'", message.partition(":")[2])
     if " is not one of " in message and quoted:
         return f"{name} is {quoted[0]!r}; expected one of {', '.join(quoted[1:])}.{did_you_mean(quoted[0], quoted[1:])}"
     for kind, expected in (("integer", "a whole number"), ("number", "a number"), ("float", "a number")):
         if f"valid {kind}" in message:
-            return f"{name} is {quoted[0]!r}; expected {expected}." if quoted else f"{name}: expected {expected}."
+            given = [after for word, after in itertools.pairwise(words) if word in parameter.opts]
+            given += [word.partition("=")[2] for word in words if word.partition("=")[0] in parameter.opts]
+            return f"{name} is {given[0]!r}; expected {expected}." if given else f"{name}: expected {expected}."
     return f"{name}: {message.partition(': ')[2].rstrip('.')}."
 
 

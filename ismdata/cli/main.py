@@ -202,9 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        words = sys.argv[1:] if arguments is None else arguments
-        command = words[0] if words and not words[0].startswith("-") else ""
-        note_once(f"error: {call_error(error, command)}")
+        note_once(f"error: {call_error(error, sys.argv[1:] if arguments is None else arguments)}")
         code = getattr(error, "exit_code", 2)
     sys.exit(code if isinstance(code, int) else 0)
 

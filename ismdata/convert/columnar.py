@@ -18,8 +18,8 @@ from ismdata.convert.canonical import JOINED_ROLES, Rules
 from ismdata.convert.corpus_format import Columns
 from ismdata.convert.training_flags import is_flag
 
-#: All characters that `str.strip` removes, so that "blank" means the same on both paths.
-WHITESPACE = "".join(filter(str.isspace, map(chr, range(0x110000))))
+#: All characters that `str.strip` removes, so that "blank" means the same on both paths. The last one is U+3000.
+WHITESPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
 def assemble(

@@ -21,6 +21,7 @@ from ismdata.convert.answer_labels import may_be_labelled
 from ismdata.convert.canonical import MEDIA_FIELDS, meta_json
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list
 from ismdata.convert.corpus_format import Block, Columns, take_id
+from ismdata.convert.formats.fields import SYSTEM_LIKE
 from ismdata.convert.sources.blocks import TableBlock, plain_value
 from ismdata.errors import Refused
 
@@ -71,7 +72,7 @@ def record_info(fields: dict[str, Any], unused: Collection[str]) -> RecordInfo |
     for name in unused:
         if fields.pop(name, None) not in (None, "", []):
             return None
-    if any(fields.get(name) for name in MEDIA_FIELDS) or may_be_labelled(fields):
+    if any(fields.get(name) for name in MEDIA_FIELDS) or may_be_labelled(fields) or not SYSTEM_LIKE.isdisjoint(fields):
         return None
     own = take_id(fields)
     try:

@@ -33,3 +33,4 @@ from .shards import PackedShards as PackedShards
 from .shards import packed_schema as packed_schema
 from .verification import VerifyReport as VerifyReport
 from .verification import verify as verify
+from .wrong_folder import next_step as next_step

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from ismdata.data.wrong_folder import next_step
 from ismdata.errors import DataError
 
 INDEX_NAME = "index.json"
@@ -155,19 +156,27 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         DataError: If the index is absent, broken, changed, or of another format.
     """
     path = folder / INDEX_NAME
-    command = "ismdata convert" if expected_format.startswith("ismdata.conversations") else "ismdata pack"
+    packed = not expected_format.startswith("ismdata.conversations")
+    command = "ismdata pack" if packed else "ismdata convert"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise DataError(f"{folder}: found {found}; expected a folder that `{command}` wrote")
+        raise DataError(
+            f"{folder}: found {found}; expected a folder that `{command}` wrote.{next_step(folder, packed=packed)}"
+        )
     if not path.is_file():
-        raise DataError(f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote")
+        raise DataError(
+            f"{folder}: no {INDEX_NAME}; expected a folder that `{command}` wrote.{next_step(folder, packed=packed)}"
+        )
     index = load_index(folder)
     found_format = index.get("format")
     if found_format == SPLIT_FORMAT and isinstance(index.get("parts"), dict):
         parts = " or ".join(str(folder / str(part)) for part in index["parts"])
         raise DataError(f"{folder}: holds the parts of a split; expected one folder of conversations. Name {parts}")
     if found_format != expected_format:
-        raise DataError(f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes")
+        raise DataError(
+            f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes."
+            f"{next_step(folder, packed=packed)}"
+        )
     fault = next(layout_faults(index, _NEEDED[expected_format.partition("/")[0]]), None)
     if fault is not None:
         raise DataError(f"{path}: {fault}. Make the folder again with `{command}`")

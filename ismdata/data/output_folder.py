@@ -159,8 +159,13 @@ def check_output(final: Path, *, overwrite: bool, marker: str, inputs: Sequence[
     Raises:
         UsageError: If it may not.
     """
+    if any("\ud800" <= character <= "\udfff" for character in str(final)):
+        raise UsageError(f"{final}: is not UTF-8; expected a name that Arrow can open. Name another output")
     if final.exists() and not final.is_dir():
         raise UsageError(f"{final}: is a file; expected a folder to write into. Name another output")
+    for source in inputs:
+        if (Path(source) / "index.json").is_file() and Path(source).resolve() in final.resolve().parents:
+            raise UsageError(f"{final}: lies inside the input {source}, which has an index of its files. Name another")
     if not final.exists() or not any(final.iterdir()):
         if final.exists() and (final.is_symlink() or Path.cwd().is_relative_to(final.resolve())):
             raise UsageError(

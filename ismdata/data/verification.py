@@ -27,6 +27,7 @@ from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, layout_fault
 from ismdata.data.invariants import ROW_TOTALS, RowFormat, Rows, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
+from ismdata.data.wrong_folder import next_step
 from ismdata.errors import DataError, shown
 from ismdata.masks import BLOCK_SIZE
 
@@ -79,7 +80,10 @@ def verify(folder: str | Path) -> VerifyReport:
     folder = Path(folder)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise DataError(f"{folder}: found {found}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
+        raise DataError(
+            f"{folder}: found {found}; expected a folder that `ismdata convert` or `ismdata pack` wrote."
+            f"{next_step(folder, packed=False)}"
+        )
     problems = Problems()
     index = _load_index(folder, problems)
     format_ = index.get("format")

@@ -11,11 +11,11 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,12 @@ from ismdata.pack.planning.plan import plan
 from ismdata.pack.report import PackReport, conversation_counts, packed_index
 from ismdata.pack.shard_writer import SHARD_TOKENS, write_shards
 from ismdata.pack.tokenize import sampled_texts, tokenize
-from ismdata.rendering import Encoding, cautions, load_encoding, shapes_in
+from ismdata.rendering import Encoding, cautions, load_pretrained, probe_encoding, shapes_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ismdata.rendering import SavedTokenizer
 
 
 def pack(
@@ -78,7 +83,9 @@ def pack(
         # Read while the tokenizer is loaded.
         sample = reading.submit(sampled_texts, sources if options.tokenizer_backend != "hf" else [])
         shapes = reading.submit(_first_shapes, sources)
-        encoding = _load_encoding(options)
+        tokenizer = load_pretrained(options.tokenizer)
+        wait((sample, shapes))  # a template runs under a limit of memory, which is the whole process's
+        encoding = _probe_encoding(tokenizer, options)
         for note in (*encoding.notes, *cautions(encoding, shapes.result())):
             reporter.note(note)
         run = _run(sources, encoding, options)
@@ -131,10 +138,11 @@ def check_distinct(converted: Sequence[Path]) -> None:
         seen.add(Path(folder).resolve())
 
 
-def _load_encoding(options: PackOptions) -> Encoding:
-    """The tokenizer and its template, in the layout of the options."""
-    encoding = load_encoding(
-        options.tokenizer,
+def _probe_encoding(tokenizer: PreTrainedTokenizerFast | SavedTokenizer, options: PackOptions) -> Encoding:
+    """The tokenizer with its template, in the layout of the options."""
+    encoding = probe_encoding(
+        tokenizer,
+        name=options.tokenizer,
         chat_template=options.chat_template,
         history=options.history,
         arguments=options.template_arguments,

@@ -34,6 +34,8 @@ from ismdata.rendering import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from ismdata.rendering import SavedTokenizer
+
 #: Conversations to compare in the first batch, and in each later batch.
 SAMPLE = 32
 LATER_SAMPLE = 1
@@ -254,7 +256,7 @@ def _compare_with_tokenizer(encoding: Encoding, documents: Sequence[_Rendering])
             raise DataError(_difference(encoding, found, expected, document.place))
 
 
-def _encode_natively(pretrained: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+def _encode_natively(pretrained: PreTrainedTokenizerFast | SavedTokenizer, texts: list[str]) -> list[list[int]]:
     """What the tokenizer itself makes of texts, control tokens parsed."""
     if not texts:
         return []

@@ -23,6 +23,7 @@ from .refusals import CannotRender as CannotRender
 from .refusals import TooManyMessages as TooManyMessages
 from .renderer import Chunk as Chunk
 from .renderer import Renderer as Renderer
+from .saved_tokenizer import SavedTokenizer as SavedTokenizer
 from .sensitivity import Sensitivity as Sensitivity
 from .skeleton import NotDecomposable as NotDecomposable
 from .skeleton import SkeletonBuilder as SkeletonBuilder

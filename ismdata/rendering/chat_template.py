@@ -1,7 +1,7 @@
 """A chat template: it is rendered with a fixed date, and gets messages in the form that it reads.
 
-transformers renders it, in its own sandbox, so a template means here what it means everywhere. A template is also a
-program that someone else wrote: its time, its memory and the text that it writes are limited.
+It runs in the environment that transformers gives templates, so it means here what it means everywhere. A template is
+also a program that someone else wrote: its time, its memory and the text that it writes are limited.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from jinja2 import TemplateSyntaxError, nodes
 from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ismdata.errors import DataError, UsageError
+from ismdata.rendering import template_environment
 from ismdata.rendering.refusals import TemplateRefused
 from ismdata.rendering.sandbox import limited
 
@@ -89,14 +89,16 @@ class ChatTemplate:
             self.typed_content,
             self.text_arguments,
         ]
-        parts.append(self.date.isoformat() if "date_string" in self.source else None)
+        # A format that is no constant is not replaced in the source.
+        dated = "date_string" in self.source or "strftime_now(" in self.dated_source.replace("strftime_now is", "")
+        parts.append(self.date.isoformat() if dated else None)
         if self.call_content != "as_is":
             parts.append(self.call_content)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
     def dated_source(self) -> str:
-        """The source, with every `strftime_now("...")` replaced by the fixed date in that format."""
+        """The source, with every constant `strftime_now("...")` replaced by the fixed date in that format."""
 
         def fixed(match: re.Match[str]) -> str:
             return json.dumps(self.date.strftime(match["format"]))
@@ -132,20 +134,19 @@ class ChatTemplate:
             TemplateRefused: If the template raises an exception.
             DataError: If the rendering exceeds the limits of time, memory or text.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         context: dict[str, Any] = dict(self.special_tokens) | dict(self.arguments)
         if "date_string" in self.source:
             context.setdefault("date_string", self.date.strftime("%d %b %Y"))
         shaped = [self._shaped(message) for message in messages]
         try:
-            rendered: Any = limited(
-                lambda: render_jinja_template(
-                    [shaped],
+            text = limited(
+                lambda: template_environment.render(
+                    self.dated_source,
+                    shaped,
                     tools=tools,
-                    chat_template=self.dated_source,
                     add_generation_prompt=generation_prompt,
-                    **context,
+                    context=context,
+                    today=self.date,
                 ),
                 seconds=_SECONDS + _SECONDS_PER_MESSAGE * len(shaped),
                 memory=_MEMORY,
@@ -159,8 +160,6 @@ class ChatTemplate:
             line = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
             quoted = str(error)[:_QUOTED]
             raise TemplateRefused(f"{type(error).__name__}{line}: {quoted}".removesuffix(": ")) from error
-        texts, _ = rendered
-        text = str(texts[0])
         if len(text) > _CHARACTERS and len(text) > _most_characters(messages, tools):
             raise self._too_much(messages, f"wrote {len(text):,} characters")
         return text
@@ -181,10 +180,9 @@ class ChatTemplate:
 
 
 def parsed(source: str) -> nodes.Template | None:
-    """The syntax tree of a template; None if it cannot be parsed without transformers' own extensions."""
-    without_generation = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)
+    """The syntax tree of a template; None if it is not Jinja."""
     try:
-        return ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(without_generation)
+        return template_environment.template_environment().parse(source)
     except TemplateError:
         return None
 
@@ -215,7 +213,7 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls} if calls else message
 
 
-#: Names that transformers' rendering passes to a template itself.
+#: Names that `apply_chat_template` of transformers passes to a template itself.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt"}
     | {"continue_final_message", "return_assistant_tokens_mask"}

@@ -19,6 +19,7 @@ from ismdata.rendering.control_tokens import Escapes
 from ismdata.rendering.glm_tokens import GlmTokens, choose_tokens
 from ismdata.rendering.pieces import Piece, compile_chunks
 from ismdata.rendering.renderer import Chunk, Renderer
+from ismdata.rendering.saved_tokenizer import SavedTokenizer
 from ismdata.rendering.sensitivity import Sensitivity, find_sensitivity
 from ismdata.rendering.template_probe import TemplateProfile, probe_template
 from ismdata.rendering.tokenizer import Tokenizer, load_pretrained
@@ -169,7 +170,7 @@ def load_encoding(tokenizer: str, **template: Unpack[TemplateKeywords]) -> Encod
 
 
 def probe_encoding(
-    pretrained: PreTrainedTokenizerFast,
+    pretrained: PreTrainedTokenizerFast | SavedTokenizer,
     *,
     name: str,
     chat_template: str | None = None,
@@ -204,11 +205,6 @@ def probe_encoding(
         arguments=dict(arguments or {}),
         date=date,
     )
-    if "strftime_now(" in template.dated_source.replace("strftime_now is", ""):
-        raise DataError(
-            f"chat template {template_name}: calls strftime_now with a format that is not a plain string, "
-            "so its date cannot be fixed. Replace that call in a copy and pass it with --chat-template FILE"
-        )
     if template_name in BUILT_IN:
         _check_vocabulary(loaded, source, template_name)
     template, found = probe_template(template, loaded.markers)

@@ -106,12 +106,17 @@ def _with_watchdog(call: Callable[[], T], seconds: float) -> T:
         timer.cancel()
 
 
+#: Bytes of address space that other threads may add meanwhile: pyarrow's allocator reserves 1 GiB at a time. The limit
+#: is the whole process's, so without this margin another thread could fail to open a file.
+_OTHER_THREADS = 2 << 30
+
+
 def _with_memory_limit(call: Callable[[], T], memory: int) -> T:
-    """Call with RLIMIT_AS `memory` bytes above the process's address space."""
+    """Call with RLIMIT_AS `memory` bytes, and a margin, above the process's address space."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _address_space() + memory
+    limit = _address_space() + memory + _OTHER_THREADS
     if any(set_ != resource.RLIM_INFINITY and set_ <= limit for set_ in (soft, hard)):
         return call()  # a stricter limit is in force
     try:

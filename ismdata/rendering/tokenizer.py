@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ismdata.errors import DataError
 from ismdata.rendering.control_tokens import AddedToken, ControlTokens, control_tokens, with_markers
 from ismdata.rendering.hub import check_tokenizer_name
+from ismdata.rendering.saved_tokenizer import SavedTokenizer, read_saved
 from ismdata.rendering.tokenizer_backends import Reference
 
 if TYPE_CHECKING:
@@ -28,31 +29,26 @@ if TYPE_CHECKING:
 _CONTROL_RANGES = 3
 
 
-def load_pretrained(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer with transformers.
+def load_pretrained(name: str) -> PreTrainedTokenizerFast | SavedTokenizer:
+    """Load a tokenizer.
 
     Args:
         name: A local folder, a GGUF file or a hub name.
 
     Returns:
-        A fast tokenizer.
+        A fast tokenizer of transformers, or one that `tokenizers` alone could read.
 
     Raises:
         DataError: If there is none, or it cannot be loaded.
     """
     path = Path(name)
     try:
-        if _is_plain_folder(path):
-            # AutoTokenizer would use the same class, but it imports torch.
-            from transformers import PreTrainedTokenizerFast
-
-            return cast("PreTrainedTokenizerFast", PreTrainedTokenizerFast.from_pretrained(name))
-        from transformers import AutoTokenizer
-
+        if (saved := read_saved(path)) is not None:
+            return saved
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise DataError(f"{name}: no such file; expected a GGUF file with its own tokenizer")
-            loaded = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            loaded = _auto(str(path.parent), gguf_file=path.name)
         elif path.is_file():
             raise DataError(f"{name}: is a file; expected a folder with tokenizer.json, a .gguf file or a hub name")
         elif not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
@@ -64,7 +60,7 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
             )
         else:
             local = check_tokenizer_name(name)
-            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+            loaded = _auto(name, local_files_only=local)
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
     except DataError:
@@ -80,23 +76,14 @@ def load_pretrained(name: str) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", loaded)
 
 
-def _is_plain_folder(path: Path) -> bool:
-    """Whether a folder has a saved tokenizer of the general class, and no model, which could require another class.
+def _auto(name: str, **options: Any) -> Any:
+    """Load a tokenizer with transformers. Importing its class takes a second: torch comes with it."""
+    from transformers import AutoTokenizer
 
-    Raises OSError, ValueError if a file cannot be read.
-    """
-    settings = path / "tokenizer_config.json"
-    if not settings.is_file() or not (path / "tokenizer.json").is_file() or (path / "config.json").exists():
-        return False
-    found = json.loads(settings.read_text(encoding="utf-8"))
-    return (
-        isinstance(found, dict)
-        and found.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        and "auto_map" not in found
-    )
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
-def added_tokens(pretrained: PreTrainedTokenizerFast) -> list[AddedToken]:
+def added_tokens(pretrained: PreTrainedTokenizerFast | SavedTokenizer) -> list[AddedToken]:
     """The added tokens of a tokenizer, with their flags."""
     return [
         AddedToken(text=token.content, id=id, special=token.special, lstrip=token.lstrip, rstrip=token.rstrip)
@@ -205,7 +192,7 @@ class Tokenizer:
         DataError: If the tokenizer has neither a pad nor an eos token.
     """
 
-    def __init__(self, pretrained: PreTrainedTokenizerFast, *, name: str, template: str) -> None:
+    def __init__(self, pretrained: PreTrainedTokenizerFast | SavedTokenizer, *, name: str, template: str) -> None:
         self.pretrained = pretrained
         self.name = name
         self.controls = ControlTokens(control_tokens(added_tokens(pretrained), template))

@@ -7,6 +7,7 @@ import sys
 
 import yaml
 
+import ismdata
 from tests.support.paths import ROOT
 
 if sys.version_info >= (3, 11):
@@ -18,9 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
-def test_the_citation_has_the_version() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == ismdata.__version__ == PROJECT["version"]
 
 
 def test_hooks_use_the_pinned_versions() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
 
 from ismdata.attention import canary
 from ismdata.attention.attachment import attach
@@ -103,7 +104,8 @@ def test_it_detects_a_layer_that_calls_twice_or_never():
     check_training(model)
     model.again = True
     with pytest.raises(
-        UnsupportedModelError, match="has 2 layers, and 2 called the attention function, 4 times in all"
+        UnsupportedModelError,
+        match="has 2 layers, and 2 called the attention function, 4 times in all; expected 2 times",
     ):
         check_training(model)
     model.again = False
@@ -118,6 +120,20 @@ def test_it_detects_a_layer_that_does_not_pass_its_window(monkeypatch):
         layer.self_attn.sliding_window = None
     with pytest.raises(UnsupportedModelError, match="has 1 sliding layers, of which 0 pass"):
         check_training(model)
+
+
+def test_attach_refuses_a_layer_that_passes_an_unknown_option(monkeypatch):
+    """Whatever it means, and whether or not it changes anything yet."""
+    stock = modeling_llama.LlamaAttention.forward
+
+    def with_option(self, *args, **kwargs):
+        return stock(self, *args, **kwargs, relative_bias=torch.zeros(1))
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", with_option)
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention passes relative_bias to its attention function"):
+        attach(tiny_model())
+    monkeypatch.undo()
+    attach(tiny_model())
 
 
 def test_it_detects_a_model_that_mixes_tokens():

@@ -9,11 +9,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BambaConfig,
     BartConfig,
     BloomConfig,
+    DeepseekV32Config,
+    DogeConfig,
     DynamicCache,
     FalconH1Config,
     GptOssConfig,
@@ -22,11 +25,13 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     Qwen3NextConfig,
+    RobertaConfig,
     RwkvConfig,
     T5Config,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ismdata.attention.attachment import attach
+from ismdata.attention.attachment import attach, detach
 from ismdata.attention.backends.registry import BACKENDS
 from ismdata.attention.supported_models import check_parallelism
 from ismdata.data.collate import Collator
@@ -166,7 +171,6 @@ def test_a_cache_with_windows_gives_the_full_forward(name, backend):
 @pytest.mark.slow
 def test_soft_caps_with_flex_only():
     model = decoder("gemma2")
-    model.set_attn_implementation("eager")  # transformers up to 5.20 chose sdpa, which has no soft caps
     batch = batch_of()
     batch.pop("labels")
     expected = stock_forward(model, batch)[1]
@@ -180,6 +184,22 @@ def test_soft_caps_with_flex_only():
     attach(model, backend="flex")
     cached = feed(model, tokens, DynamicCache(config=model.config), bidirectional=True)
     torch.testing.assert_close(cached, expected[0, 14], rtol=0, atol=1e-5)
+
+
+def test_soft_caps_under_a_stock_attention_without_them(monkeypatch):
+    """transformers up to 5.20 runs Gemma 2 under sdpa, which ignores soft caps: `attach` compares with eager."""
+
+    def without_caps(*args, softcap=None, **options):
+        return sdpa_attention_forward(*args, **options)
+
+    AttentionInterface.register("no_caps", without_caps)
+    model = decoder("gemma2")
+    model.set_attn_implementation("no_caps")
+    attach(model, backend="flex")
+    detach(model)
+    assert model.config._attn_implementation == "no_caps"
+    with pytest.raises(UnsupportedModelError, match=r"softcap \(soft-capped.*Use the backend flex"):
+        attach(model, backend="sdpa")
 
 
 MIXED = ["linear_attention", "full_attention"]
@@ -203,7 +223,7 @@ UNSUPPORTED = {
         lambda: FalconH1Config(
             **SIZES, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_d_ssm=32, mamba_n_groups=1
         ),
-        "which carry a state|would ignore the mask",
+        "which compute a convolution or a state beside their attention|would ignore the mask",
     ),
     "mamba alone": (
         lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
@@ -224,6 +244,18 @@ UNSUPPORTED = {
     "sinks": (
         lambda: GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2),
         r"requires s_aux \(attention sinks\)",
+    ),
+    "keys chosen by scores": (
+        lambda: DeepseekV32Config(**SIZES | {"num_key_value_heads": 4}, n_routed_experts=2, n_group=1, topk_group=1),
+        "layers of kind indexed_attention, which choose or merge keys by scores of their own",
+    ),
+    "a mask of its own, which begins as zeros": (
+        lambda: DogeConfig(**SIZES),
+        "DogeAttention gives its attention a mask or a bias of its own",
+    ),
+    "positions from the padding token on": (
+        lambda: RobertaConfig(**SIZES, is_decoder=True, type_vocab_size=1),
+        "other logits with position_ids 0, 1, 2 … than without",
     ),
     "an attention of its own": (
         lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),

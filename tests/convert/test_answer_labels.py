@@ -105,3 +105,17 @@ def test_labels_of_single_messages():
         "messages", {"messages": [*chat((U, "q")), answers[0], *chat((U, "q")), answers[1]]}
     )
     assert [one["train"] for one in conversation["messages"]] == [None, False, None, True]
+
+
+@pytest.mark.parametrize(("flag", "trained"), [
+    ({"train": "false"}, False), ({"train": "0"}, False), ({"loss": 0.0}, False), ({"loss_mask": "1.0"}, True),
+    ({"training": "True"}, True), ({"mask": True}, False), ({"masked": "0"}, True), ({"is_good": "0"}, False),
+])  # fmt: skip
+def test_flags_as_text_and_numbers(flag, trained):
+    (conversation,) = conversations("messages", {"messages": [{"role": A, "content": "a", **flag}]})
+    assert conversation["messages"][0]["train"] is trained
+
+
+@pytest.mark.parametrize("flag", [{"mask": "1"}, {"mask": 0}, {"train": "maybe"}, {"is_bad": True, "train": True}])
+def test_unclear_flags_are_refused(flag):
+    assert refusal("messages", {"messages": [{"role": A, "content": "a", **flag}]})[0] == "invalid_field"

@@ -99,7 +99,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch, bytes_tokenizer: Path) -> None:
     monkeypatch.setattr(ismdata.pack.shard_writer, "BATCH_TOKENS", 4 * SEQ_LEN)
     record_always(monkeypatch)
     loaded = load_encoding(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack.pipeline, "load_encoding", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.pack.pipeline, "load_pretrained", lambda name: loaded.tokenizer.pretrained)
+    monkeypatch.setattr(ismdata.pack.pipeline, "load_pretrained", lambda name: loaded.tokenizer.pretrained)
+    monkeypatch.setattr(ismdata.pack.pipeline, "probe_encoding", lambda *arguments, **options: loaded)
 
 
 def packed(converted: Path, output: Path, **options: Any) -> PackReport:

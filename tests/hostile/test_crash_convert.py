@@ -185,7 +185,7 @@ def test_a_source_and_a_tokenizer_that_changed(
             packed(converted, output)
         write_corpus(tmp_path / "chats.jsonl", 30)
         convert([str(tmp_path / "chats.jsonl")], converted, overwrite=True)
-        loaded = ismdata.pack.pipeline.load_encoding("bytes")
+        loaded = ismdata.pack.pipeline.probe_encoding(ismdata.pack.pipeline.load_pretrained("bytes"), name="bytes")
         with monkeypatch.context() as patch:
             patch.setitem(loaded.tokenizer.__dict__, "sha256", "another")
             with pytest.raises(UsageError, match=r"the tokenizer is .*another.* and was "):

@@ -67,7 +67,8 @@ def packed(
 ) -> Callable[..., tuple[PackReport, list[str]]]:
     """Pack the corpus, in several batches; the report and the notes."""
     loaded = load_encoding(str(bytes_tokenizer))
-    monkeypatch.setattr(ismdata.pack.pipeline, "load_encoding", lambda *arguments, **options: loaded)
+    monkeypatch.setattr(ismdata.pack.pipeline, "load_pretrained", lambda name: loaded.tokenizer.pretrained)
+    monkeypatch.setattr(ismdata.pack.pipeline, "probe_encoding", lambda *arguments, **options: loaded)
     monkeypatch.setattr(ismdata.data.conversations, "_BATCH_CONVERSATIONS", 40)
 
     def run(name: str = "packed", **options: Any) -> tuple[PackReport, list[str]]:

@@ -82,6 +82,11 @@ def _pairs(talk: Talk) -> bool:
     return bool(rest) and _alternates(rest) and len(rest) % 2 == 0 and (rest is talk or bool(system))
 
 
+def _full_pairs(talk: Talk) -> bool:
+    """`_pairs` without empty questions, which are no messages."""
+    return _pairs(talk) and not any(role == U and not text.strip() for role, text in talk)
+
+
 def _as_lines(talk: Talk) -> bool:
     """No text holds what ends lines, cells or utterances."""
     return _alternates(talk) and not any(re.search(r"[\n\t]|__eou__", text) for _, text in talk)
@@ -418,9 +423,9 @@ FORMATS: dict[str, Format] = {
         ),
         Format(name="question_lists", write=_questions, holds=_pairs, layouts=_MORE),
         Format(name="convai", write=_convai, holds=_pairs, layouts=_MORE),
-        Format(name="alpaca", write=_alpaca, holds=_pairs, layouts=_MORE),
+        Format(name="alpaca", write=_alpaca, holds=_full_pairs, layouts=_MORE),
         Format(name="moss", write=_moss, holds=_as_channels, layouts=_JSON, strips=True),
-        Format(name="pairs", write=_pairs_of, holds=_pairs, layouts=_MORE),
+        Format(name="pairs", write=_pairs_of, holds=_full_pairs, layouts=_MORE),
         Format(
             name="dailydialog",
             write=lambda talk, name: ["".join(f"{text} __eou__ " for _, text in talk)],
@@ -442,6 +447,15 @@ FORMATS: dict[str, Format] = {
             layouts=(*_JSON, "parquet", "csv", "tsv", "semicolons"),
         ),
         Format(
+            name="threads",
+            write=lambda talk, name: [
+                {"id": row["message_id"], "parent_id": row["parent_id"], "role": row["role"], "text": row["text"]}
+                for row in _tree_rows(talk, name)
+            ],
+            holds=_without_system,
+            layouts=(*_JSON, "parquet"),
+        ),
+        Format(
             name="separated",
             write=lambda talk, name: [
                 {"id": name, "dialogue": "|EOM|".join(f"{'Ann' if role == U else 'Bo'}: {text}" for role, text in talk)}
@@ -450,7 +464,7 @@ FORMATS: dict[str, Format] = {
             layouts=(*_MORE, "csv", "tsv"),
             strips=True,
         ),
-        Format(name="prompt_completion", write=_prompt_completion, holds=_pairs, layouts=_MORE),
+        Format(name="prompt_completion", write=_prompt_completion, holds=_full_pairs, layouts=_MORE),
         Format(name="personachat", write=_personachat, holds=_as_numbered_lines, layouts=_TEXT, strips=True),
         Format(
             name="tsv_pairs",

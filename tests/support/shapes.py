@@ -213,5 +213,5 @@ RECORDS: list[tuple[str, Any, list[tuple[str, Any]], tuple[str, ...]]] = [
 #: The formats that RECORDS covers; test_properties.py reads any JSON value with each.
 COVERED_FORMATS = (
     "preference", "kto", "utterances", "moss", "pairs", "dailydialog", "lists", "separated", "prompt_completion",
-    "personachat", "tsv_pairs", "gemini", "claude_export", "chatgpt_export", "question_lists", "convai",
+    "personachat", "tsv_pairs", "threads", "gemini", "claude_export", "chatgpt_export", "question_lists", "convai",
 )  # fmt: skip

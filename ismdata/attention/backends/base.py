@@ -35,6 +35,8 @@ class Intervals:
         block_table: int16[B, Q / 128, 4] as `masks.block_table` returns it, if the batch has it.
         keys: K.
         fills_cache: Whether the call fills or continues a cache (a prefill, a decoded token), and so trains nothing.
+        logits_to_keep: The call's own, of which the model keeps the last rows. Layers that share keys with earlier ones
+            may then compute these rows only (Gemma 4).
         tables: The tensors of the batch that the backend names in `Backend.tables`.
     """
 
@@ -43,6 +45,7 @@ class Intervals:
     block_table: Tensor | None = None
     keys: int
     fills_cache: bool = False
+    logits_to_keep: int = 0
     tables: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -170,7 +173,7 @@ class Backend:
             query: [B, H, Q, D].
             key: [B, G, K, D].
             value: [B, G, K, D of values].
-            attention_mask: Always None, since no mask function is registered for a backend.
+            attention_mask: None, since no mask function is registered for a backend; else the layer's own mask or bias.
             options: `interval_mask`, `scaling`, `dropout`, `sliding_window`, `softcap`, and others.
 
         Returns:
@@ -190,6 +193,11 @@ class Backend:
             window=options.get("sliding_window"),
             softcap=options.get("softcap"),
         )
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} gives its attention a mask or a bias of its own, which the backend would "
+                "ignore. Use another model"
+            )
         _check_options(module, options, soft_caps=self.soft_caps)
         _check_shape(call)
         return self.compute(call), None
@@ -223,7 +231,8 @@ def _check_shape(call: LayerCall) -> None:
     """
     intervals, rows, keys = call.intervals, call.query.shape[-2], call.key.shape[-2]
     kept = intervals.keys if call.window is None else min(intervals.keys, call.window - 1 + intervals.rows)
-    if rows == intervals.rows and kept <= keys <= intervals.keys:
+    whole = rows == intervals.rows or (intervals.fills_cache and rows == intervals.logits_to_keep)
+    if whole and kept <= keys <= intervals.keys:
         return
     dropped = call.window is None and keys < intervals.keys and rows == intervals.rows
     advice = (

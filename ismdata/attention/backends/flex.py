@@ -29,7 +29,7 @@ from ismdata.attention.backends.base import (
     check_dropout,
     same_dtype,
 )
-from ismdata.attention.backends.sdpa import dense_attention, plain_attention, prepare_dense
+from ismdata.attention.backends.sdpa import dense_attention, dense_mask_of, plain_attention, prepare_dense
 from ismdata.errors import UnsupportedModelError, UsageError
 from ismdata.masks import BLOCK_SIZE
 
@@ -150,12 +150,12 @@ def flex_interval_attention(call: LayerCall) -> Tensor:
     if not one_pass and softcap is None:
         return dense_attention(call)
     query, key, value = same_dtype(call)
-    mask = call.mask.for_window(call.window)
     if one_pass:
+        mask = call.mask.for_window(call.window)
         attend = _ForwardOnly.apply if query.device.type == "cpu" else _flex
         output = attend(query, key, value, mask, call.scale, None if softcap is None else softcap_score_mod(softcap))
     else:
-        output = plain_attention(query, key, value, mask[..., -key.shape[-2] :], scale=call.scale, softcap=softcap)
+        output = plain_attention(query, key, value, dense_mask_of(call), scale=call.scale, softcap=softcap)
     return cast(Tensor, output).transpose(1, 2).contiguous()
 
 

@@ -36,10 +36,18 @@ def prepare_dense(intervals: Intervals) -> PerWindow[Tensor]:
     return PerWindow(intervals, dense_mask)
 
 
+def dense_mask_of(call: LayerCall) -> Tensor:
+    """The dense mask of a layer's rows and keys, bool[B, 1, rows, keys].
+
+    A sliding layer's cache has the last keys only, and a layer may compute the last rows only (`_check_shape`).
+    """
+    mask: Tensor = call.mask.for_window(call.window)
+    return mask[..., -call.query.shape[-2] :, -call.key.shape[-2] :]
+
+
 def dense_attention(call: LayerCall) -> Tensor:
     """A layer's attention by torch's scaled dot product attention, [B, Q, H, D of values]."""
-    # A sliding layer's cache has the last keys only, so the mask's last columns are its keys'.
-    mask = call.mask.for_window(call.window)[..., -call.key.shape[-2] :]
+    mask = dense_mask_of(call)
     output: Tensor
     output, _ = sdpa_attention_forward(
         call.module,

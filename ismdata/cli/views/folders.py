@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
 from ismdata.cli.views.quarantine import quarantine
-from ismdata.data import INDEX_NAME, ConvertedFolder, load_index, shards
+from ismdata.data import INDEX_NAME, ConvertedFolder, load_index, next_step, shards
 from ismdata.display import View, histogram_bars, numbers, share_bar, title
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
@@ -41,7 +41,10 @@ def summary(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.is_file():
         what = f"no {INDEX_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-        raise DataError(f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote")
+        raise DataError(
+            f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote."
+            f"{next_step(folder, packed=False)}"
+        )
     if load_index(folder).get("format") == conversation.FORMAT:
         return _converted_summary(folder)
     return _packed_summary(folder)

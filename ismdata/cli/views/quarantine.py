@@ -13,7 +13,7 @@ from ismdata import conversation
 
 if TYPE_CHECKING:
     pass
-from ismdata.display import heading, printable
+from ismdata.display import heading, one_line
 
 
 def quarantine(facts: dict[str, Any]) -> list[RenderableType]:
@@ -28,5 +28,5 @@ def quarantine(facts: dict[str, Any]) -> list[RenderableType]:
     for reason, count in sorted(facts["quarantined"].items(), key=lambda item: -item[1]):
         table.add_row(reason, f"{count:,}", conversation.REASONS.get(reason, ""))
         if first := facts["first_refusals"].get(reason):
-            table.add_row("", "", Text(printable(f"{first['source']}: {first['detail']}"), "dim"))
+            table.add_row("", "", Text(one_line(f"{first['source']}: {first['detail']}"), "dim"))
     return [heading("quarantine", f"{refused:,} of {facts['read']:,} read"), Padding(table, (0, 0, 0, 2))]

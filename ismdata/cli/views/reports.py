@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ismdata.pack import PackReport
     from ismdata.train import TrainReport
 from ismdata.cli.views.quarantine import quarantine
-from ismdata.display import View, heading, numbers, printable, title
+from ismdata.display import View, heading, numbers, one_line, title
 
 #: Sources and files that are listed; of further ones only the number is shown.
 _LISTED_SOURCES, _LISTED_FILES = 12, 8
@@ -34,13 +34,15 @@ def verify_report(report: VerifyReport) -> View:
     }
     if report.ok:
         counts = " · ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in report.counts.items())
-        return View(facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {report.folder}: {counts}"))
+        return View(
+            facts=facts, drawing=Text.assemble(("✓ sound", "bold green"), f"  {one_line(str(report.folder))}: {counts}")
+        )
     number = len(report.problems)
     head = Text.assemble(
-        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {report.folder}"
+        ("✗ ", "bold red"), (f"{number} problem{'s' * (number > 1)}", "bold red"), f" in {one_line(str(report.folder))}"
     )
     # Do not wrap: a path is only useful in one piece.
-    problems = [Text(f"  {printable(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
+    problems = [Text(f"  {one_line(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
     return View(facts=facts, drawing=Group(head, *problems))
 
 

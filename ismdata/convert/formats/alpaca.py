@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from ismdata.arrays import offsets_of
 from ismdata.convert.columnar import WHITESPACE, any_per_record, as_bools, flat_list, has_text
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.fields import missing_field, take_text
+from ismdata.convert.formats.fields import missing_field, only_answer, take_text, take_thoughts
+from ismdata.convert.formats.pairs import exchange_message, later_exchanges, take_system
 from ismdata.convert.formats.speakers import to_messages
 from ismdata.errors import Refused, shown
 
@@ -46,15 +47,20 @@ class Alpaca(CorpusFormat):
         for name in ("instruction", "output"):
             if name not in fields:
                 raise missing_field(fields, f"{name!r}, as in {self.expects}")
-        texts = {name: take_text(fields, name) for name in _TEXTS}
-        messages: list[dict[str, Any]] = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+        later = later_exchanges(fields, ("instruction", "output"))
+        fields["output"] = only_answer(fields["output"], "output")
+        texts = {name: take_text(fields, name) for name in _TEXTS if name != "system"}
+        messages = take_system(fields)
         for pair in _history_pairs(fields.pop("history", None)):
-            messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        parts = [text for text in (texts["instruction"], texts["input"]) if text]
-        prompt = "\n".join(parts) if parts else texts["instruction"]
+            messages += [*exchange_message(pair[0], "user"), {"role": "assistant", "content": pair[1]}]
+        prompt = _prompt(texts["instruction"], texts["input"])
         earlier = split_prompt(prompt) if isinstance(prompt, str) else []
         messages += to_messages(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
-        messages.append({"role": "assistant", "content": texts["output"]})
+        messages.append({"role": "assistant", "content": texts["output"], "reasoning_content": take_thoughts(fields)})
+        for names in later:
+            given = take_text(fields, names[0].replace("instruction", "input"))
+            question, answer = (take_text(fields, name) for name in names)
+            messages += exchange_message(_prompt(question, given), "user") + exchange_message(answer, "assistant")
         tools = fields.pop("tools", None)
         return [Draft(messages=messages, id=take_id(fields), tools=tools, extra=fields)]
 
@@ -64,7 +70,9 @@ class Alpaca(CorpusFormat):
             return None
         pair_offsets, pairs = flat_list(table["history"])
         sizes, earlier = flat_list(pa.chunked_array([pairs]))
-        bad_pair = (np.diff(sizes) != 2) | any_per_record(as_bools(earlier.is_null()), sizes)
+        # An empty side of an earlier exchange is no message.
+        blank = pc.or_kleene(earlier.is_null(), pc.equal(pc.utf8_ltrim(earlier, WHITESPACE), ""))
+        bad_pair = (np.diff(sizes) != 2) | any_per_record(as_bools(blank), sizes)
         instruction, given, output = (table[name].combine_chunks() for name in ("instruction", "input", "output"))
         fallback = has_text(table["tools"]) | any_per_record(bad_pair, pair_offsets)
         fallback |= ~has_text(table["instruction"]) | as_bools(output.is_null())
@@ -101,6 +109,11 @@ class Alpaca(CorpusFormat):
         )
 
 
+def _prompt(instruction: str | None, given: str | None) -> str | None:
+    """The user's message: an instruction, and its input on the next line."""
+    return "\n".join(text for text in (instruction, given) if text) or instruction
+
+
 def split_prompt(prompt: str) -> list[tuple[str, str]]:
     """The turns of a prompt that is a dialogue ending in "Assistant:", as in BELLE; an empty list for other prompts.
 
@@ -122,7 +135,11 @@ def _history_pairs(history: Any) -> list[Any]:
     if not isinstance(history, list):
         raise Refused("invalid_field", f"history is {kind_of(history)}; expected a list of [user, assistant] pairs")
     for number, pair in enumerate(history, 1):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(text is None or isinstance(text, str) for text in pair)
+        ):
             found = f"history pair {number} is {shown(pair)}"
             raise Refused("invalid_field", f"{found}; expected [user, assistant], two strings")
     return history

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ismdata.choices import Paths
 from ismdata.convert.corpus_format import Block, Draft, Place, fields_of, kind_of
 from ismdata.convert.formats.fields import missing_field
 from ismdata.convert.formats.speakers import SpeakerFormat, to_messages
+from ismdata.convert.formats.threads import is_chain, thread_drafts
 from ismdata.convert.sources.grouping import group_by_key, sort_rows
 from ismdata.errors import Refused, shown
 
 #: The usual column names, in lower case and without anything but letters; the first one present is read.
-_DIALOGUES = ("dialogueid", "dialogid", "conversationid", "convid", "conversationno", "sessionid", "threadid")
+_DIALOGUES = (
+    "dialogueid", "dialogid", "conversationid", "convid", "conversationno", "sessionid", "threadid", "thread",
+    "session", "conv", "chatid", "talkid", "conversationuuid", "sessionuuid", "threaduuid", "root", "rootid",
+)  # fmt: skip
 _ORDERS = ("transcriptindex", "utteranceid", "utteranceidx", "turnid", "turnidx", "turn", "order", "index", "position")
-_SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername", "caller")
+_SPEAKERS = ("role", "speaker", "author", "from", "sender", "speakeridx", "speakerid", "speakername", "caller", "user")
 _TEXTS = ("utterance", "text", "content", "message")
 
 #: The columns of EmpatheticDialogues, whose texts spell the comma as `_comma_`.
@@ -36,7 +41,9 @@ class RowColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class DialogueRows(SpeakerFormat):
-    """A record is the list of the rows of one dialogue."""
+    """A record is the list of the rows of one dialogue. If they name their parents, it may have branches."""
+
+    tree: Paths = "all"
 
     @property
     def expects(self) -> str:
@@ -56,6 +63,9 @@ class DialogueRows(SpeakerFormat):
         rows = rows_of(record)
         columns = _required_columns(rows[0])
         rows = sort_rows(rows, columns.order)
+        if not is_chain(rows):
+            meta = other_cells(rows, {columns.order, columns.speaker, columns.text})[0]
+            return thread_drafts(rows, (columns.speaker, columns.text), self, self.tree, meta)
         speakers = [speaker_name(row.get(columns.speaker), number) for number, row in enumerate(rows, 1)]
         extra, ignored = other_cells(rows, {columns.dialogue, columns.order, columns.speaker, columns.text})
         texts = [row.get(columns.text) for row in rows]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ismdata.convert.corpus_format import kind_of
@@ -29,6 +30,86 @@ def take_text(fields: dict[str, Any], name: str) -> str | None:
     if text is not None and not isinstance(text, str):
         raise Refused("invalid_field", f"{name} is {kind_of(text)}; expected a string")
     return text
+
+
+#: Fields whose text is the system prompt of a record.
+SYSTEMS = ("system", "system_prompt")
+#: Other names of them. Their values are the system prompt only if they are text.
+MORE_SYSTEMS = (
+    "system prompt", "system_message", "system message", "systemPrompt", "systemMessage", "system_msg", "sys_prompt",
+    "sys", "System", "System Prompt", "System_Prompt",
+)  # fmt: skip
+#: A field that is the system prompt if it tells the assistant who it is, rather than who the user is.
+_PERSONA = "persona"
+_ADDRESSED = re.compile(
+    r"\s*(you\b|act as\b|be |play |pretend\b|your (name|role|task)\b|as an? (ai|assistant)\b)", re.IGNORECASE
+)
+#: Fields that can be a system prompt, which the fast path leaves to the general one.
+SYSTEM_LIKE = frozenset({*MORE_SYSTEMS, _PERSONA, "instruction"})
+#: Fields beside which an `instruction` is the question of an exchange.
+_ANSWERS = ("output", "response", "answer", "completion", "input", "target")
+
+
+def take_instruction(fields: dict[str, Any], texts: Collection[Any]) -> list[str]:
+    """Remove the `instruction` of a whole conversation, whose messages have these texts, and return it in a list."""
+    found = fields.get("instruction")
+    if not isinstance(found, str) or not found.strip() or any(fields.get(name) for name in _ANSWERS):
+        return []
+    if any(isinstance(text, str) and found.strip() in text for text in texts):
+        return []  # a copy of the question
+    return [fields.pop("instruction")]
+
+
+def take_more_systems(fields: dict[str, Any], known: Collection[str] = ()) -> list[str]:
+    """Remove system prompts under less usual names from a record's fields, and return those that are not `known`."""
+    found = [name for name in MORE_SYSTEMS if isinstance(fields.get(name), str)]
+    persona = fields.get(_PERSONA)
+    if not known and not found and isinstance(persona, str) and _ADDRESSED.match(persona):
+        found.append(_PERSONA)
+    texts = dict.fromkeys(fields.pop(name) for name in found)
+    return [text for text in texts if text.strip() and text not in known]
+
+
+def take_system_prompts(fields: dict[str, Any], known: Collection[str] = ()) -> list[str]:
+    """Remove and return system prompts of a transcript that are not `known`. Its `system` may name a speaker."""
+    names = [name for name in ("system_prompt", *MORE_SYSTEMS) if name.lower() not in ("system", "sys")]
+    texts = dict.fromkeys(fields.pop(name) for name in names if isinstance(fields.get(name), str))
+    return [text for text in texts if text.strip() and text not in known]
+
+
+#: Fields whose text is what an answer was thought out with.
+_THOUGHTS = frozenset(
+    {"reasoning_content", "reasoning", "thinking", "thinking_content", "cot", "chain_of_thought", "complex_cot"}
+)
+#: Values of such fields that are settings.
+_SETTINGS = frozenset(
+    {
+        "",
+        "on",
+        "off",
+        "yes",
+        "no",
+        "true",
+        "false",
+        "none",
+        "null",
+        "auto",
+        "low",
+        "medium",
+        "high",
+        "minimal",
+        "0",
+        "1",
+    }
+)
+
+
+def take_thoughts(fields: dict[str, Any]) -> str | None:
+    """Remove the reasoning of a record's only answer from its fields and return it, None if there is none."""
+    for name, value in fields.items():
+        if name.lower() in _THOUGHTS and isinstance(value, str) and value.strip().lower() not in _SETTINGS:
+            return str(fields.pop(name))
+    return None
 
 
 def is_columns(value: Any) -> bool:
@@ -73,3 +154,21 @@ def path_to(nodes: Mapping[str, Any], current: Any, parent: str) -> list[dict[st
         path.append(node)
         current = node.get(parent)
     return path[::-1]
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of strings, and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def only_answer(value: Any, name: str) -> Any:
+    """The answer in a list of one text; any other value unchanged. Raises Refused for several answers."""
+    if not is_texts(value):
+        return value
+    if len(value) > 1:
+        raise Refused(
+            "invalid_field",
+            f"{name} is a list of {len(value)} texts, several answers to one question; expected one. Choose one, "
+            "or write a record for each",
+        )
+    return value[0]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list
 from ismdata.convert.corpus_format import ID_FIELDS, Block, Columns, Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.fields import missing_field
+from ismdata.convert.formats.fields import is_texts, missing_field, take_system_prompts
 from ismdata.convert.formats.speakers import SpeakerFormat, alternating_role_column, alternating_roles, to_messages
 from ismdata.errors import Refused
 
@@ -26,6 +28,28 @@ _SPEAKERS = ("speakers", "speaker")
 _BOT_OPENS = frozenset({"bot_id", "user_id"})
 #: Fields in which benchmarks hold only one side of a dialogue: the questions or the answers.
 _ONE_SIDED = ("turns", "choices")
+#: A name before a text. Such a name has no punctuation that ends a sentence, and no URL follows.
+_MARK = r"^\s*[^\s:：][^:：\n.?!,;]{0,39}[:：]"
+_NAMED = re.compile(r"\s*([^\s:：.?!,;\d][^:：\n.?!,;]{0,39})[:：](?!//)\s*(.*?)\s*", re.DOTALL)
+#: What stands before a colon in a text, and is no name.
+_NO_NAMES = frozenset(
+    {
+        "note",
+        "warning",
+        "tip",
+        "hint",
+        "example",
+        "ps",
+        "fyi",
+        "re",
+        "http",
+        "https",
+        "important",
+        "update",
+        "edit",
+        "step",
+    }
+)
 _SCHEMA = pa.schema([("messages", pa.list_(pa.string()))])
 
 
@@ -60,9 +84,15 @@ class Lists(SpeakerFormat):
             if not isinstance(text, str):
                 raise Refused("invalid_content", f"message {number} is {kind_of(text)}; expected a string")
         own_id = take_id(fields)
+        system = [{"role": "system", "content": text} for text in take_system_prompts(fields)]
+        named = None
+        if name != "turns" and not any(is_texts(fields.get(one)) for one in _SPEAKERS):
+            named = split_names(listed, self.roles)
+        sides = self._roles_in(fields, name, len(listed)) if named is None else self.roles_of([one for one, _ in named])
+        texts = listed if named is None else [text for _, text in named]
         return [
-            Draft(messages=to_messages(roles, listed), id=own_id, extra=fields, id_suffix=part)
-            for part, roles in self._roles_in(fields, name, len(listed))
+            Draft(messages=system + to_messages(roles, texts), id=own_id, extra=fields, id_suffix=part)
+            for part, roles in sides
         ]
 
     def _roles_in(self, fields: dict[str, Any], name: str, count: int) -> Sequence[tuple[str, Sequence[str]]]:
@@ -84,8 +114,33 @@ class Lists(SpeakerFormat):
             return None
         offsets, contents = flat_list(table["messages"])
         fallback = (np.diff(offsets) == 0) | any_per_record(as_bools(contents.is_null()), offsets)
+        fallback |= any_per_record(as_bools(pc.fill_null(pc.match_substring_regex(contents, _MARK), False)), offsets)
         roles = alternating_role_column(offsets, self.assistant)
         return Columns(ids=None, offsets=offsets, roles=roles, contents=contents, fallback=fallback)
+
+
+def split_names(texts: Sequence[str], roles: Mapping[str, str]) -> list[tuple[str, str]] | None:
+    """The speaker and the text of each utterance if all begin with names, as in "Ann: Hi"; None if they do not.
+
+    Raises Refused if only some of them begin with a user's and an assistant's name.
+
+    >>> split_names(["Ann: Hi", "Bo: Hi: you"], {}), split_names(["Note: Hi", "Ann: Hi"], {})
+    ([('Ann', 'Hi'), ('Bo', 'Hi: you')], None)
+    """
+    found = [_NAMED.fullmatch(text) for text in texts]
+    turns = [(match[1].strip(), match[2]) for match in found if match is not None]
+    names = dict.fromkeys(name.lower() for name, _ in turns)
+    known = {roles[name] for name in names if name in roles}
+    if len(turns) == len(texts):
+        sounds = all(name in roles or (name not in _NO_NAMES and len(name.split()) < 4) for name in names)
+        return turns if sounds and (known or len(names) == 2 or 2 < len(names) < len(texts)) else None
+    if {"user", "assistant"} <= known:
+        number = found.index(None) + 1
+        raise Refused(
+            "missing_role",
+            f"message {number} has no speaker before it, as in 'user: …', and others have; expected one in all",
+        )
+    return None
 
 
 def _find_list(fields: Any) -> tuple[str, Any]:

@@ -24,8 +24,15 @@ from ismdata.convert.columnar_extras import (
 )
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, openai_tools, split_blocks, system_blocks
-from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns
+from ismdata.convert.formats.fields import (
+    is_columns,
+    missing_field,
+    rows_of_columns,
+    take_instruction,
+    take_more_systems,
+)
 from ismdata.convert.formats.speakers import alternating_role_column, alternating_roles, with_roles
+from ismdata.convert.formats.threads import check_one_path, is_place
 from ismdata.convert.json_values import parse_record_json
 from ismdata.convert.sources.blocks import TableBlock
 from ismdata.convert.training_flags import TRAINING_FLAGS
@@ -123,10 +130,10 @@ class MessageLists(CorpusFormat):
         if name is None:
             raise missing_field(fields, repr(self.messages))
         ignored: list[str] = []
+        listed = _message_list(_parsed(fields.pop(name)), name)
+        check_one_path(listed)
         messages = [
-            one
-            for number, message in enumerate(_message_list(_parsed(fields.pop(name)), name), 1)
-            for one in self._converted(message, number, name, ignored)
+            one for number, message in enumerate(listed, 1) for one in self._converted(message, number, name, ignored)
         ]
         system = self._take_system(fields, messages)
         tools = None
@@ -153,7 +160,14 @@ class MessageLists(CorpusFormat):
             message = {"role": "system", "content": value}
             if value and messages and not (_is_system(messages[0]) and messages[0].get("content") == value):
                 found += split_blocks(message, value) if has_blocks(value) else [message]
-        return found
+        if not messages:
+            return found
+        first = [messages[0].get("content")] if _is_system(messages[0]) else []
+        known = [*first, *(message["content"] for message in found)]
+        texts = take_more_systems(fields, known)
+        if not known and not texts:
+            texts = take_instruction(fields, [message.get("content") for message in messages])
+        return found + [{"role": "system", "content": text} for text in texts]
 
     def _converted(self, message: Any, number: int, name: str, ignored: list[str]) -> list[dict[str, Any]]:
         """A message under canonical field names; several messages if it has blocks with tool results.
@@ -210,7 +224,7 @@ class MessageLists(CorpusFormat):
                 for field, value in message.items():
                     if value is None or field == self.content or field == self.role:
                         continue
-                    if self._canonical_name(field) is not None:
+                    if self._canonical_name(field) is not None or is_place(field):
                         return None
                     ignored.append(f"{name}[].{field}")
         info = record_info({one: value for one, value in record.items() if one != name}, (*self.systems, *_TOOLS))
@@ -238,7 +252,7 @@ class MessageLists(CorpusFormat):
     def _columns_of_wide_table(self, block: TableBlock) -> Columns | None:
         """The columns of a table with columns beside its messages; None if the messages are no plain lists."""
         names = [name for name in (self.messages, *self.also) if name in block.rows.column_names]
-        significant = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"})}
+        significant = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"}), *_places(block, names)}
         parts = (
             split_table(block, names[0], known=self._fast_fields, significant=significant) if len(names) == 1 else None
         )
@@ -281,6 +295,18 @@ class MessageLists(CorpusFormat):
             optional=optional,
             fallback=fallback,
         )
+
+
+def _places(block: TableBlock, names: Sequence[str]) -> list[str]:
+    """The fields of messages in these columns of a table that say to which message or thread they belong."""
+    kinds = [getattr(block.rows.schema.field(name).type, "value_type", None) for name in names]
+    return [
+        field.name
+        for kind in kinds
+        if kind is not None and pa.types.is_struct(kind)
+        for field in kind
+        if is_place(field.name)
+    ]
 
 
 def _is_system(message: Mapping[str, Any]) -> bool:

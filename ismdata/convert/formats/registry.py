@@ -25,6 +25,7 @@ from ismdata.convert.formats.preference import KTO, PREFERENCE
 from ismdata.convert.formats.prompt_completion import PROMPT_COMPLETION
 from ismdata.convert.formats.question_lists import QUESTION_LISTS
 from ismdata.convert.formats.separated import SEPARATED
+from ismdata.convert.formats.threads import THREADS
 from ismdata.convert.formats.trees import NESTED_TREES, TREE_ROWS
 from ismdata.convert.formats.tsv_pairs import TSV_PAIRS
 from ismdata.convert.formats.utterances import UTTERANCES
@@ -67,6 +68,8 @@ FORMATS: dict[str, CorpusFormat] = {
     "kdconv": KDCONV,
     "lists": LISTS,
     "dialogue_rows": DIALOGUE_ROWS,
+    # After `dialogue_rows`: beside the id of a dialogue, parents only say where it has branches.
+    "threads": THREADS,
     "separated": SEPARATED,
     # Last, because records of other formats can contain such single texts too.
     "prompt_completion": PROMPT_COMPLETION,

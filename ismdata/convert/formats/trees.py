@@ -9,7 +9,7 @@ export" files that OpenAssistant publishes.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,13 +54,13 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TreeFormat(CorpusFormat):
+class TreeFormat(CorpusFormat):
     """`roles` maps names in lower case to roles; `tree` says which paths are read."""
 
     roles: Mapping[str, str] = field(default_factory=lambda: dict(ROLE_NAMES))
     tree: Paths = "all"
 
-    def _drafts(self, roots: Sequence[Node], meta: dict[str, Any]) -> list[Draft]:
+    def tree_drafts(self, roots: Sequence[Node], meta: dict[str, Any]) -> list[Draft]:
         """One draft per path of a tree. Raises Refused if its root is removed."""
         rules = Rules(roles=self.roles)
         ignored: list[str] = []
@@ -98,7 +98,7 @@ class _TreeFormat(CorpusFormat):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreeRows(_TreeFormat):
+class TreeRows(TreeFormat):
     """A record is the list of the rows of one tree; a row is a message with the id of its parent."""
 
     @property
@@ -115,6 +115,11 @@ class TreeRows(_TreeFormat):
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         rows = [fields_of(row) for row in (record if isinstance(record, list) else [record])]
+        first = rows[0] if rows else {}
+        return self.row_drafts(rows, {name: first.get(name) for name in _META})
+
+    def row_drafts(self, rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> list[Draft]:
+        """One draft per path of a tree, given its rows. Raises Refused."""
         nodes = {_message_id(row): Node(fields=row) for row in rows}
         roots = []
         for row in rows:
@@ -125,12 +130,11 @@ class TreeRows(_TreeFormat):
                 nodes[parent].replies.append(node)
             else:
                 raise _missing_parent(parent)
-        first = rows[0] if rows else {}
-        return self._drafts(roots, {name: first.get(name) for name in _META})
+        return self.tree_drafts(roots, meta)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NestedTrees(_TreeFormat):
+class NestedTrees(TreeFormat):
     """A record is a tree: its `prompt` is a message that contains its `replies`."""
 
     @property
@@ -154,11 +158,24 @@ class NestedTrees(_TreeFormat):
             # A reply that is no object becomes a message without a role: only the paths through it are refused.
             node.replies = [Node(fields=reply if isinstance(reply, dict) else {}) for reply in replies or ()]
             waiting += node.replies
-        return self._drafts([root], {name: fields.get(name, root.fields.get(name)) for name in _META})
+        return self.tree_drafts([root], {name: fields.get(name, root.fields.get(name)) for name in _META})
 
 
-def split_connected(group: Group) -> Iterator[Group]:
+def _links_of(fields: Mapping[str, Any]) -> tuple[Hashable, Hashable]:
+    return _message_id(fields), _id(fields.get("parent_id"))
+
+
+def split_connected(
+    group: Group,
+    links: Callable[[Mapping[str, Any]], tuple[Hashable, Hashable]] = _links_of,
+    *,
+    columns: Collection[str] | None = _LINKS,
+    by_root: bool = False,
+) -> Iterator[Group]:
     """The rows of a tree that connect to its root, as one group, then a refused group for each other part.
+
+    `links` returns the id of a row and that of its parent, from the fields `columns` (None: all). `by_root` makes a
+    group of the rows below each root.
 
     Parts that do not connect are those with a missing parent, those whose messages are each other's ancestors, and
     rows that repeat the id of an earlier row.
@@ -172,14 +189,13 @@ def split_connected(group: Group) -> Iterator[Group]:
     narrow: dict[int, Block] = {}
     for row, (block, number) in enumerate(group.rows):
         if id(block) not in narrow:
-            narrow[id(block)] = select_columns(block, _LINKS)
-        fields = narrow[id(block)].record(number)
-        own = _message_id(fields)
-        parents.append(_id(fields.get("parent_id")))
+            narrow[id(block)] = block if columns is None else select_columns(block, columns)
+        own, parent = links(narrow[id(block)].record(number))
+        parents.append(parent)
         if own in at:
             earlier_block, earlier = group.rows[at[own]]
             place = earlier_block.numbers[earlier]
-            repeated[row] = f"found message {_name_of(fields)} again, first at {place}; expected each id once"
+            repeated[row] = f"found message {shown(own)} again, first at {place}; expected each id once"
         else:
             at[own] = row
     replies: dict[int, list[int]] = {}
@@ -199,7 +215,9 @@ def split_connected(group: Group) -> Iterator[Group]:
         return sorted(taken)
 
     roots = [row for row, parent in enumerate(parents) if parent is None]
-    whole = [row for root in roots if root in unseen for row in take_below(root)]
+    wholes = [take_below(root) for root in roots if root in unseen]
+    if not by_root:
+        wholes = [[row for rows in wholes for row in rows]]
     parts = []
     for row, parent in enumerate(parents):
         if row in unseen and parent not in at:
@@ -215,7 +233,7 @@ def split_connected(group: Group) -> Iterator[Group]:
         detail = "the message is its own ancestor; expected parents that lead to a message without a parent"
         parts.append((take_below(row), detail))
     parts += [([row], detail) for row, detail in repeated.items()]
-    if whole:
+    for whole in filter(None, wholes):
         yield Group(rows=[group.rows[row] for row in sorted(whole)])
     for rows, detail in sorted(parts):
         yield Group(rows=[group.rows[row] for row in rows], refusal=Refused("broken_tree", detail))

@@ -8,9 +8,10 @@ from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.corpus_format import Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns
+from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns, take_system_prompts
 from ismdata.convert.formats.messages import OPENAI, SIDES
 from ismdata.convert.formats.speakers import SpeakerFormat, alternating_roles, to_messages
+from ismdata.convert.formats.threads import check_one_path
 from ismdata.errors import Refused, shown
 
 #: The field in which a record holds its utterances; the first one present is read.
@@ -82,6 +83,7 @@ class Utterances(SpeakerFormat):
         for number, utterance in enumerate(listed, 1):
             if not isinstance(utterance, dict):
                 raise Refused("not_an_object", f"utterance {number} is {kind_of(utterance)}; expected an object")
+        check_one_path(listed)
         contents = [_text(utterance.get(names.text), names) for utterance in listed]
         used = {names.speaker, names.text}
         ignored += [
@@ -92,7 +94,8 @@ class Utterances(SpeakerFormat):
         ]
         own_id = take_id(fields)
         context = fields.get("context") if (names.utterances, names.speaker) == _PALM else None
-        system = [{"role": "system", "content": fields.pop("context")}] if isinstance(context, str) and context else []
+        systems = [fields.pop("context")] if isinstance(context, str) and context else []
+        system = [{"role": "system", "content": text} for text in (*systems, *take_system_prompts(fields, systems))]
         if names.speaker is None:
             sides = alternating_roles(len(listed), self.assistant)
         else:

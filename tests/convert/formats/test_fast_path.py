@@ -54,7 +54,8 @@ def message(role_name, content_name):
             "name": often(text), "train": often(st.booleans()), "weight": often(st.sampled_from([0, 0.5, -1, 1e300])),
             "tool_calls": st.none(), "function_call": st.none(), "tool_call_id": st.none(), "attrs": st.none(),
             "toxic": odd, "language": often(text), "thinking": st.sampled_from([None, "", "t"]),
-            "text": st.sampled_from([None, "", "t"]),
+            "text": st.sampled_from([None, "", "t"]), "parentId": st.sampled_from([None, "p", 1]), "id": odd,
+            "is_bad": st.sampled_from([None, True, "0"]),
         },
     )  # fmt: skip
     return often(fields)
@@ -69,6 +70,9 @@ def listed(name, items):
         "uuid": odd,
         "functions": st.sampled_from([None, "", [], 0]),
     }
+    extras |= {"label": st.sampled_from([None, "", False, 1, "bad", "news"]), "rejected": st.sampled_from([None, "x"])}
+    extras |= {"sys": st.sampled_from([None, "", "s", 3]), "persona": st.sampled_from(["You are s", "she"])}
+    extras |= {"instruction": st.sampled_from([None, "", "Hello", "s"]), "score": st.floats()}
     extras |= {"system_prompt": st.sampled_from([None, "", "s", 0, []]), "images": st.sampled_from([None, [], ["x"]])}
     return st.fixed_dictionaries({name: often(st.lists(items, max_size=4))}, optional=extras)
 
@@ -80,7 +84,7 @@ RECORDS = {
     "messages": listed("messages", message("role", "content")),
     "sharegpt": listed("conversations", message("from", "value")),
     "kdconv": listed("messages", message(None, "message")),
-    "lists": st.lists(often(text), max_size=4),
+    "lists": st.lists(often(st.one_of(text, st.sampled_from(["user: a", "bot: b", "Ann: c", "http://d"]))), max_size=4),
     "alpaca": st.fixed_dictionaries(
         {"instruction": often(text), "output": often(text)},
         optional={
@@ -175,7 +179,7 @@ def test_rows_and_lines_stay_together_when_values_and_lines_do_not():
     assert read_block(SourceBlock(block, PLACE, FORMATS["messages"]), RULES).rows.num_rows == 0
 
 
-@pytest.mark.parametrize("pair", [["q"], ["q", "a", "x"], [], ["q", None], None])
+@pytest.mark.parametrize("pair", [["q"], ["q", "a", "x"], [], ["q", None, "a"], None])
 def test_a_ragged_history_does_not_shift_its_neighbours(pair):
     records = [{"instruction": f"q{n}", "output": "a", "history": [["h", "b"]] * n} for n in range(3)]
     records.insert(1, {"instruction": "bad", "output": "a", "history": [["h", "b"], pair]})
@@ -183,6 +187,13 @@ def test_a_ragged_history_does_not_shift_its_neighbours(pair):
     compare(block, "alpaca")
     refused = read_block(SourceBlock(block, PLACE, FORMATS["alpaca"]), RULES).quarantined
     assert [entry.source for entry in refused] == ["corpus.jsonl:2"]
+
+
+@pytest.mark.parametrize("pair", [["q", None], ["q", ""], [" ", "a"], [None, "a"], ["", ""]])
+def test_an_empty_side_of_a_history_does_not_shift_its_neighbours(pair):
+    records = [{"instruction": f"q{n}", "output": "a", "history": [["h", "b"], pair] * (n % 2)} for n in range(4)]
+    block, _ = line_block("\n".join(map(json.dumps, records)).encode(), 1)
+    compare(block, "alpaca")
 
 
 def test_a_sound_block_takes_the_fast_path():

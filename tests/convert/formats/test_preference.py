@@ -10,7 +10,7 @@ from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.corpus_format import Choices, with_choices
 from ismdata.convert.formats.registry import FORMATS
 from tests.support.records import conversations, read, refusal
-from tests.support.shapes import BATTLE, A, Q, U
+from tests.support.shapes import BATTLE, A, Q, U, chat
 
 
 def test_a_side_must_be_asked_for():
@@ -44,3 +44,17 @@ def test_a_battle_that_no_one_won_has_no_better_side():
     reason, detail = refusal("preference", {**BATTLE, "winner": "tie"}, preference="chosen")
     assert reason == "no_preference" and "'tie'" in detail
     assert read("preference", {**BATTLE, "winner": "model_b"}, preference="rejected") == [[(U, Q), (A, "No.")]]
+
+
+@pytest.mark.parametrize("worse", ["No.", chat((A, "No."))])
+def test_a_worse_last_answer_beside_messages(worse):
+    record = {"messages": chat((U, Q), (A, "Yes.")), "rejected_response": worse}
+    assert refusal("preference", record)[0] == "no_preference"
+    assert read("preference", record, preference="chosen") == [[(U, Q), (A, "Yes.")]]
+    assert read("preference", record, preference="rejected") == [[(U, Q), (A, "No.")]]
+
+
+def test_worse_messages_beside_messages():
+    record = {"messages": chat((U, Q), (A, "Yes.")), "rejected_messages": chat((U, Q), (A, "No."))}
+    assert read("preference", record, preference="chosen") == [[(U, Q), (A, "Yes.")]]
+    assert read("preference", record, preference="rejected") == [[(U, Q), (A, "No.")]]
