@@ -69,7 +69,12 @@ def may_be_labelled(fields: Mapping[str, Any]) -> bool:
     >>> may_be_labelled({"prompt": "", "Is-Good": None}), may_be_labelled({"prompt": ""})
     (True, False)
     """
-    return any(_field(name) is not None for name in fields) or not _WORSE_ANSWERS.isdisjoint(fields)
+    return _may_be_labelled(tuple(fields))
+
+
+@lru_cache(maxsize=1024)
+def _may_be_labelled(names: tuple[Any, ...]) -> bool:
+    return any(_field(name) is not None for name in names) or not _WORSE_ANSWERS.isdisjoint(names)
 
 
 def labels_of(fields: Mapping[str, Any]) -> dict[str, bool]:

@@ -20,8 +20,7 @@ from ismdata.arrays import offsets_of
 from ismdata.convert.answer_labels import may_be_labelled
 from ismdata.convert.canonical import MEDIA_FIELDS, meta_json
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list
-from ismdata.convert.corpus_format import Block, Columns, take_id
-from ismdata.convert.formats.fields import SYSTEM_LIKE
+from ismdata.convert.corpus_format import SYSTEM_LIKE, Block, Columns, take_id
 from ismdata.convert.sources.blocks import TableBlock, plain_value
 from ismdata.errors import Refused
 

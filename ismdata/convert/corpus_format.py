@@ -23,6 +23,14 @@ from ismdata.errors import Refused
 #: Record fields that can hold an id; the first one present is used.
 ID_FIELDS = ("id", "conversation_id", "dialogue_id", "dialog_id", "uuid")
 
+#: Less usual names of record fields with the system prompt, if their values are text.
+MORE_SYSTEMS = (
+    "system prompt", "system_message", "system message", "systemPrompt", "systemMessage", "system_msg", "sys_prompt",
+    "sys", "System", "System Prompt", "System_Prompt",
+)  # fmt: skip
+#: Record fields that can be a system prompt: the fast path leaves records with them to the general one.
+SYSTEM_LIKE = frozenset({*MORE_SYSTEMS, "persona", "instruction"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:

@@ -103,6 +103,8 @@ def without_nan(value: Any, *, used: frozenset[str] = _USED) -> Any:
     >>> without_nan({"score": float("nan"), "n": [1.5]})
     {'score': None, 'n': [1.5]}
     """
+    if value is None or type(value) is str:  # most values
+        return value
     if isinstance(value, dict):
         return {name: inner if name in used else without_nan(inner, used=used) for name, inner in value.items()}
     if isinstance(value, list):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from ismdata.convert.corpus_format import kind_of
+from ismdata.convert.corpus_format import MORE_SYSTEMS, kind_of
 from ismdata.errors import Refused, shown
 
 
@@ -34,18 +34,10 @@ def take_text(fields: dict[str, Any], name: str) -> str | None:
 
 #: Fields whose text is the system prompt of a record.
 SYSTEMS = ("system", "system_prompt")
-#: Other names of them. Their values are the system prompt only if they are text.
-MORE_SYSTEMS = (
-    "system prompt", "system_message", "system message", "systemPrompt", "systemMessage", "system_msg", "sys_prompt",
-    "sys", "System", "System Prompt", "System_Prompt",
-)  # fmt: skip
-#: A field that is the system prompt if it tells the assistant who it is, rather than who the user is.
-_PERSONA = "persona"
+#: How a `persona` begins that tells the assistant who it is, rather than who the user is.
 _ADDRESSED = re.compile(
     r"\s*(you\b|act as\b|be |play |pretend\b|your (name|role|task)\b|as an? (ai|assistant)\b)", re.IGNORECASE
 )
-#: Fields that can be a system prompt, which the fast path leaves to the general one.
-SYSTEM_LIKE = frozenset({*MORE_SYSTEMS, _PERSONA, "instruction"})
 #: Fields beside which an `instruction` is the question of an exchange.
 _ANSWERS = ("output", "response", "answer", "completion", "input", "target")
 
@@ -63,9 +55,9 @@ def take_instruction(fields: dict[str, Any], texts: Collection[Any]) -> list[str
 def take_more_systems(fields: dict[str, Any], known: Collection[str] = ()) -> list[str]:
     """Remove system prompts under less usual names from a record's fields, and return those that are not `known`."""
     found = [name for name in MORE_SYSTEMS if isinstance(fields.get(name), str)]
-    persona = fields.get(_PERSONA)
+    persona = fields.get("persona")
     if not known and not found and isinstance(persona, str) and _ADDRESSED.match(persona):
-        found.append(_PERSONA)
+        found.append("persona")
     texts = dict.fromkeys(fields.pop(name) for name in found)
     return [text for text in texts if text.strip() and text not in known]
 

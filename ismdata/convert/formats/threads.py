@@ -58,6 +58,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.lower())
 
 
+@lru_cache(maxsize=4096)
 def is_place(name: str) -> bool:
     """Whether a field of a message says to which message or thread it belongs.
 

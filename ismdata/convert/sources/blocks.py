@@ -246,6 +246,9 @@ def _fit(values: pa.Array, wanted: pa.DataType) -> pa.Array | None:
     return None
 
 
+_SCALARS = frozenset({str, int, bool, float})
+
+
 def plain_value(value: Any) -> Any:
     """An Arrow value as records have it: maps as objects, dates as ISO text, NaN as `without_nan` does.
 
@@ -260,6 +263,8 @@ def json_value(value: Any) -> Any:
 
 
 def _converted(value: Any) -> Any:
+    if value is None or type(value) in _SCALARS:  # most values
+        return value
     if isinstance(value, dict):
         return {str(key): _converted(item) for key, item in value.items()}
     if isinstance(value, list):
