@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ismdata.cli.demo import texts, train_tokenizer
 from ismdata.convert.pipeline import convert
+from ismdata.data import ConvertedFolder
 from ismdata.data.shards import PackedShards
 from ismdata.pack.pipeline import pack
+from ismdata.rendering import train_tokenizer
 from ismdata.train.options import TrainOptions
 from ismdata.train.pipeline import train
 
@@ -59,7 +60,9 @@ def compare(folder: Path, *, turns: int, conversations: int, model: str) -> dict
     folder.mkdir()
     write_corpus(folder / "corpus.jsonl", turns=turns, conversations=conversations)
     convert([str(folder / "corpus.jsonl")], folder / "converted")
-    train_tokenizer(texts(folder / "converted"), vocab_size=600).save_pretrained(str(folder / "tokenizer"))
+    train_tokenizer(ConvertedFolder(folder / "converted").texts(), vocab_size=600).save_pretrained(
+        str(folder / "tokenizer")
+    )
     seen: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     sequences = []

@@ -43,8 +43,9 @@ from typing import Any
 from paper_report import COMPUTE, METHODS, Run, budgets, write_report
 
 from ismdata.attention.models.presets import PRESETS
-from ismdata.cli.demo import texts, train_tokenizer
+from ismdata.data import ConvertedFolder
 from ismdata.data.shards import PackedShards
+from ismdata.rendering import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,9 @@ class Experiment:
         folder = self.folder / "tokenizer"
         if not folder.exists():
             partial = folder.with_suffix(".partial")
-            train_tokenizer(texts(train), vocab_size=self.setting.vocabulary).save_pretrained(str(partial))
+            train_tokenizer(ConvertedFolder(train).texts(), vocab_size=self.setting.vocabulary).save_pretrained(
+                str(partial)
+            )
             partial.rename(folder)
         return (folder, "--chat-template", "chatml")
 

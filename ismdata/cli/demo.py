@@ -1,14 +1,13 @@
 """`ismdata demo`: convert, pack, verify, inspect, train and chat on the bundled sample. No network, no GPU.
 
-Each step prints the command that does the same. Only the tokenizer is made here: the sample has nine thousand tokens,
-for which a tokenizer of its own suffices, and none has to be downloaded.
+Each step prints the command that does the same. The sample has nine thousand tokens, for which a tokenizer of its own
+suffices; so none has to be downloaded.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +22,10 @@ from ismdata.data import ConvertedFolder, open_output, verify
 from ismdata.display import draw
 from ismdata.errors import DataError, UsageError
 from ismdata.pack import pack
-from ismdata.rendering import ConversationEncoder
+from ismdata.rendering import ConversationEncoder, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 #: The corpus that comes with the package; its README.md describes it.
 SAMPLE = Path(str(resources.files("ismdata") / "sample"))
@@ -45,8 +44,6 @@ QUESTIONS = {
     None: ("What is two plus two ?", "And four plus four ?"),
 }
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-
 
 def sample_files() -> list[Path]:
     """List the corpus files of the bundled sample, in order.
@@ -58,35 +55,6 @@ def sample_files() -> list[Path]:
     if not files:
         raise DataError(f"{SAMPLE}: no sample files; expected those of the package. Install ismdata again")
     return files
-
-
-def texts(converted: Path) -> Iterator[str]:
-    """Yield the text of each message of a converted folder."""
-    for batch in ConvertedFolder(converted).batches():
-        yield from batch.column("messages").flatten().field("content").drop_null().to_pylist()
-
-
-def train_tokenizer(corpus: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `corpus`, with the control tokens of ChatML. It can encode any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        extra_special_tokens=[TURN_START],
-    )
 
 
 def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False) -> None:
@@ -112,13 +80,16 @@ def run_demo(output: Path, *, steps: int = STEPS, overwrite: bool = False) -> No
     stage("Read the bundled sample, with its faulty records", "convert", *files, "-o", converted)
     stage.show(reports.convert_report(convert(files, converted, overwrite=overwrite)))
 
+    size = ("--vocab-size", VOCAB_SIZE)
+    stage("Train a tokenizer on it", "tokenizer", "train", converted, "-o", tokenizer, *size)
     with open_output(tokenizer, overwrite=overwrite, marker="tokenizer.json") as folder:
-        train_tokenizer(texts(converted)).save_pretrained(str(folder))
-    options = ("--tokenizer", tokenizer, "--chat-template", "chatml", "--seq-len", SEQ_LEN)
-    stage("Pack it, with a tokenizer trained on it", "pack", converted, "-o", packed, *options)
-    packing = pack(
-        [converted], packed, tokenizer=str(tokenizer), chat_template="chatml", seq_len=SEQ_LEN, overwrite=overwrite
-    )
+        trained = train_tokenizer(ConvertedFolder(converted).texts(), vocab_size=VOCAB_SIZE)
+        trained.save_pretrained(str(folder))
+    stage.show(reports.tokenizer_report(tokenizer, trained, wanted=VOCAB_SIZE, converted=[converted]))
+
+    options = ("--tokenizer", tokenizer, "--seq-len", SEQ_LEN)
+    stage("Pack it", "pack", converted, "-o", packed, *options)
+    packing = pack([converted], packed, tokenizer=str(tokenizer), seq_len=SEQ_LEN, overwrite=overwrite)
     stage.show(reports.pack_report(packing))
 
     stage("Check every row", "verify", packed)

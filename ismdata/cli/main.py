@@ -24,6 +24,7 @@ from ismdata.cli.help import MARKUP, Help, add_command, call_error, help_if_alon
 from ismdata.cli.inspect import inspect_command
 from ismdata.cli.pack import pack_command
 from ismdata.cli.template import template_command
+from ismdata.cli.tokenizer import tokenizer_app
 from ismdata.cli.train import train_command
 from ismdata.cli.verify import verify_command
 from ismdata.display import draw, make_tolerant
@@ -181,6 +182,7 @@ add_command(
     },
 )
 add_command(app, "demo", demo, examples=["ismdata demo", "ismdata demo -o trial --overwrite"])
+app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(bench_app, name="bench")
 
 

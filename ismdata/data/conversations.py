@@ -155,6 +155,13 @@ class ConvertedFolder:
                                 yield part
             before += file.rows
 
+    def texts(self) -> Iterator[str]:
+        """Yield what messages say: contents, reasoning, and tool calls as JSON. Raises DataError as `batches` does."""
+        for batch in self.batches():
+            messages = batch.column("messages").flatten()
+            for field in ("content", "reasoning_content", "tool_calls"):
+                yield from messages.field(field).drop_null().to_pylist()
+
     def first(self, count: int) -> pa.RecordBatch | None:
         """The first conversations, at most `count`, or None if there are none. Raises DataError."""
         for file in self.files:

@@ -41,6 +41,7 @@ from .tokenizer_backends import TokenizerEngine as TokenizerEngine
 from .tokenizer_backends import choose_backend as choose_backend
 from .tokenizer_backends import choose_sample as choose_sample
 from .tokenizer_backends import disagreement as disagreement
+from .tokenizer_training import train_tokenizer as train_tokenizer
 from .tracing import ANY_ANSWER as ANY_ANSWER
 from .tracing import REASONING_END as REASONING_END
 from .tracing import reasoning_length as reasoning_length

@@ -18,9 +18,10 @@ from ismdata.bench.data import corpus, run, stages
 from ismdata.bench.data import measurements as data
 from ismdata.bench.data.run import DataBenchOptions, run_data_bench
 from ismdata.bench.report import Row, machine, number, picture, table
-from ismdata.cli.demo import sample_files, train_tokenizer
+from ismdata.cli.demo import VOCAB_SIZE, sample_files
 from ismdata.cli.main import app
 from ismdata.errors import DataError, UsageError
+from ismdata.rendering import train_tokenizer
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow  # measures
@@ -37,7 +38,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A little one: it is loaded a dozen times."""
     folder = str(tmp_path_factory.mktemp("bench") / "tokenizer")
-    train_tokenizer([file.read_text(encoding="utf-8") for file in sample_files()]).save_pretrained(folder)
+    train_tokenizer(
+        [file.read_text(encoding="utf-8") for file in sample_files()], vocab_size=VOCAB_SIZE
+    ).save_pretrained(folder)
     return folder
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ismdata.cli.demo import train_tokenizer
 from ismdata.convert.pipeline import convert
 from ismdata.data.shards import PackedShards
 from ismdata.eval.answers import find_answers
 from ismdata.masks.intervals import ANSWER, QUERY
 from ismdata.pack.pipeline import pack
+from ismdata.rendering import train_tokenizer
 from ismdata.rendering.conversation_encoder import ConversationEncoder
 from tests.support.tiny import sample, write_packed
 
@@ -45,7 +45,7 @@ GAPS = [talk("gaps", 8, untrained=(1, 4, 5)), talk("late", 5, untrained=(1, 2, 3
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     base = tmp_path_factory.mktemp("turns")
-    train_tokenizer(json.dumps(talk) for talk in TALKS).save_pretrained(str(base / "tokenizer"))
+    train_tokenizer(map(json.dumps, TALKS), vocab_size=2000).save_pretrained(str(base / "tokenizer"))
     for name, talks in ("whole", TALKS), ("gaps", GAPS):
         lines = "".join(json.dumps(talk) + "\n" for talk in talks)
         (base / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -14,7 +14,6 @@ from jsonschema import Draft202012Validator
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ismdata.cli.demo import train_tokenizer
 from ismdata.cli.main import app
 from ismdata.convert.pipeline import convert
 from ismdata.data.index import load_index, write_index
@@ -22,6 +21,7 @@ from ismdata.eval import pipeline as eval_pipeline
 from ismdata.eval.bootstrap import Bootstrap
 from ismdata.eval.results import compare, read_results
 from ismdata.pack.pipeline import pack
+from ismdata.rendering import train_tokenizer
 from tests.support.paths import SCHEMAS
 from tests.support.tiny import ANSWER, QUERY, sample, write_packed
 
@@ -69,7 +69,7 @@ def base(tmp_path_factory):
             messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
             file.write(json.dumps({"id": f"talk-{number}", "messages": messages}) + "\n")
     convert([str(base / "talks.jsonl")], base / "converted")
-    train_tokenizer(WORDS).save_pretrained(str(base / "tokenizer"))
+    train_tokenizer(WORDS, vocab_size=2000).save_pretrained(str(base / "tokenizer"))
     for name, options in {"ism": {}, "long": {"seq_len": 512}, "prefix": {"mask": "prefix"}}.items():
         options = {"seq_len": 256, "tokenizer": str(base / "tokenizer"), "chat_template": "chatml", **options}
         pack([base / "converted"], base / name, **options)
@@ -224,7 +224,7 @@ def test_a_model_without_a_mask(base, tmp_path):
 def test_a_model_of_another_tokenizer(base, tmp_path):
     size = load_index(base / "ism")["tokenizer"]["vocab_size"]
     save_model(tmp_path / "m", vocab_size=size)
-    train_tokenizer(reversed([*WORDS, "purple", "purples"])).save_pretrained(str(tmp_path / "m"))
+    train_tokenizer(reversed([*WORDS, "purple", "purples"]), vocab_size=2000).save_pretrained(str(tmp_path / "m"))
     refused(run("eval", tmp_path / "m", base / "ism"), 1, "tokenizer differs from the shards'", "SHA-256")
     save_model(tmp_path / "few", vocab_size=size - 1)
     refused(run("eval", tmp_path / "few", base / "ism"), 1, f"has {size - 1} token embeddings", f"has {size} tokens")
@@ -280,7 +280,7 @@ def test_evaluations_of_other_data(base, written, tmp_path):
         f"{written}: evaluates other data than {tmp_path / 'packed'}",
         "answers, with the same history, are among the",
     )
-    train_tokenizer(["colours", "numbers"]).save_pretrained(str(tmp_path / "tokenizer"))
+    train_tokenizer(["colours", "numbers"], vocab_size=2000).save_pretrained(str(tmp_path / "tokenizer"))
     pack([base / "converted"], tmp_path / "other", tokenizer=str(tmp_path / "tokenizer"), **options)
     result = run("eval", base / "first", tmp_path / "other", "--compare", written)
     refused(result, 1, "it used another tokenizer (SHA-256")

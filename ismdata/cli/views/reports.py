@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -13,6 +14,7 @@ from ismdata.data import VerifyReport
 if TYPE_CHECKING:
     from ismdata.convert import ConvertReport, Explanation
     from ismdata.pack import PackReport
+    from ismdata.rendering import SavedTokenizer
     from ismdata.train import TrainReport
 from ismdata.cli.views.quarantine import quarantine
 from ismdata.display import View, heading, numbers, one_line, title
@@ -44,6 +46,19 @@ def verify_report(report: VerifyReport) -> View:
     # Do not wrap: a path is only useful in one piece.
     problems = [Text(f"  {one_line(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
     return View(facts=facts, drawing=Group(head, *problems))
+
+
+def tokenizer_report(output: Path, tokenizer: SavedTokenizer, *, wanted: int, converted: Sequence[Path]) -> View:
+    """What `tokenizer train` made, and the next command."""
+    size = len(tokenizer)
+    fewer = f"  {wanted:,} were asked for: the corpus has no more pairs to merge" * (size < wanted)
+    sources = " ".join(map(str, converted))
+    facts = {"output": str(output), "vocab_size": size, "wanted": wanted, "chat_template": "chatml"}
+    drawing = Group(
+        Text.assemble((printable(str(output)), "bold"), f"  {size:,} tokens, chat template ChatML{fewer}"),
+        Text(f"\nnext: ismdata pack {printable(sources)} -o packed --tokenizer {printable(str(output))}"),
+    )
+    return View(facts=facts, drawing=drawing)
 
 
 def convert_report(report: ConvertReport) -> View:
