@@ -55,8 +55,8 @@ def tokenizer_report(output: Path, tokenizer: SavedTokenizer, *, wanted: int, co
     sources = " ".join(map(str, converted))
     facts = {"output": str(output), "vocab_size": size, "wanted": wanted, "chat_template": "chatml"}
     drawing = Group(
-        Text.assemble((printable(str(output)), "bold"), f"  {size:,} tokens, chat template ChatML{fewer}"),
-        Text(f"\nnext: ismdata pack {printable(sources)} -o packed --tokenizer {printable(str(output))}"),
+        Text.assemble((one_line(str(output)), "bold"), f"  {size:,} tokens, chat template ChatML{fewer}"),
+        Text(f"\nnext: ismdata pack {one_line(sources)} -o packed --tokenizer {one_line(str(output))}"),
     )
     return View(facts=facts, drawing=drawing)
 
