@@ -189,6 +189,15 @@ def _console(stream: TextIO | None) -> Console:
     return Console(file=stream, markup=False, emoji=False, highlight=False)
 
 
+def on_terminal() -> bool:
+    """Whether stderr, where progress is shown, is a terminal.
+
+    Returns:
+        False too if it is closed.
+    """
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def make_tolerant() -> None:
     """Let stdout and stderr print any text, for what other packages print: Typer's help, Python's tracebacks."""
     _ready(sys.stdout)
@@ -237,7 +246,7 @@ class TerminalReporter:
         self._lined: dict[str, float] = {}
 
     def __enter__(self) -> TerminalReporter:
-        if sys.stderr is not None and sys.stderr.isatty():
+        if on_terminal():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
             name = TextColumn("{task.description}", markup=False)

@@ -167,7 +167,7 @@ def call_error(error: Any, words: Sequence[str]) -> str:
     command = words[0] if words and not words[0].startswith("-") else ""
     path = f"ismdata {command}".strip() if context is None else context.command_path
     more = f"`{path} --help` shows what it takes"
-    if hasattr(error, "possibilities"):
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):
         return f"{path} has no option {error.option_name}.{_option_meant(error.option_name, context)} {more}"
     parameter = getattr(error, "param", None)
     if parameter is not None and hasattr(error, "param_type"):
@@ -197,7 +197,7 @@ def _bad_value(parameter: Any, message: str, words: Sequence[str]) -> str:
     quoted = re.findall(r"'([^']*)'", message.partition(":")[2])
     if " is not one of " in message and quoted:
         return f"{name} is {quoted[0]!r}; expected one of {', '.join(quoted[1:])}.{did_you_mean(quoted[0], quoted[1:])}"
-    for kind, expected in (("integer", "a whole number"), ("number", "a number"), ("float", "a number")):
+    for kind, expected in (("int", "a whole number"), ("number", "a number"), ("float", "a number")):
         if f"valid {kind}" in message:
             given = [after for word, after in itertools.pairwise(words) if word in parameter.opts]
             given += [word.partition("=")[2] for word in words if word.partition("=")[0] in parameter.opts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ismdata import __version__
 from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model, weights_digest
 from ismdata.choices import BleuTokenizer, Precision, check_choice, check_mask
 from ismdata.data import PackedDataset, check_serves, open_output
-from ismdata.display import LOGGED, Reporter
+from ismdata.display import LOGGED, Reporter, on_terminal
 from ismdata.errors import DataError, UsageError
 from ismdata.eval.answers import Answers, find_answers
 from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate
@@ -170,7 +169,7 @@ def _open_attached(
     """The model on its device with its mask attached, the mask, and the description for eval.json."""
     if name in PRESETS:
         raise UsageError(f"{name}: is a preset, which has no weights; expected a folder that `ismdata train` wrote")
-    if not sys.stderr.isatty():
+    if not on_terminal():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model = open_model(name, dataset)
     trained_under: str | None = getattr(model.config, "ismdata_mask", None)

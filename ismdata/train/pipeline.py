@@ -13,7 +13,6 @@ import platform
 import shlex
 import shutil
 import signal
-import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from ismdata.attention import (
     weights_digest,
 )
 from ismdata.data import PackedDataset, check_serves, partial_folder
-from ismdata.display import LOGGED, Reporter
+from ismdata.display import LOGGED, Reporter, on_terminal
 from ismdata.distributed import is_first_process, on_first_process, together
 from ismdata.errors import DataError, Terminated, UsageError
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, find_checkpoint, step_of, training_folder
@@ -384,7 +383,7 @@ def _write_output(
 
 def _quiet_libraries() -> None:
     """Silence the libraries' progress bars off a terminal, and all their output on every process but the first."""
-    if not (sys.stderr.isatty() and is_first_process()):
+    if not (on_terminal() and is_first_process()):
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # The Trainer warns where a checkpoint has other log and save intervals; a resumed run may change these.
     python_logging.getLogger("transformers.trainer_utils").setLevel(python_logging.ERROR)

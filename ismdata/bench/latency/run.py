@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
 from ismdata.bench.timing import find_device
 from ismdata.data import open_output
-from ismdata.display import LOGGED, Reporter
+from ismdata.display import LOGGED, Reporter, on_terminal
 from ismdata.errors import UsageError
 from ismdata.generate import KVCache, Sampling, make_sampler
 
@@ -250,7 +249,7 @@ def run_latency_bench(
         UnsupportedModelError: If there is no formula for the model's operations.
     """
     options = options or LatencyOptions()
-    if not sys.stderr.isatty():
+    if not on_terminal():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where = find_device(options.device)
     name = default_model() if options.model is None else options.model
