@@ -36,6 +36,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ismdata.choices import MASK_COLOURS
+
 Floats = NDArray[np.float64]
 
 MASKS = ("prefix", "ism", "causal")
@@ -146,11 +148,11 @@ def draw(results: dict[str, Any], output: Path) -> list[Path]:
     matplotlib.rcParams |= {"svg.hashsalt": "ismdata", "svg.fonttype": "none", "font.size": 10}
     from matplotlib import pyplot
 
-    colours = {"prefix": "#1b9e77", "ism": "#7570b3", "causal": "#d95f02"}
     setting = results["setting"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     by_layer, by_pair = results["by_layer"], results["by_pair"]
-    for mask, colour in colours.items():
+    for mask in ("prefix", "ism", "causal"):
+        colour = MASK_COLOURS[mask]
         end = results["last_group"][mask]
         left.plot(by_layer["layers"], by_layer[mask], color=colour, linewidth=2, label=f"{mask}: {end:.2g}")
         right.plot(range(1, len(by_pair[mask]) + 1), by_pair[mask], color=colour, linewidth=1.5, label=mask)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ismdata.choices import MASK_COLOURS
 from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate, paired_difference, ratio
 from ismdata.eval.likelihood import conversation_numbers, group_sums
 from ismdata.eval.results import Results, read_results
@@ -52,10 +53,10 @@ class Method:
 
 
 METHODS = {
-    "causal": Method("causal", "ism", True, "#d95f02"),
-    "ism": Method("ism", "ism", True, "#7570b3"),
-    "prefix": Method("prefix", "prefix", False, "#1b9e77"),
-    "prefix-3": Method("prefix", "prefix-3", False, "#66a61e"),
+    "causal": Method("causal", "ism", True, MASK_COLOURS["causal"]),
+    "ism": Method("ism", "ism", True, MASK_COLOURS["ism"]),
+    "prefix": Method("prefix", "prefix", False, MASK_COLOURS["prefix"]),
+    "prefix-3": Method("prefix", "prefix-3", False, "#b99ccb"),
 }
 
 

@@ -34,6 +34,9 @@ Mask = Literal["ism", "causal", "prefix"]
 
 MASKS: tuple[str, ...] = words(Mask)
 
+#: The colour of each mask in all pictures.
+MASK_COLOURS = {"ism": "#2563a8", "causal": "#c58a2b", "prefix": "#8a5aa8"}
+
 #: How answers are marked: `plain` is the text as rendered; `glm` adds the tokens `[MASK]` and `[START]` and a second
 #: position (docs/glm.md).
 Layout = Literal["plain", "glm"]

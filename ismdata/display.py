@@ -50,7 +50,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 _LOG = logging.getLogger("ismdata")
 
@@ -235,24 +235,21 @@ class _Printable:
 
 
 class TerminalReporter:
-    """The command line's reporter: a progress bar on a terminal, plain lines elsewhere; all of it on stderr.
+    """The command line's reporter: progress bars on a terminal, plain lines elsewhere; all of it on stderr.
 
-    A context manager: the bar is removed at the end.
+    A stage has a bar from its first report until it is complete, so that a terminal shows only what is going on.
+    Elsewhere a stage is a line every ten seconds. A context manager: bars are removed at the end.
     """
 
     def __init__(self) -> None:
+        self._console: Console | None = None
         self._bar: Progress | None = None
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._lined: dict[str, float] = {}
 
     def __enter__(self) -> TerminalReporter:
         if on_terminal():
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-            name = TextColumn("{task.description}", markup=False)
-            columns = (name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=_console(sys.stderr), transient=True)
-            self._bar.start()
+            self._console = _console(_ready(sys.stderr))
         return self
 
     def __exit__(
@@ -260,20 +257,46 @@ class TerminalReporter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._bar = self._console = None
 
     def note(self, text: str) -> None:
-        note(text)
+        if self._console is None:
+            note(text)
+        else:
+            # Lines break between words; a path stays in one piece.
+            self._console.print(Text(one_line(text), overflow="ignore"))
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        if self._bar is not None:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._bar.add_task(printable(stage), total=total or None)
-            self._bar.update(self._tasks[stage], completed=done, total=total or None)  # type: ignore[arg-type]
+        if self._console is not None:
+            self._draw(self._console, stage, done, total)
             return
         now = time.monotonic()
         if now - self._lined.setdefault(stage, now) >= _LINE_EVERY:
             self._lined[stage] = now
             note(f"{stage}: {done:,} of {total:,}" if total else f"{stage}: {done:,}")
+        if total and done >= total:
+            del self._lined[stage]
+
+    def _draw(self, console: Console, stage: str, done: int, total: int) -> None:
+        if self._bar is None:
+            # Started with the first stage: until then a library may draw on the terminal, such as a download.
+            self._bar = _progress_bar(console)
+            self._bar.start()
+        if total and done >= total:
+            if stage in self._tasks:
+                self._bar.remove_task(self._tasks.pop(stage))
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(printable(stage), total=total or None)
+        self._bar.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def _progress_bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(bar_width=None), TaskProgressColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 @dataclass(frozen=True, kw_only=True)

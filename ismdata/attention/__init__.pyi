@@ -6,6 +6,7 @@ from .attachment import detach as detach
 from .backends.registry import BACKENDS as BACKENDS
 from .backends.registry import Intervals as Intervals
 from .canary import check_training as check_training
+from .library_bars import library_bars as library_bars
 from .model_folder import load as load
 from .models.adapters import adapter_base as adapter_base
 from .models.glm import check_layout as check_layout

@@ -29,7 +29,7 @@ def load(
         folder: The model folder, a folder of peft's adapters, a GGUF file or a hub name.
         backend: The attention backend, as for `attach`.
         mask: Overrides the recorded mask.
-        reporter: Receives a line that names the backend `auto` chose.
+        reporter: Receives the progress of loading, and a line that names the backend.
         options: Passed to `from_pretrained` (dtype, …).
 
     Returns:
@@ -48,7 +48,7 @@ def load(
         raise UsageError(
             f"{name}: is a preset, which has no weights. Train it first: ismdata train PACKED --model {name} -o model"
         )
-    model = pretrained(name, **{"dtype": "auto"} | options)
+    model = pretrained(name, reporter=reporter, **{"dtype": "auto"} | options)
     recorded = getattr(model.config, "ismdata_mask", None)
     if mask is None and recorded is not None and recorded not in masks.MASKS:
         raise DataError(

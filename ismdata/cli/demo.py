@@ -6,7 +6,6 @@ suffices; so none has to be downloaded.
 
 from __future__ import annotations
 
-import shlex
 import time
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
+from ismdata.cli.next_command import command_line
 from ismdata.cli.views import folders as view
 from ismdata.cli.views import reports
 from ismdata.convert import convert
@@ -138,15 +138,10 @@ def _ending(output: Path, seconds: float) -> Text:
   {output / "model"}: the model, with metrics.csv
 
 Continue the conversation:
-  {command("chat", output / "model", "--system", SYSTEM)}
+  {command_line("chat", output / "model", "--system", SYSTEM)}
 Or use your own data:
-  {command("convert", "YOUR.jsonl", "-o", "converted")}"""
+  {command_line("convert", "YOUR.jsonl", "-o", "converted")}"""
     )
-
-
-def command(*words: object) -> str:
-    """A command line as typed."""
-    return shlex.join(["ismdata", *map(str, words)])
 
 
 def _short(path: Path) -> Path:
@@ -164,7 +159,7 @@ class _Stage:
         self.number += 1
         self.show(Text())
         self.show(Text(f"{self.number}. {title}", style="bold"))
-        self.show(Text(f"$ {command(*words)}", style="cyan"))
+        self.show(Text(f"$ {command_line(*words)}", style="cyan"))
 
     def note(self, text: str) -> None:
         self.show(Text(text))

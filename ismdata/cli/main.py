@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ from ismdata.cli.template import template_command
 from ismdata.cli.tokenizer import tokenizer_app
 from ismdata.cli.train import train_command
 from ismdata.cli.verify import verify_command
-from ismdata.display import draw, make_tolerant
+from ismdata.display import draw, make_tolerant, note
 from ismdata.errors import Terminated
 
 #: Sets up Typer's completion, which the shell asks for through the environment variable _ISMDATA_COMPLETE.
@@ -197,6 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     make_tolerant()
+    if not sys.warnoptions:
+        # Addressed to whoever develops a library. Other warnings are for the user, as a line like our own.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         code = app(args=arguments, prog_name="ismdata", standalone_mode=False)
     except typer.Abort:
@@ -211,6 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _terminate(number: int, frame: object) -> None:
     raise Terminated
+
+
+def _show_warning(message: Warning | str, *where: object) -> None:
+    note(f"warning: {message}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from .shards import FORMAT as FORMAT
 from .shards import PackedSequence as PackedSequence
 from .shards import PackedShards as PackedShards
 from .shards import packed_schema as packed_schema
+from .sources import source_of as source_of
 from .verification import VerifyReport as VerifyReport
 from .verification import verify as verify
 from .wrong_folder import next_step as next_step

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from ismdata.errors import DataError
 from ismdata.eval.answers import Answers
 from ismdata.eval.bootstrap import Bootstrap, Estimate, FloatArray, estimate, ratio
 from ismdata.masks import IGNORE_INDEX
+
+Name = TypeVar("Name", int, str)
 
 #: Maximum number of logits in memory at a time: 256 MiB in float32.
 _CHUNK_LOGITS = 1 << 26
@@ -188,9 +190,15 @@ def likelihood(answers: Answers, losses: FloatArray, bootstrap: Bootstrap) -> tu
     everything = np.ones(len(answers), np.bool_)
     turns = {int(turn): answers.turn == turn for turn in np.unique(answers.turn)}
     overall = _likelihood(answers, losses, group, everything, bootstrap)
-    return overall, {
-        turn: _likelihood(answers, losses, group, chosen, bootstrap) for turn, chosen in sorted(turns.items())
-    }
+    return overall, likelihood_by(answers, losses, turns, bootstrap)
+
+
+def likelihood_by(
+    answers: Answers, losses: FloatArray, groups: Mapping[Name, NDArray[np.bool_]], bootstrap: Bootstrap
+) -> dict[Name, Likelihood]:
+    """Compute the loss per token over each group of answers; `groups` are bool[A] by name."""
+    number = conversation_numbers(answers.conversation)
+    return {name: _likelihood(answers, losses, number, chosen, bootstrap) for name, chosen in groups.items()}
 
 
 def _likelihood(

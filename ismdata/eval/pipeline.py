@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ismdata import __version__
 from ismdata.attention import PRESETS, TOKENIZER_NAME, attach, open_model, weights_digest
 from ismdata.choices import BleuTokenizer, Precision, check_choice, check_mask
 from ismdata.data import PackedDataset, check_serves, open_output
-from ismdata.display import LOGGED, Reporter, on_terminal
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.eval.answers import Answers, find_answers
 from ismdata.eval.bootstrap import Bootstrap, FloatArray, estimate
 from ismdata.eval.generation import generate_answers
 from ismdata.eval.likelihood import answer_losses, conversation_numbers, group_sums, likelihood
+from ismdata.eval.pictures import Row, by_source, write_groups
 from ismdata.eval.results import EVAL_NAME, FORMAT, check_same_answers, compare, read_results, write_results
 from ismdata.eval.text_scores import bleu, bleu_counts, require_sacrebleu, text_scores, tokenizer_for
 from ismdata.rendering import ConversationEncoder
@@ -160,6 +160,14 @@ def run_eval(
         facts["seconds"] = round(time.monotonic() - began, 3)
         if folder is not None:
             write_results(folder, facts, outputs)
+            sources = by_source(answers, losses, options.bootstrap)
+            groups = {
+                "turn": [Row(name=str(turn), facts=each.as_json()) for turn, each in by_turn.items()],
+                "source": [Row(name=name, facts=each.as_json()) for name, each in sources.items()],
+            }
+            drawn = [write_groups(folder, group, rows, mask=mask) for group, rows in groups.items()]
+            if not all(drawn):
+                reporter.note("no pictures, for want of matplotlib; run: pip install 'ismdata[plots]'")
     return facts
 
 
@@ -169,9 +177,7 @@ def _open_attached(
     """The model on its device with its mask attached, the mask, and the description for eval.json."""
     if name in PRESETS:
         raise UsageError(f"{name}: is a preset, which has no weights; expected a folder that `ismdata train` wrote")
-    if not on_terminal():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = open_model(name, dataset)
+    model = open_model(name, dataset, reporter=reporter)
     trained_under: str | None = getattr(model.config, "ismdata_mask", None)
     mask = options.mask or trained_under
     if mask is None:

@@ -62,7 +62,7 @@ def training_folder(
 
 
 class _CheckpointLeftovers:
-    """Keeps an unfinished folder if it has a checkpoint."""
+    """Keeps an unfinished folder if it has a good checkpoint."""
 
     def __init__(self, *, overwrite: bool) -> None:
         self._overwrite = overwrite
@@ -78,7 +78,7 @@ class _CheckpointLeftovers:
         return False
 
     def keeps(self, partial: Path, error: BaseException) -> bool:
-        return bool(checkpoints(partial))
+        return bool(_sealed(partial))
 
     def describe(self, partial: Path) -> str:
         return what_is_left(partial)
@@ -178,9 +178,14 @@ def remove_old_checkpoints(partial: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def _sealed(partial: Path) -> list[Path]:
+    """A run's checkpoints that were written completely, sorted by step."""
+    return [path for path in checkpoints(partial) if (path / INDEX_NAME).is_file()]
+
+
 def what_is_left(partial: Path) -> str:
     """A sentence for the user: from where a run that stops now can be resumed."""
-    found = [path for path in checkpoints(partial) if (path / INDEX_NAME).is_file()]
+    found = _sealed(partial)
     if not found:
         return "There was no checkpoint yet, so nothing is kept"
     return f"The checkpoint of step {step_of(found[-1])} is kept; the same command resumes from it"

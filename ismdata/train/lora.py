@@ -37,5 +37,7 @@ def with_lora(model: PreTrainedModel, options: TrainOptions) -> nn.Module:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    adapted: nn.Module = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        adapted: nn.Module = get_peft_model(model, config)
     return adapted

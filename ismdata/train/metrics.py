@@ -10,9 +10,13 @@ import csv
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from ismdata.choices import MASK_COLOURS
 
 METRICS_NAME = "metrics.csv"
 PROGRESS_NAME = "progress.json"
@@ -46,7 +50,9 @@ _PEAK_FLOPS = {
 class Sums:
     """The running sums of a run.
 
-    `pairs` counts pairs of a row and a key that it sees. `window_…` count since the last line of metrics.csv.
+    `pairs` counts pairs of a row and a key that it sees. `seconds` are those of the steps, without evaluations and
+    checkpoints. `window_…` count since the last line of metrics.csv. `evaluation_due`: a signal kept the run from
+    evaluating after its last step.
     """
 
     tokens: int = 0
@@ -57,6 +63,7 @@ class Sums:
     window_steps: int = 0
     window_correct: int = 0
     window_targets: int = 0
+    evaluation_due: bool = False
 
 
 class RunMetrics:
@@ -109,8 +116,19 @@ class RunMetrics:
         self.sums.window_targets += target_tokens
         self.sums.seconds = time.monotonic() - self._started
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context the clock stands still."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            lasted = time.monotonic() - began
+            self._began += lasted
+            self._started += lasted
+
     def elapsed(self) -> float:
-        """Seconds since this process started to train."""
+        """Seconds of training since this process started to train."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def since_start(self) -> dict[str, int]:
@@ -183,8 +201,12 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in _PEAK_FLOPS.items() if part in device_name), None)
 
 
-def draw_curves(folder: Path) -> bool:
+def draw_curves(folder: Path, mask: str) -> bool:
     """Draw loss, gradient norm and learning rate from `folder`'s metrics.csv into its curves.png.
+
+    Args:
+        folder: The folder.
+        mask: The mask that the model was trained under, which has a colour of its own in all pictures.
 
     Returns:
         False if matplotlib is not installed (pip install 'ismdata[plots]'); nothing is drawn then.
@@ -201,12 +223,21 @@ def draw_curves(folder: Path) -> bool:
             points = read_column(path, name)
             if points:
                 steps, values = zip(*points, strict=True)
-                marker = "o" if name == "eval_loss" or len(points) < 30 else None
-                panel.plot(steps, values, label=name.replace("_", " "), marker=marker, markersize=3, linewidth=1.2)
+                evaluated = name == "eval_loss"
+                panel.plot(
+                    steps,
+                    values,
+                    label=f"evaluation, {mask}" if evaluated else f"training, {mask}",
+                    color=MASK_COLOURS[mask],
+                    linestyle="--" if evaluated else "-",
+                    marker="o" if evaluated or len(points) < 30 else None,
+                    markersize=5 if evaluated else 3,
+                    markerfacecolor="white" if evaluated else MASK_COLOURS[mask],
+                    linewidth=1.2,
+                )
         panel.set_ylabel(names[0].replace("_", " "))
         panel.grid(alpha=0.3)
-    if len(panels[0].lines) > 1:
-        panels[0].legend()
+    panels[0].legend()
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(folder / CURVES_NAME, dpi=120)

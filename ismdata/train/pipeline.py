@@ -9,12 +9,12 @@ same command resumes from there.
 from __future__ import annotations
 
 import logging as python_logging
+import math
 import platform
-import shlex
 import shutil
-import signal
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,31 @@ from ismdata.attention import (
     attached_backend,
     check_layout,
     check_training,
+    library_bars,
     open_model,
     tokenizer_files,
     weights_digest,
 )
 from ismdata.data import PackedDataset, check_serves, partial_folder
-from ismdata.display import LOGGED, Reporter, on_terminal
+from ismdata.display import LOGGED, Reporter
 from ismdata.distributed import is_first_process, on_first_process, together
-from ismdata.errors import DataError, Terminated, UsageError
-from ismdata.train.checkpoints import CHECKPOINTS_NAME, find_checkpoint, step_of, training_folder
+from ismdata.errors import DataError, UsageError
+from ismdata.train.checkpoints import CHECKPOINTS_NAME, find_checkpoint, step_of, training_folder, what_is_left
 from ismdata.train.collate import TrainingCollator
-from ismdata.train.export import save_model, write_card
+from ismdata.train.export import save_model
 from ismdata.train.lora import with_lora
 from ismdata.train.loss import compute_loss_at_targets
 from ismdata.train.metrics import METRICS_NAME, RunMetrics, draw_curves, read_column
+from ismdata.train.model_card import Card, describe_base
 from ismdata.train.options import TrainOptions
 from ismdata.train.order import Order, OrderedDataset, PaddedDataset
 from ismdata.train.progress import Cost, SilentReporter, TrainProgress
-from ismdata.train.trainer import PackedTrainer, StopSignals
+from ismdata.train.stop_signals import StopSignals
+from ismdata.train.trainer import PackedTrainer
 from ismdata.train.trainer_arguments import check_trackers, tracker_callbacks, training_arguments
+
+#: exp of more is beyond a float.
+_LARGEST_EXPONENT = 700.0
 
 #: Options that decide a run's result; a resumed run must have the same.
 _DECIDING_OPTIONS = (
@@ -69,7 +75,8 @@ _DECIDING_OPTIONS = (
 class TrainReport:
     """What a run did, its interrupted parts included.
 
-    `first_loss` and `last_loss` are those of the first and the last line of metrics.csv.
+    `first_loss` and `last_loss` are those of the first and the last line of metrics.csv, `evaluations` the losses of
+    the first and the last evaluation, or of the only one. `evaluation_set` is the folder evaluated on.
     """
 
     output: Path
@@ -84,6 +91,8 @@ class TrainReport:
     seconds: float
     device: str
     dtype: str
+    evaluations: tuple[float, ...] = ()
+    evaluation_set: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +160,11 @@ def train(
     if not is_first_process():
         reporter = SilentReporter()
     run = _plan_run(packed, output, options)
-    stop = StopSignals(alone=run.processes == 1)
+    stop = StopSignals(alone=run.processes == 1, reporter=reporter)
     with ExitStack() as stack:
         folder = training_folder(output, inputs=[packed], overwrite=overwrite, reporter=reporter)
         on_first_process(lambda: stack.enter_context(folder))
+        stack.enter_context(_explained_interrupt(run.partial))
         set_seed(options.seed)
         model = _open_model(run, reporter)
         trained = with_lora(model, options) if options.lora else model
@@ -164,14 +174,11 @@ def train(
         trainer.progress.begin(0 if checkpoint is None else step_of(checkpoint))
         with stop.deferred():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if trainer.state.global_step < run.order.steps:
-            _raise_stopped(trainer)
+        if trainer.state.global_step < run.order.steps or trainer.metrics.sums.evaluation_due:
+            raise trainer.interruption()
         report = _report(run, trainer, trained, attached_backend(model))
         finished, sharded = trainer.finished_model()
         on_first_process(lambda: _write_output(run, report, finished, sharded, reporter))
-    if options.eval is not None:
-        command = shlex.join(["ismdata", "eval", str(output), options.eval])
-        reporter.note(f"for the evaluation set by turn, with confidence intervals, run: {command}")
     return report
 
 
@@ -237,7 +244,7 @@ def _check_machine(options: TrainOptions, *, on_gpu: bool) -> None:
 def _open_model(run: _Run, reporter: Reporter) -> PreTrainedModel:
     """Open the model, attach the mask, and check both on the device that will train."""
     options = run.options
-    model = together(lambda: open_model(options.model, run.dataset))
+    model = together(lambda: open_model(options.model, run.dataset, reporter=reporter))
     former = getattr(model.config, "ismdata_mask", None)
     if former not in (None, run.mask):
         reporter.note(f"{options.model} was trained under the mask {former}; this run continues under {run.mask}")
@@ -321,16 +328,21 @@ def _make_trainer(
     )
 
 
-def _raise_stopped(trainer: PackedTrainer) -> None:
-    if trainer.stopped_by == signal.SIGTERM:
-        raise Terminated
-    raise KeyboardInterrupt(
-        f"interrupted after step {trainer.state.global_step}; run the same command again to resume from there"
-    )
+@contextmanager
+def _explained_interrupt(partial: Path) -> Iterator[None]:
+    """Let a Ctrl-C that ends the run at once say from where it can be resumed."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(f"interrupted. {what_is_left(partial)}") from interrupt
 
 
 def _report(run: _Run, trainer: PackedTrainer, trained: nn.Module, backend: str) -> TrainReport:
-    losses = together(lambda: read_column(run.partial / METRICS_NAME, "loss"))
+    path = run.partial / METRICS_NAME
+    losses = together(lambda: read_column(path, "loss"))
+    evaluations = [loss for _, loss in together(lambda: read_column(path, "eval_loss"))]
     sums = trainer.metrics.sums
     return TrainReport(
         output=run.output,
@@ -346,6 +358,8 @@ def _report(run: _Run, trainer: PackedTrainer, trained: nn.Module, backend: str)
         seconds=sums.seconds,
         device=str(trainer.args.device),
         dtype=run.precision,
+        evaluations=(*evaluations[:1], *evaluations[1:][-1:]),
+        evaluation_set=run.options.eval,
     )
 
 
@@ -354,37 +368,52 @@ def _write_output(
 ) -> None:
     """Write the model, its card and the curves; metrics and checkpoints are there already."""
     folder = run.partial
-    save_model(model, weights, folder, dataset=run.dataset, tokenizer_files=run.tokenizer)
-    if not draw_curves(folder):
+    base = describe_base(run.options.model)
+    with library_bars(reporter):
+        save_model(
+            model,
+            weights,
+            folder,
+            dataset=run.dataset,
+            tokenizer_files=run.tokenizer,
+            base=base.hub_name or base.name,
+        )
+    if not draw_curves(folder, run.mask):
         reporter.note("no curves.png, for want of matplotlib; run: pip install 'ismdata[plots]'")
-    evaluations = read_column(folder / METRICS_NAME, "eval_loss")
     facts = {
         "parameters": f"{report.parameters:,}",
         "steps": f"{report.steps:,}",
         "sequences seen": f"{run.order.total:,}",
         "tokens seen": f"{report.tokens:,}, of which {report.target_tokens:,} targets",
         "loss, first and last line": f"{report.first_loss:.4f}, {report.last_loss:.4f}",
-        **({"evaluation loss": f"{evaluations[-1][1]:.4f}"} if evaluations else {}),
-        "time": f"{report.seconds:,.0f} s on {report.device}, {report.dtype}",
+        "time": f"{report.seconds:,.0f} s of steps on {report.device}, {report.dtype}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, ismdata {__version__}",
     }
-    write_card(
-        folder,
+    Card(
+        output=run.output,
         options=run.options,
         dataset=run.dataset,
         mask=run.mask,
         global_batch=run.order.global_batch,
         facts=facts,
-    )
+        evaluation=_evaluation_metrics(folder),
+    ).write(folder)
     if not any((folder / CHECKPOINTS_NAME).glob("checkpoint-*")):
         shutil.rmtree(folder / CHECKPOINTS_NAME, ignore_errors=True)
 
 
+def _evaluation_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the last evaluation; empty if there was none."""
+    losses, accuracies = (read_column(folder / METRICS_NAME, name) for name in ("eval_loss", "eval_token_accuracy"))
+    if not losses:
+        return {}
+    found = {"loss": losses[-1][1], "perplexity": math.exp(min(losses[-1][1], _LARGEST_EXPONENT))}
+    return found | ({"accuracy": accuracies[-1][1]} if accuracies else {})
+
+
 def _quiet_libraries() -> None:
-    """Silence the libraries' progress bars off a terminal, and all their output on every process but the first."""
-    if not (on_terminal() and is_first_process()):
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    """Silence what only the libraries' developers can use, and all their output on every process but the first."""
     # The Trainer warns where a checkpoint has other log and save intervals; a resumed run may change these.
     python_logging.getLogger("transformers.trainer_utils").setLevel(python_logging.ERROR)
     if not is_first_process():

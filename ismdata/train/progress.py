@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import timedelta
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,12 @@ from transformers import PreTrainedModel
 
 from ismdata.display import Reporter
 from ismdata.train.metrics import RunMetrics, peak_flops, training_flops
+
+#: The most columns of a line.
+_COLUMNS = 80
+
+#: Above this loss in nats, a perplexity is only a large number.
+_LOSS_SHOWN = 20.0
 
 
 class SilentReporter:
@@ -28,7 +34,7 @@ class TrainProgress:
     """Turns what the Trainer logs into lines for a reporter.
 
     Args:
-        reporter: Receives a line per log, and the stage `train` after each step.
+        reporter: Receives a line per log, and the stages `train` and `evaluate`.
         steps: Steps of the whole run.
         metrics: The run's sums, for the speed.
         cost: The model's operations, for the utilisation.
@@ -44,32 +50,84 @@ class TrainProgress:
     def begin(self, step: int) -> None:
         """Start after `step` steps, which an interrupted run did."""
         self.first_step = self.step = step
+        self.reporter.progress("train", step, self.steps)
 
     def advance(self, step: int) -> None:
         """Report that `step` steps are done."""
         self.step = step
         self.reporter.progress("train", step, self.steps)
 
+    def evaluated(self, done: int, batches: int) -> None:
+        """Report how many batches of the evaluation set are done."""
+        self.reporter.progress("evaluate", done, batches)
+
     def log(self, logs: Mapping[str, float]) -> None:
         """Report what the Trainer logs, as one line."""
+        step = f"step {self.step}/{self.steps}"
         if "eval_loss" in logs:
-            self.reporter.note(
-                f"step {self.step}/{self.steps}  evaluation loss {logs['eval_loss']:.4f}  "
-                f"token accuracy {logs['eval_token_accuracy']:.1%}"
-            )
+            accuracy = f"accuracy {logs['eval_token_accuracy']:.1%}"
+            loss = f"loss {logs['eval_loss']:.4f}{self._perplexity(logs['eval_loss'])}"
+            self.reporter.note(f"{step}  evaluation {loss}  {accuracy}")
             return
         share = self.cost.utilisation(self.metrics)
-        self.reporter.note(
-            f"step {self.step}/{self.steps}  loss {logs['loss']:.4f}  "
-            f"token accuracy {logs['token_accuracy']:.1%}  learning rate {logs['learning_rate']:.2e}  "
-            f"{logs['tokens_per_second']:,.0f} tokens/s, {logs['target_tokens_per_second']:,.0f} targets/s"
-            f"{'' if share is None else f'  {share:.1%} MFU'}  {self._remaining()} left"
-        )
+        parts = {
+            "step": step,
+            "loss": f"loss {logs['loss']:.4f}",
+            "accuracy": f"accuracy {logs['token_accuracy']:.1%}",
+            "learning rate": f"lr {logs['learning_rate']:.1e}",
+            "speed": f"{compact(logs['tokens_per_second'])} tok/s",
+            "utilisation": "" if share is None else f"{share:.0%} MFU",
+            "remaining": f"{duration(self._remaining())} left",
+        }
+        self.reporter.note(one_line(parts, droppable=("learning rate", "utilisation")))
 
-    def _remaining(self) -> str:
+    def _perplexity(self, loss: float) -> str:
+        return f", perplexity {math.exp(loss):,.2f}" if loss < _LOSS_SHOWN else ""
+
+    def _remaining(self) -> float:
+        """Seconds of training that remain; evaluations and checkpoints come on top."""
         done = self.step - self.first_step
-        seconds = self.metrics.elapsed() / max(done, 1) * (self.steps - self.step)
-        return str(timedelta(seconds=round(seconds)))
+        return self.metrics.elapsed() / max(done, 1) * (self.steps - self.step)
+
+
+def one_line(parts: Mapping[str, str], *, droppable: Sequence[str]) -> str:
+    """Join the parts that are not empty; while the line is longer than 80 columns, drop those of `droppable` in turn.
+
+    >>> one_line({"step": "step 1", "speed": "", "left": "9 s left"}, droppable=())
+    'step 1  9 s left'
+    """
+    kept = {name: part for name, part in parts.items() if part}
+    for name in droppable:
+        if len("  ".join(kept.values())) > _COLUMNS:
+            kept.pop(name, None)
+    return "  ".join(kept.values())
+
+
+def compact(count: float) -> str:
+    """A number with three digits.
+
+    >>> compact(87.4), compact(12_345), compact(1_234_567), compact(999_999)
+    ('87', '12.3k', '1.23M', '1.00M')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if float(f"{count:.3g}") >= size:
+            return f"{count / size:#.3g}".rstrip(".") + letter
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units.
+
+    >>> duration(9), duration(425), duration(8100), duration(200_000)
+    ('9 s', '7:05', '2 h 15', '2 d 7 h')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, days = minutes // 60, minutes // (60 * 24)
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
 class Cost:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ismdata.distributed import is_first_process, on_first_process, together
-from ismdata.errors import DataError
+from ismdata.errors import DataError, Terminated
 from ismdata.train.checkpoints import CHECKPOINTS_NAME, remove_old_checkpoints, seal_checkpoint, what_is_left
 from ismdata.train.loss import COUNTS, PAIRS, TARGETS, TOKENS, count_correct, take_counts
 from ismdata.train.metrics import RunMetrics
 from ismdata.train.order import PADDING_ROW, Order
 from ismdata.train.progress import TrainProgress
+from ismdata.train.stop_signals import CHECKPOINT, EVALUATION, STOP_SIGNALS, StopSignals
 
 Batch = dict[str, Tensor]
 
@@ -38,12 +37,11 @@ PRIVATE_OVERRIDES = {
     "_get_grad_norm": "called once per step, after the last backward pass and before the optimizer; the public "
     "callback of that moment, on_pre_optimizer_step, is not given the norm, and computing it again costs a pass over "
     "all gradients",
+    "_issue_warnings_after_load": "it warns of each tied weight, which a checkpoint holds once, and goes on without a "
+    "weight that is missing",
     "_save_checkpoint": "a full disk may make any of its files fail, on one process only, while the others wait; "
     "save_model writes the weights only, and on_save runs after all of it",
 }
-
-#: The signals that end a run after its current step.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class PackedTrainer(Trainer):
@@ -92,22 +90,14 @@ class PackedTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """Return a step's micro-batches and the items of all processes' micro-batches, the divisor of its loss.
-
-        The processes also agree here on whether one of them received a signal, so that all stop after the same step.
-        """
+        """Return a step's micro-batches and the items of all processes' micro-batches, the divisor of its loss."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        received = torch.tensor([self.stop.received == number for number in _STOP_SIGNALS], device=device)
         counts = torch.stack([take_counts(batch) for batch in batches]).sum(0).to(device)
-        totals = torch.cat([counts, received])
         if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        *values, terminated, interrupted = totals.tolist()
-        self._counts = dict(zip(COUNTS, values, strict=True))
-        if terminated or interrupted:
-            self.stopped_by = signal.SIGTERM if terminated else signal.SIGINT
+            counts = self.accelerator.reduce(counts, "sum")
+        self._counts = dict(zip(COUNTS, counts.tolist(), strict=True))
         self._batches, self._losses, self._correct = batches, [], []
-        return batches, totals[0].clamp(min=1)
+        return batches, counts[0].clamp(min=1)
 
     def compute_loss(
         self,
@@ -126,10 +116,8 @@ class PackedTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Record the step, whose loss and counts are complete by now. Raises DataError if it is not finite."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        totals = torch.stack([torch.stack(each).to(torch.float64).sum() for each in (self._losses, self._correct)])
-        if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        (loss, correct), norm_value = totals.tolist(), float(norm)
+        sums = torch.stack([torch.stack(each).to(torch.float64).sum() for each in (self._losses, self._correct)])
+        (loss, correct), norm_value = self.reduced(sums), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             together(lambda: self._refuse_step(loss, norm_value))
         counts = self._counts
@@ -146,6 +134,28 @@ class PackedTrainer(Trainer):
         model: Any = self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
         return count_correct(base, output.get("logits"), labels).detach()
+
+    def reduced(self, values: Tensor) -> list[float]:
+        """Sum values, float64[…], over the processes, and agree on whether one of them received a signal.
+
+        All processes must call it at the same point; they then stop there together.
+        """
+        received = [self.stop.received == number for number in STOP_SIGNALS]
+        totals = torch.cat([values.flatten(), torch.tensor(received, dtype=values.dtype, device=values.device)])
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        *sums, terminated, interrupted = totals.tolist()
+        if terminated or interrupted:
+            self.stopped_by = signal.SIGTERM if terminated else signal.SIGINT
+        return sums
+
+    def interruption(self) -> BaseException:
+        """What a run that a signal stopped raises, once its checkpoint is written."""
+        if self.stopped_by == signal.SIGTERM:
+            return Terminated()
+        return KeyboardInterrupt(
+            f"interrupted after step {self.state.global_step}; run the same command again to resume from there"
+        )
 
     def _refuse_step(self, loss: float, grad_norm: float) -> None:
         """Save this process's batches of the step and raise a DataError that names the file."""
@@ -181,32 +191,58 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the mean loss and the accuracy over all targets of the evaluation set, each counting the same."""
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        one = torch.ones((), device=self.args.device)
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader():
-                counts = dict(zip(COUNTS, take_counts(batch), strict=True))
-                batch.pop("loss_weight", None)
-                with self.accelerator.autocast():
-                    output = model(**batch, num_items_in_batch=one)
-                totals[0] += output["loss"]
-                totals[1] += self._count_correct(output, batch["labels"])
-                totals[2] += counts[TARGETS]
-        model.train(training)
-        if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, "sum")
-        loss, accuracy = (totals[:2] / totals[2].clamp(min=1)).tolist()
-        logs = {"eval_loss": loss, "eval_token_accuracy": accuracy}
+        """Return the mean loss and the accuracy over all targets of the evaluation set, each counting the same.
+
+        A signal ends the evaluation; the run then stops with a checkpoint, and evaluates again when it is resumed.
+        """
+        self.metrics.sums.evaluation_due = True
+        with self.metrics.paused(), self.stop.during(EVALUATION):
+            logs = self._evaluation()
+        if self.stopped_by is not None:
+            self.control.should_save = self.control.should_training_stop = True
+        if logs is None:
+            self.control.should_evaluate = False
+            return {}
+        self.metrics.sums.evaluation_due = False
         if is_first_process():
             self.metrics.line(self.state.global_step, **logs)
         self.progress.log(logs)
         super().log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def _evaluation(self) -> dict[str, float] | None:
+        """The loss and the accuracy over the evaluation set; None if a signal ended the evaluation."""
+        model = self.model_wrapped
+        training = model.training
+        batches = self.get_eval_dataloader()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        one = torch.ones((), device=self.args.device)
+        model.eval()
+        try:
+            with torch.no_grad():
+                for done, batch in enumerate(batches):
+                    self.progress.evaluated(done, len(batches))
+                    counts = dict(zip(COUNTS, take_counts(batch), strict=True))
+                    batch.pop("loss_weight", None)
+                    with self.accelerator.autocast():
+                        output = model(**batch, num_items_in_batch=one)
+                    sums[0] += output["loss"]
+                    sums[1] += self._count_correct(output, batch["labels"])
+                    sums[2] += counts[TARGETS]
+                    if self.received_signal():
+                        return None
+        finally:
+            model.train(training)
+            self.progress.evaluated(len(batches), len(batches))
+        loss, correct, targets = self.reduced(sums)
+        return {"eval_loss": loss / max(targets, 1), "eval_token_accuracy": correct / max(targets, 1)}
+
+    def received_signal(self) -> bool:
+        """Whether one of the processes received a signal. All of them must ask at the same point."""
+        if self.args.world_size > 1 or self.stop.received is not None:
+            self.reduced(torch.zeros(0, device=self.args.device))
+        return self.stopped_by is not None
 
     def finished_model(self) -> tuple[nn.Module, dict[str, Tensor] | None]:
         """Return the trained model without its wrappers and, if it is sharded, its weights.
@@ -219,8 +255,25 @@ class PackedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint and seal it, then remove older ones."""
         folder = self.partial / CHECKPOINTS_NAME / f"checkpoint-{self.state.global_step}"
-        together(lambda: self._write(folder, lambda: super(PackedTrainer, self)._save_checkpoint(model, trial)))
-        on_first_process(lambda: self._write(folder, lambda: self._seal(folder)))
+        with self.metrics.paused(), self.stop.during(CHECKPOINT):
+            together(lambda: self._write(folder, lambda: super(PackedTrainer, self)._save_checkpoint(model, trial)))
+            on_first_process(lambda: self._write(folder, lambda: self._seal(folder)))
+        if self.received_signal():
+            self.control.should_training_stop = True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise DataError if a checkpoint lacks a weight. Tied weights are in it under one of their names."""
+        assert isinstance(self.model, nn.Module)
+        state = self.model.state_dict(keep_vars=True)
+        ignored = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        loaded = {id(weight) for name, weight in state.items() if name not in load_result.missing_keys}
+        lost = [name for name in load_result.missing_keys if id(state[name]) not in loaded and name not in ignored]
+        if lost or load_result.unexpected_keys:
+            raise DataError(
+                f"{self.partial}: the checkpoint's weights are not those of the model: {len(lost)} are missing and "
+                f"{len(load_result.unexpected_keys)} are of another model ({[*lost, *load_result.unexpected_keys][0]}, "
+                "…). Pass --overwrite to start over"
+            )
 
     def _seal(self, folder: Path) -> None:
         self.metrics.save(folder)
@@ -253,44 +306,23 @@ class StepControl(TrainerCallback):
     ) -> None:
         # The state of a checkpoint has its run's log and save intervals; a resumed run may have others.
         state.compute_steps(args, state.max_steps)  # type: ignore[no-untyped-call]
+        if self.trainer.metrics.sums.evaluation_due and self.trainer.eval_dataset is not None:
+            self.trainer.evaluate()
+            if self.trainer.stopped_by is not None:
+                raise self.trainer.interruption()  # the checkpoint that it resumed from is still the newest state
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.progress.advance(state.global_step)
+        trainer = self.trainer
+        trainer.progress.advance(state.global_step)
         last = state.global_step == state.max_steps
         if state.global_step == 1 or last:
             control.should_log = True
-        if last and self.trainer.eval_dataset is not None:
+        if last and trainer.eval_dataset is not None:
             control.should_evaluate = True
-        if self.trainer.stopped_by is not None:
+        if args.world_size == 1:
+            trainer.received_signal()  # several processes agreed on it with the step's loss
+        if trainer.stopped_by is not None:
+            trainer.metrics.sums.evaluation_due = control.should_evaluate
+            control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
-
-
-class StopSignals:
-    """Remembers SIGTERM and Ctrl-C until the step is done.
-
-    Args:
-        alone: Whether this is the only process; a second Ctrl-C then ends it at once.
-    """
-
-    def __init__(self, *, alone: bool) -> None:
-        self.received: int | None = None
-        self.alone = alone
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within this context a signal is only remembered. Outside the main thread it does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        former = {number: signal.signal(number, self._remember) for number in _STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        if self.received == signal.SIGINT == number and self.alone:
-            raise KeyboardInterrupt
-        self.received = self.received or number

@@ -260,7 +260,7 @@ def test_evaluations_that_cannot_be_compared(base, written, tmp_path):
         "eval.json": lambda text: text.replace("ismdata.eval/1", "ismdata.eval/0"),
     }.items():
         (tmp_path / name).mkdir()
-        for file in written.iterdir():
+        for file in written.glob("*.json*"):
             text = file.read_text(encoding="utf-8")
             (tmp_path / name / file.name).write_text(change(text) if file.name == name else text, encoding="utf-8")
         refused(against(tmp_path / name), 1, "not a complete evaluation", name)

@@ -176,7 +176,7 @@ def test_the_end_of_a_turn_ends_a_generation(packed, monkeypatch):
 
 def test_without_matplotlib_there_are_no_curves(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    assert not metrics.draw_curves(tmp_path)
+    assert not metrics.draw_curves(tmp_path, "ism")
 
 
 def test_operations_per_parameter_and_pair():
@@ -214,4 +214,4 @@ def test_a_full_disk_while_the_model_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "save_pretrained", full)
     monkeypatch.setattr(model_out, "set_generation_ends", lambda *args: None)
     with pytest.raises(OSError, match="No space left"):
-        model_out.save_model(model, None, tmp_path, dataset=None, tokenizer_files=[])
+        model_out.save_model(model, None, tmp_path, dataset=None, tokenizer_files=[], base="m")

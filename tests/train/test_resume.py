@@ -10,13 +10,12 @@ import signal
 import pytest
 import torch
 
-from ismdata.errors import DataError, Terminated, UsageError
+from ismdata.errors import DataError, UsageError
 from ismdata.train import trainer as trainers
 from ismdata.train.checkpoints import check_checkpoint, checkpoints
 from tests.support.reporters import Recorder
 from tests.support.tiny import tiny_model, write_packed
 from tests.support.training_shards import (
-    Listener,
     copying_rows,
     curve,
     packed_folder,
@@ -100,31 +99,6 @@ def test_other_micro_batches_resume_too(packed, model, undisturbed, tmp_path, cr
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
         assert found["tokens"] == expected["tokens"]
     assert [path.name for path in checkpoints(output)] == ["checkpoint-3", "checkpoint-6"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_ends_a_run_after_its_step(number, packed, model, undisturbed, tmp_path):
-    """Between two checkpoints and between two lines of metrics.csv."""
-    output = tmp_path / "model"
-
-    def signalled(line):
-        if line.startswith("step 2/"):
-            os.kill(os.getpid(), number)
-
-    expected = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with pytest.raises(expected) as raised:
-        run(packed, output, model=model, **OPTIONS, reporter=Listener(signalled))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    if number == signal.SIGTERM:
-        assert raised.value.kept == partial_of(output)
-    else:
-        assert str(raised.value) == "interrupted after step 3; run the same command again to resume from there"
-    assert [path.name for path in checkpoints(partial_of(output))] == ["checkpoint-2", "checkpoint-3"]
-    reporter = Recorder()
-    run(packed, output, model=model, **OPTIONS, reporter=reporter)
-    assert reporter.notes[1] == f"resuming after step 3 of {STEPS}"
-    assert_the_same(output, undisturbed)
 
 
 def interrupted_run(packed, model, output, crash_after, **changes):

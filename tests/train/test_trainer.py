@@ -12,6 +12,7 @@ from ismdata.train.trainer import PRIVATE_OVERRIDES, PackedTrainer
 #: As in transformers 5.18 to 5.23. If a release changes one, read its Trainer before changing this.
 SIGNATURES = {
     "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_issue_warnings_after_load": "(self, load_result: Any) -> None",
     "_save_checkpoint": "(self, model: torch.nn.modules.module.Module, trial: 'optuna.Trial | dict[str, Any] | None') "
     "-> None",
 }

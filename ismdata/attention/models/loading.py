@@ -11,10 +11,12 @@ import xxhash
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ismdata.attention.library_bars import library_bars
 from ismdata.attention.models.adapters import merge_adapter
 from ismdata.attention.models.presets import PRESETS, preset_model
 from ismdata.attention.models.source import check_source, is_adapter
 from ismdata.data import PackedDataset
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError
 from ismdata.rendering import Tokenizer, check_model_name, load_pretrained
 
@@ -22,12 +24,13 @@ from ismdata.rendering import Tokenizer, check_model_name, load_pretrained
 TOKENIZER_NAME = "tokenizer"
 
 
-def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
+def open_model(name: str, dataset: PackedDataset, *, reporter: Reporter = LOGGED) -> PreTrainedModel:
     """Open the model to start from, and check that it fits the shards' tokens and documents.
 
     Args:
         name: A preset, a model folder, a GGUF file or a hub name.
         dataset: The shards.
+        reporter: Receives the progress of loading.
 
     Returns:
         The model in float32.
@@ -46,7 +49,7 @@ def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
             bos_token_id=None,
             eos_token_id=index.get("eos_id"),
         )
-    model = pretrained(name)
+    model = pretrained(name, reporter=reporter)
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if vocab_size > embeddings:
         raise DataError(
@@ -65,11 +68,12 @@ def open_model(name: str, dataset: PackedDataset) -> PreTrainedModel:
     return model
 
 
-def pretrained(name: str, **options: Any) -> PreTrainedModel:
+def pretrained(name: str, *, reporter: Reporter = LOGGED, **options: Any) -> PreTrainedModel:
     """Load a causal language model.
 
     Args:
         name: A model folder, a folder of peft's adapters, which are merged, a GGUF file or a hub name.
+        reporter: Receives the progress of loading.
         options: Passed to `from_pretrained`; the dtype is float32 unless it is among them.
 
     Returns:
@@ -82,7 +86,7 @@ def pretrained(name: str, **options: Any) -> PreTrainedModel:
     path = Path(name)
     check_source(name)
     if is_adapter(path):
-        return merge_adapter(path, partial(pretrained, **options))
+        return merge_adapter(path, partial(pretrained, reporter=reporter, **options))
     source: dict[str, Any] = {"pretrained_model_name_or_path": name}
     if path.suffix == ".gguf":
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -90,9 +94,10 @@ def pretrained(name: str, **options: Any) -> PreTrainedModel:
         source["use_safetensors"] = True
         source["local_files_only"] = check_model_name(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source, **{"dtype": torch.float32} | options, trust_remote_code=False, output_loading_info=True
-        )
+        with library_bars(reporter):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source, **{"dtype": torch.float32} | options, trust_remote_code=False, output_loading_info=True
+            )
     except ImportError as error:
         raise DataError(f"{name}: cannot be loaded without another package ({error}). Try: pip install gguf") from error
     except Exception as error:  # for a broken file the libraries raise anything, from KeyError to SafetensorError

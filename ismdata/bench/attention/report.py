@@ -14,8 +14,9 @@ from ismdata.bench.report import machine_line, number, svg_text
 from ismdata.display import View
 
 _WIDTH, _ROW, _LABEL, _BAR, _TOP = 1140, 24, 190, 420, 66
-_COLOURS = {"yardstick": "#b9bec6", "sdpa": "#c58a2b", "flex": "#3f8f6b", "varlen": "#2563a8"}
-_OTHER_COLOUR = "#7a5ea8"
+#: Of backends; none is that of a mask.
+_COLOURS = {"yardstick": "#b9bec6", "sdpa": "#b4553f", "flex": "#3f8f6b", "varlen": "#2f4b57"}
+_OTHER_COLOUR = "#8c8c4a"
 
 
 @dataclass(frozen=True, kw_only=True)

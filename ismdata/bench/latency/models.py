@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from ismdata.attention import PRESETS, attach, preset_model, pretrained
 from ismdata.bench.attention.training_steps import one_billion_config
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import DataError, UsageError
 from ismdata.generate import positions_of
 
@@ -25,7 +26,9 @@ PRESET_VOCABULARY = 32_000
 ONE_BILLION = "1b"
 
 
-def open_model(name: str, device: torch.device, *, tokens: int, seed: int = 0) -> PreTrainedModel:
+def open_model(
+    name: str, device: torch.device, *, tokens: int, seed: int = 0, reporter: Reporter = LOGGED
+) -> PreTrainedModel:
     """Open a model, attached and in evaluation mode: float32 on a CPU, bfloat16 on a GPU.
 
     Args:
@@ -33,6 +36,7 @@ def open_model(name: str, device: torch.device, *, tokens: int, seed: int = 0) -
         device: Where it will run.
         tokens: Length of the conversation in tokens.
         seed: Decides random weights.
+        reporter: Receives the progress of loading, and a line that names the attention backend.
 
     Raises:
         UsageError: If `1b` is asked for without a GPU.
@@ -52,12 +56,12 @@ def open_model(name: str, device: torch.device, *, tokens: int, seed: int = 0) -
         with device:
             model = LlamaForCausalLM(one_billion_config(tokens))
     else:
-        model = pretrained(name)
+        model = pretrained(name, reporter=reporter)
     positions = positions_of(model)
     if positions is not None and tokens > positions:
         raise DataError(f"{name}: the model has {positions} positions; the conversation takes {tokens}. Lower --turns")
     nn.Module.to(model, device, dtype).train(False)
-    return attach(model)
+    return attach(model, reporter=reporter)
 
 
 def tokens_known(model: PreTrainedModel) -> int:

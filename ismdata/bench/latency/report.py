@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.table import Table
 
 from ismdata.bench.report import machine_line, number, svg_text
+from ismdata.choices import MASK_COLOURS
 from ismdata.display import View
 
 #: Counted operations may differ from the formula by this share.
 TOLERANCE = 0.02
 
-_COLOURS = {"ism": "#2563a8", "causal": "#c58a2b", "prefix": "#8a5aa8"}
 _PANEL, _HEIGHT, _LEFT, _GAP, _TOP = 470, 300, 62, 96, 92
 #: Leaves room for the legend above the lines.
 _HEADROOM = 1.25
@@ -121,8 +121,8 @@ def summary(rows: Sequence[TurnRow]) -> dict[str, Any]:
     facts: dict[str, Any] = {"last_turn": max(row.turn for row in rows)}
     for suffix, samples in (("", "seconds"), ("_processor", "processor")):
         medians = {(row.mask, row.turn): statistics.median(getattr(row, samples)) for row in rows}
-        last = {mask: medians[mask, facts["last_turn"]] for mask in _COLOURS}
-        facts[f"growth{suffix}"] = {mask: last[mask] / medians[mask, 2] for mask in _COLOURS}
+        last = {mask: medians[mask, facts["last_turn"]] for mask in MASK_COLOURS}
+        facts[f"growth{suffix}"] = {mask: last[mask] / medians[mask, 2] for mask in MASK_COLOURS}
         facts[f"ism_over_causal{suffix}"] = last["ism"] / last["causal"]
         facts[f"prefix_over_ism{suffix}"] = last["prefix"] / last["ism"]
     return facts
@@ -140,13 +140,13 @@ def latency_table(results: dict[str, Any]) -> View:
     rows = _rows(results)
     times = Table(title=f"{_setting(results)}\n{machine_line(results['machine'])}", title_justify="left")
     times.title_style = "dim"
-    for name in ("turn", "tokens before", *(f"{mask}, s" for mask in _COLOURS), "ism / causal", "prefix / ism"):
+    for name in ("turn", "tokens before", *(f"{mask}, s" for mask in MASK_COLOURS), "ism / causal", "prefix / ism"):
         times.add_column(name, justify="right")
     for turn in sorted({row.turn for row in rows}):
         by_mask = {row.mask: row for row in rows if row.turn == turn}
-        ism, causal, prefix = (by_mask[mask] for mask in _COLOURS)
+        ism, causal, prefix = (by_mask[mask] for mask in MASK_COLOURS)
         ratios = number(ism.median / causal.median), number(prefix.median / ism.median)
-        cells = (by_mask[mask].cell() for mask in _COLOURS)
+        cells = (by_mask[mask].cell() for mask in MASK_COLOURS)
         times.add_row(str(turn), f"{ism.keys - ism.new:,}", *cells, *ratios)
     flops = Table(title="operations of a first token, in billions; a multiplication and its addition are two")
     flops.title_justify, flops.title_style = "left", "dim"
@@ -234,12 +234,12 @@ def _panel(rows: Sequence[TurnRow], title: str, left: float) -> Iterator[str]:
         if turn == 1 or turn % math.ceil(turns / 10) == 0:
             yield svg_text(x(turn), bottom + 18, str(turn), size=11, colour="#445", anchor="middle")
     yield svg_text(left + _PANEL / 2, bottom + 38, "turn", size=12, colour="#445", anchor="middle")
-    masks = [mask for mask in _COLOURS if any(row.mask == mask for row in rows)]
+    masks = [mask for mask in MASK_COLOURS if any(row.mask == mask for row in rows)]
     for at, mask in enumerate(masks):
         of_mask = [row for row in rows if row.mask == mask]
         lower, upper = ([f"{x(row.turn):.1f},{y(row.middle[end]):.1f}" for row in of_mask] for end in (0, 1))
         line = " ".join(f"{x(row.turn):.1f},{y(row.median):.1f}" for row in of_mask)
-        colour = _COLOURS[mask]
+        colour = MASK_COLOURS[mask]
         yield f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" opacity="0.18"/>'
         yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{_dashes(mask)}/>'
         legend = _TOP + 14 + 20 * at

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ismdata.attention import takes_two_positions
 from ismdata.bench.latency.flops import Shape, counted_flops, prefill_flops, shape_of, textbook_flops
@@ -33,7 +32,7 @@ from ismdata.bench.latency.report import FlopsRow, TurnRow, picture, summary
 from ismdata.bench.report import machine
 from ismdata.bench.timing import find_device
 from ismdata.data import open_output
-from ismdata.display import LOGGED, Reporter, on_terminal
+from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.generate import KVCache, Sampling, make_sampler
 
@@ -249,8 +248,6 @@ def run_latency_bench(
         UnsupportedModelError: If there is no formula for the model's operations.
     """
     options = options or LatencyOptions()
-    if not on_terminal():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where = find_device(options.device)
     name = default_model() if options.model is None else options.model
     plan = options.plan(where)
@@ -258,7 +255,7 @@ def run_latency_bench(
         open_output(output, overwrite=overwrite, marker=RESULTS_NAME, reporter=reporter) as folder,
         _threads(options.threads),
     ):
-        opened = open_model(name, where, tokens=plan.tokens, seed=options.seed)
+        opened = open_model(name, where, tokens=plan.tokens, seed=options.seed, reporter=reporter)
         shape = shape_of(opened)
         measured = _measure(opened, shape, plan, reporter)
         results = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ismdata.data import VerifyReport
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ismdata.pack import PackReport
     from ismdata.rendering import SavedTokenizer
     from ismdata.train import TrainReport
+from ismdata.cli.next_command import command_line
 from ismdata.cli.views.quarantine import quarantine
 from ismdata.display import View, heading, numbers, one_line, title
 
@@ -175,17 +177,33 @@ def train_report(report: TrainReport) -> View:
         "seconds": report.seconds,
         "device": report.device,
         "dtype": report.dtype,
+        "evaluations": list(report.evaluations),
     }
+    rows: list[tuple[str, int, str | Text]] = [
+        ("parameters", report.parameters, ""),
+        ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
+        ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} per second"),
+        ("targets", report.target_tokens, ""),
+    ]
+    next_commands = [("chat with it", command_line("chat", report.output))]
+    parts: list[RenderableType] = []
+    if report.evaluations:
+        losses = " → ".join(f"{loss:.3f}" for loss in report.evaluations)
+        perplexities = " → ".join(f"{math.exp(min(loss, 99)):,.1f}" for loss in report.evaluations)
+        parts.append(Text(f"\n  evaluation loss {losses}, perplexity {perplexities}"))
+    if report.evaluation_set is not None:
+        next_commands.append(("measure it by turn", command_line("eval", report.output, Path(report.evaluation_set))))
+    for what, line in next_commands:
+        parts.append(heading(what))
+        parts.append(
+            Text(f"  {line}", style="cyan", no_wrap=True, overflow="ignore")
+        )  # whole, so that it can be copied
     drawing = Group(
         title(
             str(report.output),
             f"mask {report.mask} by {report.backend} · {report.device}, {report.dtype} · {report.seconds:.0f} s",
         ),
-        numbers(
-            ("parameters", report.parameters, ""),
-            ("steps", report.steps, Text(f"loss {report.first_loss:.3f} → {report.last_loss:.3f}")),
-            ("tokens", report.tokens, f"{report.tokens / max(report.seconds, 1e-9):,.0f} per second"),
-            ("targets", report.target_tokens, ""),
-        ),
+        numbers(*rows),
+        *parts,
     )
     return View(facts=facts, drawing=drawing)
