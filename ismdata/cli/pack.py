@@ -15,7 +15,9 @@ from ismdata.errors import UsageError
 
 
 def pack_command(
-    converted: Annotated[list[Path], typer.Argument(help="Folders that `ismdata convert` wrote.")],
+    converted: Annotated[
+        list[Path], typer.Argument(help="Folders that `ismdata convert` wrote; splits inside them stay apart.")
+    ],
     output: Output,
     tokenizer: Annotated[str, typer.Option(help="The tokenizer: a local folder, a GGUF file or a hub name.")],
     chat_template: Annotated[

@@ -169,9 +169,13 @@ def read_index(folder: Path, expected_format: str) -> dict[str, Any]:
         )
     index = load_index(folder)
     found_format = index.get("format")
-    if found_format == SPLIT_FORMAT and isinstance(index.get("parts"), dict):
-        parts = " or ".join(str(folder / str(part)) for part in index["parts"])
-        raise DataError(f"{folder}: holds the parts of a split; expected one folder of conversations. Name {parts}")
+    if found_format == (PACKED_SPLIT_FORMAT if packed else SPLIT_FORMAT):
+        first, *others = [str(folder / name) for name in part_names(folder)]
+        what = "sequences" if packed else "conversations"
+        measured = f" (`ismdata train {first} --eval {others[0]}`)" if packed and others else ""
+        raise DataError(
+            f"{folder}: holds splits; expected one folder of {what}. Name {' or '.join([first, *others])}{measured}"
+        )
     if found_format != expected_format:
         raise DataError(
             f"{path}: format is {found_format!r}; expected {expected_format!r}, which `{command}` writes."

@@ -23,7 +23,15 @@ from ismdata import conversation
 from ismdata.choices import LAYOUTS, MASKS
 from ismdata.data import shards
 from ismdata.data.arrow_stream import read_batches
-from ismdata.data.index import INDEX_NAME, SPLIT_FORMAT, ShardFile, layout_faults, leaves_folder, load_index
+from ismdata.data.index import (
+    INDEX_NAME,
+    PACKED_SPLIT_FORMAT,
+    SPLIT_FORMAT,
+    ShardFile,
+    layout_faults,
+    leaves_folder,
+    load_index,
+)
 from ismdata.data.invariants import ROW_TOTALS, RowFormat, Rows, check_rows
 from ismdata.data.output_folder import QUARANTINE_NAME
 from ismdata.data.problems import Problems
@@ -92,7 +100,7 @@ def verify(folder: str | Path) -> VerifyReport:
         counts = _verify_converted(folder, index, problems)
     elif format_ == shards.FORMAT:
         counts = _verify_packed(folder, index, problems)
-    elif format_ == SPLIT_FORMAT:
+    elif format_ in (SPLIT_FORMAT, PACKED_SPLIT_FORMAT):
         counts = _verify_parts(folder, index, problems)
     elif index:
         problems.add(
@@ -116,9 +124,10 @@ def _verify_parts(folder: Path, index: dict[str, Any], problems: Problems) -> di
         for sentence in report.problems:
             problems.add(sentence)
         totals.update(report.counts)
-        if report.ok and report.counts["conversations"] != rows:
-            found = report.counts["conversations"]
-            problems.add(f"{folder / INDEX_NAME}: parts.{name} is {rows}; expected {found}, its conversations")
+        what = "conversations" if index["format"] == SPLIT_FORMAT else "sequences"
+        if report.ok and report.counts.get(what) != rows:
+            found = report.counts.get(what)
+            problems.add(f"{folder / INDEX_NAME}: parts.{name} is {rows}; expected {found}, its {what}")
     return dict(totals)
 
 

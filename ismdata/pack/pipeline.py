@@ -26,6 +26,7 @@ from ismdata.errors import DataError, UsageError
 from ismdata.memory import give_back, kept_memory
 from ismdata.pack.job import PackJob
 from ismdata.pack.options import PackOptions
+from ismdata.pack.parts import pack_parts, parts_of
 from ismdata.pack.planning.plan import plan
 from ismdata.pack.report import PackReport, conversation_counts, packed_index
 from ismdata.pack.shard_writer import SHARD_TOKENS, write_shards
@@ -50,7 +51,7 @@ def pack(
     """Pack converted folders into `output`, or resume an interrupted call with the same arguments.
 
     Args:
-        converted: Folders that `convert` wrote.
+        converted: Folders that `convert` wrote. Of folders of splits, each split is packed to a folder of its own.
         output: The folder to write. It appears when it is complete.
         options: How to pack.
         overwrite: Replace an existing folder.
@@ -71,7 +72,14 @@ def pack(
     options = PackOptions(**fields) if options is None else replace(options, **fields)
     if options.workers:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)
-    check_distinct(converted)
+    parts = parts_of(converted)
+    check_distinct([folder for folders in parts.values() for folder in folders])
+    if "" not in parts:
+
+        def pack_part(folders: Sequence[Path], part: Path) -> PackReport:
+            return pack(folders, part, options, reporter=reporter)
+
+        return pack_parts(parts, output, options, overwrite=overwrite, reporter=reporter, pack_part=pack_part)
     sources = [ConvertedFolder(folder) for folder in converted]
     with (
         open_output(

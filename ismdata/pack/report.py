@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class PackReport:
         notes: What the user should know about the tokenizer and its template.
         first_refusals: The first quarantined conversation of each reason.
         seconds: Wall-clock seconds of the call.
+        parts: The report of each split, by the name of its folder; empty if the output is one folder.
     """
 
     output: Path
@@ -38,6 +39,7 @@ class PackReport:
     notes: tuple[str, ...]
     first_refusals: tuple[Quarantined, ...]
     seconds: float
+    parts: dict[str, PackReport] = field(default_factory=dict)
 
 
 @dataclass

@@ -19,11 +19,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ismdata.arrays import offsets_of
-from ismdata.data import QUARANTINE_NAME, ConvertedFolder, PackedShards, Problems, VerifyReport
+from ismdata.data import (
+    PACKED_SPLIT_FORMAT,
+    QUARANTINE_NAME,
+    ConvertedFolder,
+    PackedShards,
+    Problems,
+    VerifyReport,
+    part_names,
+)
 from ismdata.data import shards as packed_shards
 from ismdata.display import LOGGED, Reporter
 from ismdata.errors import UsageError
 from ismdata.masks import ANSWER
+from ismdata.pack.parts import parts_of
 from ismdata.rendering import reasoning_length
 
 _WORD = re.compile(r"\w+")
@@ -50,11 +59,30 @@ def verify_conversations(
         UsageError: If the report is not on a packed folder.
         DataError: If the conversations cannot be read.
     """
+    if report.format == PACKED_SPLIT_FORMAT:
+        return _verify_parts(report, converted, reporter)
     if report.format != packed_shards.FORMAT:
         raise UsageError(f"--conversations requires a packed folder; {report.folder} is not one")
     problems, counts = check_texts(report.folder, converted, reporter=reporter)
     found = {"answers found": counts["answers"]}
     return replace(report, problems=[*report.problems, *problems], counts={**report.counts, **found})
+
+
+def _verify_parts(report: VerifyReport, converted: Sequence[Path], reporter: Reporter) -> VerifyReport:
+    """`verify_conversations` for a folder of splits, made of folders of splits."""
+    parts = parts_of(converted)
+    missing = [name for name in part_names(report.folder) if name not in parts]
+    if missing:
+        raise UsageError(
+            f"--conversations: {report.folder} holds splits, and {', '.join(map(str, converted))} no {missing[0]}; "
+            "expected the folders of splits that it was packed from"
+        )
+    problems, found = [], 0
+    for name in part_names(report.folder):
+        faults, counts = check_texts(report.folder / name, parts[name], reporter=reporter)
+        problems += faults
+        found += counts["answers"]
+    return replace(report, problems=[*report.problems, *problems], counts={**report.counts, "answers found": found})
 
 
 def check_texts(

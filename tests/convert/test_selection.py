@@ -15,6 +15,7 @@ import pytest
 
 from ismdata.convert.options import Cleaning, Selection
 from ismdata.convert.pipeline import ConvertReport, convert, explain_sources
+from ismdata.data.conversations import ConvertedFolder
 from ismdata.data.verification import verify
 from ismdata.errors import DataError, UsageError
 from ismdata.pack.pipeline import pack
@@ -151,8 +152,8 @@ def test_both_sides_of_a_dialogue_and_all_paths_of_a_tree_are_in_one_part(corpus
 @pytest.mark.slow
 def test_a_split_folder_is_verified_whole_and_packed_by_part(corpus, tmp_path, smollm2):
     convert([str(corpus)], tmp_path / "out", selection=Selection(split="0.5/0.5"))
-    with pytest.raises(DataError, match=r"holds the parts of a split; .*Name .*train or .*validation"):
-        pack([tmp_path / "out"], tmp_path / "packed", tokenizer=str(smollm2), seq_len=256)
+    with pytest.raises(DataError, match=r"holds splits; .*Name .*train or .*validation"):
+        ConvertedFolder(tmp_path / "out")
     packed = pack([tmp_path / "out" / "train"], tmp_path / "packed", tokenizer=str(smollm2), seq_len=256)
     assert packed.counts["packed"] == len(rows_of(tmp_path / "out" / "train"))
     shard = tmp_path / "out" / "validation" / "conversations-00000.arrow"

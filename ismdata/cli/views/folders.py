@@ -16,11 +16,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from ismdata import conversation
 from ismdata.cli.views import row as row_view
+from ismdata.cli.views.parts import parts_table
 from ismdata.cli.views.quarantine import quarantine
-from ismdata.data import INDEX_NAME, ConvertedFolder, load_index, next_step, shards
+from ismdata.data import (
+    INDEX_NAME,
+    PACKED_SPLIT_FORMAT,
+    SPLIT_FORMAT,
+    ConvertedFolder,
+    load_index,
+    next_step,
+    part_names,
+    shards,
+)
 from ismdata.display import View, histogram_bars, numbers, share_bar, title
 from ismdata.errors import DataError, UsageError
 from ismdata.masks import ANSWER
@@ -45,9 +56,11 @@ def summary(folder: Path) -> dict[str, Any]:
             f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote."
             f"{next_step(folder, packed=False)}"
         )
-    if load_index(folder).get("format") == conversation.FORMAT:
-        return _converted_summary(folder)
-    return _packed_summary(folder)
+    format_ = load_index(folder).get("format")
+    if format_ in (SPLIT_FORMAT, PACKED_SPLIT_FORMAT):
+        parts = {name: summary(folder / name) for name in part_names(folder)}
+        return {"folder": str(folder), "format": format_, "parts": parts}
+    return _converted_summary(folder) if format_ == conversation.FORMAT else _packed_summary(folder)
 
 
 def folder_summary(folder: Path) -> View:
@@ -57,8 +70,17 @@ def folder_summary(folder: Path) -> View:
         DataError: If it is neither a converted nor a packed folder.
     """
     facts = summary(folder)
-    drawing = _draw_converted(facts) if facts["format"] == conversation.FORMAT else _draw_packed(facts)
-    return View(facts=facts, drawing=drawing)
+    if "parts" in facts:
+        what = "splits of conversations" if facts["format"] == SPLIT_FORMAT else "packed splits"
+        drawings = [_draw(part) for part in facts["parts"].values()]
+        head = title(facts["folder"], what)
+        separated = [each for drawing in drawings for each in (Text(), drawing)]
+        return View(facts=facts, drawing=Group(head, *parts_table(facts["parts"]), *separated))
+    return View(facts=facts, drawing=_draw(facts))
+
+
+def _draw(facts: dict[str, Any]) -> RenderableType:
+    return _draw_converted(facts) if facts["format"] == conversation.FORMAT else _draw_packed(facts)
 
 
 def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]], str]]) -> View:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ismdata.rendering import SavedTokenizer
     from ismdata.train import TrainReport
 from ismdata.cli.next_command import command_line
+from ismdata.cli.views.parts import parts_table
 from ismdata.cli.views.quarantine import quarantine
 from ismdata.display import View, heading, numbers, one_line, title
 
@@ -148,6 +149,7 @@ def pack_report(report: PackReport) -> View:
         **report.counts,
         **report.totals,
         "first_refusals": first,
+        "parts": {name: {**part.counts, **part.totals} for name, part in report.parts.items()},
         "notes": list(report.notes),
         "seconds": report.seconds,
     }
@@ -157,6 +159,7 @@ def pack_report(report: PackReport) -> View:
     drawing = Group(
         title(str(report.output), f"packed in {report.seconds:.1f} s"),
         numbers(*((name.replace("_", " "), report.totals[name], notes.get(name, "")) for name in names)),
+        *parts_table(facts["parts"]),
         *quarantine(facts),
     )
     return View(facts=facts, drawing=drawing)
