@@ -7,7 +7,7 @@ since CSV files have no other values.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -63,18 +63,13 @@ def _field(name: Any) -> tuple[Mapping[str, bool], bool] | None:
     return _FIELDS.get(re.sub(r"[\W_]+", "", name.lower())) if isinstance(name, str) else None
 
 
-def may_be_labelled(fields: Mapping[str, Any]) -> bool:
+def may_be_labelled(fields: Iterable[Any]) -> bool:
     """Whether a record has a field that can label its answer or hold a worse one, whatever its value.
 
     >>> may_be_labelled({"prompt": "", "Is-Good": None}), may_be_labelled({"prompt": ""})
     (True, False)
     """
-    return _may_be_labelled(tuple(fields))
-
-
-@lru_cache(maxsize=1024)
-def _may_be_labelled(names: tuple[Any, ...]) -> bool:
-    return any(_field(name) is not None for name in names) or not _WORSE_ANSWERS.isdisjoint(names)
+    return any(_field(name) is not None or name in _WORSE_ANSWERS for name in fields)
 
 
 def labels_of(fields: Mapping[str, Any]) -> dict[str, bool]:

@@ -94,8 +94,9 @@ def canonicalize(draft: Draft, rules: Rules, ignored: list[str] | None = None) -
             raise Refused("unsupported_content", f"the record has {name}; expected text only")
     refuse_flags(draft.ignored)
     check_labels(draft.extra, rules.preference)
-    tools = described_tools(draft.tools)
-    calls = _Calls(schemas=argument_schemas(tools), ignored=[] if ignored is None else ignored)
+    ignored = [] if ignored is None else ignored
+    tools = described_tools(draft.tools, ignored)
+    calls = _Calls(schemas=argument_schemas(tools), ignored=ignored)
     messages = [_message(raw, number, rules.roles, calls) for number, raw in enumerate(draft.messages, 1)]
     row = {
         "id": None if draft.id is None else str(draft.id),

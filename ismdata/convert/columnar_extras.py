@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,19 @@ def record_info(fields: dict[str, Any], unused: Collection[str]) -> RecordInfo |
     for name in unused:
         if fields.pop(name, None) not in (None, "", []):
             return None
-    if any(fields.get(name) for name in MEDIA_FIELDS) or may_be_labelled(fields) or not SYSTEM_LIKE.isdisjoint(fields):
+    if any(fields.get(name) for name in MEDIA_FIELDS) or _is_special(tuple(fields)):
         return None
     own = take_id(fields)
     try:
         return RecordInfo(id=None if own is None else str(own), meta=meta_json(fields))
     except Refused:
         return None
+
+
+@lru_cache(maxsize=1024)
+def _is_special(names: tuple[Any, ...]) -> bool:
+    """Whether a record with these fields can have a label or a system prompt under a less usual name."""
+    return may_be_labelled(names) or not SYSTEM_LIKE.isdisjoint(names)
 
 
 def columns_of_records(block: Block, plain: Callable[[Any], PlainRecord | None]) -> Columns | None:

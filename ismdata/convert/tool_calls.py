@@ -72,11 +72,12 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value == []
 
 
-def described_tools(value: Any) -> list[dict[str, Any]] | None:
+def described_tools(value: Any, ignored: list[str]) -> list[dict[str, Any]] | None:
     """Tool descriptions as an OpenAI-style list, None if there are none. Raises Refused.
 
     Args:
         value: A list, a single description, the JSON text of either, or a list of such texts.
+        ignored: Receives an entry for each description whose schema has null entries, which are left out.
     """
     if _is_nothing(value):
         return None
@@ -86,7 +87,7 @@ def described_tools(value: Any) -> list[dict[str, Any]] | None:
     tools = [_parsed_tools(tool) for tool in (value if isinstance(value, list) else [value])]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Refused("invalid_tools", f"tools is {shown(value)}; expected a list of objects")
-    return [_described_tool(tool, number) for number, tool in enumerate(tools, 1)]
+    return [_described_tool(tool, number, ignored) for number, tool in enumerate(tools, 1)]
 
 
 def _parsed_tools(value: Any) -> Any:
@@ -98,7 +99,7 @@ def _parsed_tools(value: Any) -> Any:
         raise Refused("invalid_tools", f"tools is not JSON text ({error}); expected a list") from error
 
 
-def _described_tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
+def _described_tool(tool: dict[str, Any], number: int, ignored: list[str]) -> dict[str, Any]:
     """A tool description in OpenAI's shape. Raises Refused if it is a function without a name."""
     if "function" in tool:
         whole = tool
@@ -111,11 +112,42 @@ def _described_tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
     function = whole["function"]
     if not (isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]):
         raise Refused("invalid_tools", f"tool {number} is {shown(tool)}; expected a function with a name")
-    return whole
+    schema = function.get("parameters")
+    if not _has_null_schemas(schema):
+        return whole
+    ignored.append(NULL_SCHEMAS)
+    return {**whole, "function": {**function, "parameters": _without_null_schemas(schema)}}
+
+
+#: Keywords of a JSON schema whose value may be null.
+_MAY_BE_NULL = frozenset({"default", "const", "example", "examples", "enum"})
+
+
+def _has_null_schemas(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_null_schemas, value))
+    return isinstance(value, dict) and any(
+        name not in _MAY_BE_NULL and (one is None or _has_null_schemas(one)) for name, one in value.items()
+    )
+
+
+def _without_null_schemas(value: Any) -> Any:
+    """A JSON schema without the null parameters and keywords that tables fill in."""
+    if isinstance(value, list):
+        return [_without_null_schemas(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: one if name in _MAY_BE_NULL else _without_null_schemas(one)
+        for name, one in value.items()
+        if one is not None or name in _MAY_BE_NULL
+    }
 
 
 #: The name under which arguments that are left out are counted among the fields that are.
 NULL_ARGUMENTS = "null arguments of tool calls"
+#: The same for tool descriptions with null entries in the schema of their parameters.
+NULL_SCHEMAS = "tools with null entries in their parameters"
 
 
 def argument_schemas(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:

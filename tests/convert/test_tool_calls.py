@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from ismdata.convert.tool_calls import NULL_ARGUMENTS
+from ismdata.convert.tool_calls import NULL_ARGUMENTS, NULL_SCHEMAS
 from tests.support.one_corpus import convert_text, lines
 from tests.support.records import conversations, refusal
 from tests.support.shapes import QA, A, U, chat
@@ -85,6 +85,24 @@ def test_tables_fill_arguments_with_null(tmp_path):
     calls = [json.loads(row["messages"][1]["tool_calls"])[0]["function"] for row in found.rows]
     assert calls == [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": "a"}}]
     assert found.report.ignored_fields == {NULL_ARGUMENTS: 2}
+
+
+def test_tables_fill_descriptions_with_null(tmp_path):
+    def tool(name, **properties):
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    tools = [tool("f", x={"type": "string", "enum": ["a"]}), tool("g", y={"type": "integer"})]
+    found = convert_text(tmp_path, pa.table({"messages": [chat(*QA)], "tools": [tools]}))
+    (row,) = found.rows
+    assert json.loads(row["tools"]) == tools
+    assert found.report.ignored_fields == {NULL_SCHEMAS: 2}
+
+
+def test_nulls_that_a_schema_may_have():
+    schema = {"properties": {"x": {"default": None, "enum": ["a", None]}, "y": None}, "required": None}
+    kept = {"properties": {"x": {"default": None, "enum": ["a", None]}}}
+    assert tools_of([{"name": "f", "parameters": schema}])[0]["function"]["parameters"] == kept
 
 
 def test_not_a_number_among_arguments_is_refused(tmp_path):
