@@ -83,7 +83,7 @@ class Explanation:
             guess = f"A draft of a mapping, guessed from {some}. Check each line, then pass the file with --mapping:"
             lines += [guess, "", *self.mapping.splitlines()]
         elif self.format is not None:
-            lines.append("No mapping can express this format completely: leave out --mapping.")
+            lines.append(f"No mapping was found that reads {some} in the same way: leave out --mapping.")
         else:
             lines.append("No messages were found in the records. docs/mapping.md describes how to write a mapping.")
         return "\n".join(lines)
@@ -184,7 +184,9 @@ def explain_records(sample: PartSample) -> Explanation:
     if isinstance(corpus_format, Mapped):
         return _explanation(sample, _file_text(corpus_format), equivalent=True)
     records = [record for _, record in sample.records]
-    rows = [row for record in records for row in record] if _regroups(corpus_format) else records
+    rows = records
+    if _regroups(corpus_format):
+        rows = [row for record in records for row in (record if isinstance(record, list) else [record])]
     guess = guess_mapping(rows)
     if guess is not None:
         guess = replace(guess, assistant=choices.assistant)

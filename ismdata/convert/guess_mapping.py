@@ -19,7 +19,7 @@ import numpy as np
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.corpus_format import ID_FIELDS, CorpusFormat, Draft, Place
 from ismdata.convert.formats.dialogue_rows import find_columns, id_text
-from ismdata.convert.formats.mapped import ANYONE, WHOLE, Mapped, Utterance, value_at
+from ismdata.convert.formats.mapped import ANYONE, EACH, WHOLE, Mapped, Utterance, value_at, values_at
 from ismdata.convert.formats.speakers import assign_roles
 from ismdata.convert.sources.blocks import ValueBlock
 from ismdata.convert.sources.grouping import GroupBlock
@@ -34,6 +34,11 @@ _NAME_LENGTH = 40
 #: Separators of turns in a string, the most specific first.
 _SEPARATORS = ("|EOM|", "__eou__", "<eou>", "<|endoftext|>", "<|im_end|>", "[SEP]", "</s>", " ||| ", "\n\n", "\n", "\t")
 _NAMED_TURN = re.compile(r"\s*[#*]{0,3} ?([^\W_][\w .'-]{0,30}?): ")
+#: Where the answer to a list of messages may be.
+_ANSWERS = (
+    "output", "response", "answer", "completion", "target", "reply", "chosen_response", "output.message",
+    "response.message", "response.choices.0.message", "outputs.choices.0.message", "completion.choices.0.message",
+)  # fmt: skip
 _SYSTEM = ("system", "system_prompt", "meta_instruction")
 #: Pairs of fields that hold the two sides of an exchange.
 _SIDES = (
@@ -46,6 +51,16 @@ _SIDES = (
 
 def guess_mapping(records: Sequence[Any]) -> Mapped | None:
     """The mapping that fits the records best, None if no messages are found in them."""
+    paths = {_path_of_records(record) for record in records}
+    path = paths.pop() if len(paths) == 1 else None
+    if path is None:
+        return _guess(records)
+    found = _guess([inner for record in records for inner in values_at(record, path)])
+    return None if found is None or found.group else replace(found, records=path)
+
+
+def _guess(records: Sequence[Any]) -> Mapped | None:
+    """`guess_mapping` for records that hold no others."""
     found = next((one for one in _candidates(records) if one is not None and _reads_any(one, records)), None)
     if found is None:
         return None
@@ -58,7 +73,21 @@ def guess_mapping(records: Sequence[Any]) -> Mapped | None:
         roles={} if found.exchange else _guess_roles(speakers),
         system=None if found.group else next((name for name in _SYSTEM if _holds_text(records, name)), None),
         id=None if found.group else _id_field(records),
+        answer=_answer_path(found, records, speakers),
     )
+
+
+def _answer_path(mapping: Mapped, records: Sequence[Any], speakers: Sequence[Sequence[str]]) -> str | None:
+    """The path of an answer beside lists of messages of which none ends with the assistant."""
+    ends = {ROLE_NAMES.get(names[-1].strip().lower()) for names in speakers if names}
+    if mapping.messages is None or mapping.content is None or ends - {"user", "tool"} or not ends:
+        return None
+    for path in _ANSWERS:
+        found = [value_at(record, path) for record in records]
+        messages = all(isinstance(value, dict) and isinstance(value.get(mapping.content), str) for value in found)
+        if found and (messages or all(isinstance(value, str) for value in found)):
+            return path
+    return None
 
 
 def _holds_text(records: Sequence[Any], name: str) -> bool:
@@ -80,7 +109,7 @@ class GuessedFormat(CorpusFormat):
         return "anything that holds messages"
 
     def matches(self, record: Any) -> bool:
-        return not _holds_records(record) and guess_mapping([record]) is not None
+        return _path_of_records(record) is None and guess_mapping([record]) is not None
 
     def parse_record(self, record: Any) -> Sequence[Draft]:
         found = guess_mapping([record])
@@ -89,16 +118,18 @@ class GuessedFormat(CorpusFormat):
         return found.parse_record(record)
 
 
-def _holds_records(value: Any) -> bool:
-    """Whether an object holds records rather than being one: by id, all with the same fields, or in lists by split."""
+def _path_of_records(value: Any) -> str | None:
+    """The path of the records in an object: by id, all with the same fields, or in lists by split; None for others."""
     if not isinstance(value, dict) or not value:
-        return False
-    inner = [*value.values()]
+        return None
+    inner, path = [*value.values()], EACH
     if all(isinstance(one, list) and one and isinstance(one[0], dict | list) for one in inner):
-        inner = [one[0] for one in inner]
+        inner, path = [one[0] for one in inner], f"{EACH}.{EACH}"
     elif len(inner) < 2 or not all(isinstance(one, dict) and one.keys() == inner[0].keys() for one in inner):
-        return False
-    return all(guess_mapping([one]) is not None for one in inner[:_MOST_EXAMINED])
+        return None
+    guesses = [_guess([one]) for one in inner[:_MOST_EXAMINED]]
+    # A list of exchanges, each a record in itself, is a conversation.
+    return path if all(one is not None and one.messages != WHOLE for one in guesses) else None
 
 
 def _candidates(records: Sequence[Any]) -> Iterator[Mapped | None]:
@@ -130,10 +161,13 @@ def _guess_list(records: Sequence[Any]) -> Mapped | None:
 
 
 def _lists(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, list[Any]]]:
-    """Paths and elements of all lists in a record, and of all objects whose entries are numbered objects."""
+    """Paths and elements of all lists in a record, of lists in lists, and of objects with numbered objects in them."""
     if isinstance(value, list):
         if value:
             yield path, value
+        if value and all(isinstance(inner, list) for inner in value):
+            objects = [element for inner in value for element in inner if isinstance(element, dict)]
+            yield f"{path}.{EACH}" if path else EACH, objects
     elif isinstance(value, dict) and depth < _DEPTH:
         if len(value) > 1 and all(isinstance(inner, dict) for inner in value.values()) and all(map(_has_digit, value)):
             yield path, list(value.values())
@@ -199,7 +233,7 @@ def _role_field(objects: Sequence[Mapping[str, Any]]) -> str | None:
         distinct = set(speakers)
         known = sum(value.strip().lower() in ROLE_NAMES for value in speakers) / len(speakers)
         changes = sum(one != other for one, other in pairwise(speakers)) / max(1, len(speakers) - 1)
-        named = bool(re.search(r"role|speaker|author|sender|agent|from|who|party|side", path.lower()))
+        named = bool(re.search(r"role|speaker|author|sender|agent|from|who|party|side|\bby\b", path.lower()))
         if known < 0.5 and not (1 < len(distinct) <= max(2, len(speakers) // 3) and (changes > 0.3 or named)):
             continue
         score = 4 * known + 2 * named + changes - len(distinct) / len(speakers)

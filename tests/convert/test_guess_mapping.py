@@ -30,6 +30,7 @@ from tests.convert.test_mapping_file import mappings as mappings
 from tests.convert.test_mapping_file import names as names
 from tests.convert.test_mapping_file import read as read
 from tests.convert.test_mapping_file import values as values
+from tests.support.converted import convert_paths
 
 # ---- mappings that equal formats, and guesses ----
 
@@ -149,6 +150,53 @@ def test_unknown_shapes_are_guessed(name: str) -> None:
     assert mapped is not None
     expected = [[(SIDES[at % 2], text) for at, text in enumerate(talk)] for talk in TALKS]
     assert read(mapping_text(mapped), *records) == expected
+
+
+TALK = [
+    {"sender": "A1", "said": "Is it open today?"},
+    {"sender": "A1", "said": "The shop, I mean."},
+    {"sender": "B2", "said": "Until six o'clock."},
+]
+READ = [("user", TALK[0]["said"]), ("user", TALK[1]["said"]), ("assistant", TALK[2]["said"])]
+#: Files whose shape a mapping reaches only with `*`, `records` or `answer`, and how often they hold READ.
+REACHED: dict[str, tuple[Any, int]] = {
+    "by id": ({f"talk{at}": {"chat": TALK, "start": "x"} for at in range(3)}, 3),
+    "by name": ({"ann": {"chat": TALK, "start": "x"}, "bo": {"chat": TALK, "start": "x"}}, 2),
+    "by name, many": ({name: {"chat": TALK, "start": "x"} for name in "abcdef"}, 6),
+    "nested lists": ([{"chat": [TALK[:2], TALK[2:]], "start": "x"}] * 2, 2),
+    "nested lists by id": ({f"talk{at}": {"chat": [TALK[:2], TALK[2:]]} for at in range(2)}, 2),
+    "splits": ({"train": [{"chat": TALK}, {"chat": TALK}], "valid": [{"chat": TALK}]}, 3),
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", REACHED)
+def test_the_explained_mapping_reads_every_record(name: str, indent: int | None, tmp_path: Path) -> None:
+    value, count = REACHED[name]
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent), encoding="utf-8")
+    found = explained(tmp_path / "a.json")
+    assert found.format is None
+    assert found.mapping is not None
+    assert [(one["role"], one["content"]) for one in found.conversations[0]["messages"]] == READ
+    (tmp_path / "my.toml").write_text(found.mapping, encoding="utf-8")
+    done = convert_paths([str(tmp_path / "a.json")], tmp_path / "out", mapping=tmp_path / "my.toml")
+    assert (done.talks, done.refusals) == ([READ] * count, [])
+
+
+@pytest.mark.parametrize("record", [
+    {"asked": [{"role": "user", "content": "Hi"}], "reply": "Yo"},
+    {"asked": [{"role": "user", "content": "Hi"}], "output": {"message": {"role": "assistant", "content": "Yo"}}},
+])  # fmt: skip
+def test_an_answer_beside_the_messages_is_guessed(record: Any) -> None:
+    mapped = guess_mapping([record, record])
+    assert mapped is not None
+    assert read(mapping_text(mapped), record) == [[("user", "Hi"), ("assistant", "Yo")]]
+
+
+def test_a_format_without_a_mapping_does_not_say_that_none_can_be() -> None:
+    found = explain_records(PartSample(source="a", layout="JSON", records=[("a:1", {"a": 1})], format="alpaca",
+                                       corpus_format=FORMATS["alpaca"], choices=CHOICES))  # fmt: skip
+    assert "No mapping was found that reads the first record in the same way" in found.text()
 
 
 @given(st.lists(values, max_size=4))

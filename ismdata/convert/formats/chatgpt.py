@@ -51,6 +51,9 @@ def _converted(message: Mapping[str, Any], ignored: list[str]) -> list[dict[str,
     if isinstance(kind, str) and kind in _ASIDE:
         ignored.append(f"messages of content_type {kind!r}")
         return []
+    metadata = message.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("attachments"):
+        raise Refused("unsupported_content", f"a message of {shown(role)} has attachments; expected only text")
     if kind != "text" or not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         what = f"content of type {shown(kind)}" if kind != "text" else "parts that are not text"
         raise Refused("unsupported_content", f"a message of {shown(role)} has {what}; expected only text")

@@ -9,6 +9,31 @@ from typing import Any
 from ismdata.convert.corpus_format import MORE_SYSTEMS, kind_of
 from ismdata.errors import Refused, shown
 
+#: Message fields with what belongs to the text and is no text.
+FILES = frozenset(
+    {
+        *("attachments", "attachment", "experimental_attachments", "files", "files_v2", "file_ids"),
+        *("images", "image", "image_url", "videos", "video", "audios", "audio"),
+    }
+)
+
+#: Message fields with the messages below it in a tree.
+BRANCHES = frozenset({"children", "replies"})
+
+
+def refuse_files(message: Mapping[str, Any], number: int) -> None:
+    """Raise Refused for message `number` if files belong to it, or messages below it: the list is only half of it."""
+    for name in FILES & message.keys():
+        if message[name] and isinstance(message[name], list | dict | str):
+            raise Refused("unsupported_content", f"message {number} has {name}; expected text only")
+    for name in BRANCHES & message.keys():
+        if isinstance(message[name], list) and any(isinstance(one, dict) for one in message[name]):
+            raise Refused(
+                "unsupported_content",
+                f"message {number} has further messages in {name}; expected a list without trees. Write each path of "
+                "the tree as a list of its own",
+            )
+
 
 def missing_field(fields: Iterable[object], expected: str) -> Refused:
     """The refusal of a record without a required field. `fields` are the names of the fields that it has."""

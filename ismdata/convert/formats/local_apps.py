@@ -34,11 +34,7 @@ class OpenWebui(CorpusFormat):
         chat = fields.pop("chat")
         nodes = history["messages"]
         path = path_to(nodes, history.get("currentId"), "parentId")
-        messages = []
-        for number, node in enumerate(path, 1):
-            if node.get("files"):
-                raise Refused("unsupported_content", f"message {number} has files; expected only text")
-            messages.append({name: value for name, value in node.items() if name not in _ABOUT})
+        messages = [{name: value for name, value in node.items() if name not in _ABOUT} for node in path]
         params = chat.get("params")
         system = params.get("system") if isinstance(params, dict) else None
         (draft,) = OPENAI.parse_record({"messages": messages, "system": system})

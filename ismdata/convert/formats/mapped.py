@@ -12,7 +12,7 @@ from ismdata.choices import Side
 from ismdata.conversation import MESSAGE_TYPE, TOOL_CALL_ROLE_NAMES
 from ismdata.convert.corpus_format import Block, CorpusFormat, Draft, Place, fields_of, kind_of, take_id
 from ismdata.convert.formats.dialogue_rows import dialogue_id, id_text, other_cells, rows_of, speaker_name
-from ismdata.convert.formats.fields import is_columns, listed_names, rows_of_columns
+from ismdata.convert.formats.fields import FILES, is_columns, listed_names, refuse_files, rows_of_columns
 from ismdata.convert.formats.speakers import alternating_roles, message_roles, with_roles
 from ismdata.convert.sources.grouping import expand_records, group_by_key, sort_rows
 from ismdata.convert.training_flags import TRAINING_FLAGS
@@ -192,6 +192,8 @@ class Mapped(CorpusFormat):
                 found.append(Utterance(speaker=None, message={"content": element}))
             else:
                 fields = fields_of(element)
+                if self.content not in FILES:
+                    refuse_files(fields, number)
                 message = {kept: fields[kept] for kept in _KEPT - self._message_fields if kept in fields}
                 message["content"] = _present(fields, self.content)
                 found.append(Utterance(speaker=self._speaker(fields, number), message=message))

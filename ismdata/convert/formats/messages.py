@@ -25,8 +25,11 @@ from ismdata.convert.columnar_extras import (
 from ismdata.convert.corpus_format import Block, Columns, CorpusFormat, Draft, fields_of, kind_of, take_id
 from ismdata.convert.formats.content_blocks import has_blocks, openai_tools, split_blocks, system_blocks
 from ismdata.convert.formats.fields import (
+    BRANCHES,
+    FILES,
     is_columns,
     missing_field,
+    refuse_files,
     rows_of_columns,
     take_instruction,
     take_more_systems,
@@ -176,6 +179,7 @@ class MessageLists(CorpusFormat):
         """
         if not isinstance(message, dict):
             raise Refused("not_an_object", f"message {number} is {kind_of(message)}; expected an object")
+        refuse_files(message, number)
         draft: dict[str, Any] = {}
         content = self._content_field(message)
         for field, value in message.items():
@@ -224,7 +228,12 @@ class MessageLists(CorpusFormat):
                 for field, value in message.items():
                     if value is None or field == self.content or field == self.role:
                         continue
-                    if self._canonical_name(field) is not None or is_place(field):
+                    if (
+                        field in FILES
+                        or field in BRANCHES
+                        or self._canonical_name(field) is not None
+                        or is_place(field)
+                    ):
                         return None
                     ignored.append(f"{name}[].{field}")
         info = record_info({one: value for one, value in record.items() if one != name}, (*self.systems, *_TOOLS))
@@ -252,7 +261,14 @@ class MessageLists(CorpusFormat):
     def _columns_of_wide_table(self, block: TableBlock) -> Columns | None:
         """The columns of a table with columns beside its messages; None if the messages are no plain lists."""
         names = [name for name in (self.messages, *self.also) if name in block.rows.column_names]
-        significant = {*_ALIASES, *self.contents, *(TRAINING_FLAGS - {"train"}), *_places(block, names)}
+        significant = {
+            *_ALIASES,
+            *self.contents,
+            *FILES,
+            *BRANCHES,
+            *(TRAINING_FLAGS - {"train"}),
+            *_places(block, names),
+        }
         parts = (
             split_table(block, names[0], known=self._fast_fields, significant=significant) if len(names) == 1 else None
         )

@@ -8,7 +8,13 @@ from typing import Any
 
 from ismdata.conversation import ROLE_NAMES
 from ismdata.convert.corpus_format import Draft, fields_of, kind_of, take_id
-from ismdata.convert.formats.fields import is_columns, missing_field, rows_of_columns, take_system_prompts
+from ismdata.convert.formats.fields import (
+    is_columns,
+    missing_field,
+    refuse_files,
+    rows_of_columns,
+    take_system_prompts,
+)
 from ismdata.convert.formats.messages import OPENAI, SIDES
 from ismdata.convert.formats.speakers import SpeakerFormat, alternating_roles, to_messages
 from ismdata.convert.formats.threads import check_one_path
@@ -83,6 +89,7 @@ class Utterances(SpeakerFormat):
         for number, utterance in enumerate(listed, 1):
             if not isinstance(utterance, dict):
                 raise Refused("not_an_object", f"utterance {number} is {kind_of(utterance)}; expected an object")
+            refuse_files(utterance, number)
         check_one_path(listed)
         contents = [_text(utterance.get(names.text), names) for utterance in listed]
         used = {names.speaker, names.text}

@@ -45,7 +45,7 @@ Framing = Callable[[ByteQueue], Iterator[Framed]]
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 #: How JSON lists and objects begin; text that begins with a bracket continues differently.
-_JSON_OPENING = re.compile(rb'\s*(\[\s*(["\[{\]-]|\d|true|false|null|$)|\{\s*(["}]|$))')
+_JSON_OPENING = re.compile(rb'\s*(\[\s*(["\[{\]]|-?\d[\d.eE+-]*\s*([,\]]|$)|true|false|null|$)|\{\s*(["}]|$))')
 _KEY = re.compile(r'\s*"((?:[^"\\\n]|\\.)*)"\s*:\s*')
 #: YAML that is recognized without a file name: chatterbot's fields, or a list of lists. Each line before it can match
 #: in only one way; otherwise many blank lines would take exponential time.

@@ -189,3 +189,8 @@ def test_lines_may_end_with_carriage_returns_alone():
     skip_byte_order_mark(queue)
     _, framing = detect_layout(queue, lambda record: detect(record) is not None)
     assert [number for _, number, _ in records_of(framing(queue))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["[10:15] <bo> hi\n[10:16] <cy> yo\n", "[1. Kapitel] Hallo\n"])
+def test_text_in_brackets_is_no_array(text):
+    assert detect_layout(queue_of(text.encode()), lambda record: False)[0] == "text lines"
