@@ -33,10 +33,10 @@ def convert_paths(paths: list[str], output: Path, **options: Any) -> Converted:
     """Convert files. Raises DataError."""
     report = convert(paths, output, **options)
     rows: list[dict[str, Any]] = []
-    for path in sorted(output.glob("conversations-*.arrow")):
+    for path in sorted(output.rglob("conversations-*.arrow")):
         with pa.ipc.open_stream(path) as stream:
             rows += stream.read_all().to_pylist()
-    lines = (output / "quarantine.jsonl").read_text("utf-8").splitlines()
+    lines = [line for path in sorted(output.rglob("quarantine.jsonl")) for line in path.read_text("utf-8").splitlines()]
     refusals = [(one["reason"], one["detail"]) for one in map(json.loads, lines)]
     assert report.read == len(rows) + len(refusals)
     return Converted([[(one["role"], one["content"]) for one in row["messages"]] for row in rows], refusals, report)
