@@ -104,7 +104,7 @@ REASONS: dict[str, str] = {
     "missing_content": "a message has neither content nor tool calls",
     "empty_answer": "an assistant message is empty and calls no tool",
     "invalid_content": "a message's content is neither text nor text parts",
-    "unsupported_content": "a message contains images, audio or other parts that are not text",
+    "unsupported_content": "a message contains or comes with images, files, audio or other parts that are not text",
     "lone_surrogate": "the text contains half of a surrogate pair, which UTF-8 cannot encode",
     "invalid_tool_call": "a tool call is not a JSON object with a name",
     "invalid_tools": "the tool descriptions are not a JSON list",
