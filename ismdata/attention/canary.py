@@ -204,7 +204,7 @@ def check_training(
     check_parallelism()
     reason = backend.missing(device) or backend.missing_for_training(device)
     if reason is not None:
-        raise UsageError(f"the backend {name} cannot train on {device}: {reason}")
+        raise UsageError(f"the backend {name} cannot train on {device}: {reason}. Use the backend auto")
     nn.Module.to(inner, device)
     try:
         _check_short_batch(inner, name, backend, autocast or _dtype(inner, backend))

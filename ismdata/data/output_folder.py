@@ -176,10 +176,14 @@ def check_output(final: Path, *, overwrite: bool, marker: str, inputs: Sequence[
         raise UsageError(f"{final}: is in use; expected an empty or absent folder. Name another, or pass --overwrite")
     resolved = final.resolve()
     if final.is_symlink() or Path.cwd().is_relative_to(resolved):
-        raise UsageError(f"{final}: is a link, the current folder or one above it; --overwrite does not replace those")
+        raise UsageError(
+            f"{final}: is a link, the current folder or one above it; --overwrite does not replace those. "
+            "Name another output"
+        )
     if not (final / marker).is_file():
         raise UsageError(
-            f"{final}: has no {marker}, so it is no output of this command; --overwrite does not replace it"
+            f"{final}: has no {marker}, so it is no output of this command; --overwrite does not replace it. Name "
+            "another output"
         )
     for source in inputs:
         if Path(source).resolve().is_relative_to(resolved):

@@ -137,7 +137,7 @@ def _prompts(
         if positions is not None and len(prompt) >= positions:
             raise DataError(
                 f"{place}: has {len(prompt)} tokens before the answer; the model has {positions} positions, which must "
-                "hold the answer too"
+                "hold the answer too. Leave it out, or use a model with more positions"
             )
         if positions is not None:  # leave room for the end of turn, as a session does
             room = max(1, positions - len(prompt) - len(end.ids))

@@ -191,7 +191,10 @@ def template_errors() -> Iterator[None]:
     try:
         yield
     except CannotRender as error:
-        raise DataError(f"the chat template does not accept this conversation: {error}") from error
+        raise DataError(
+            f"the chat template does not accept this conversation: {error}. `ismdata template MODEL` lists what it "
+            "accepts"
+        ) from error
 
 
 @torch.no_grad()
