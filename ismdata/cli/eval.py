@@ -62,9 +62,12 @@ def eval_command(
     Reports the negative log-likelihood and perplexity of the answers, overall and by turn, with confidence intervals.
     --generate adds scores of generated answers, --compare the difference from another evaluation.
     """
+    from ismdata.data import FORMAT, read_index
     from ismdata.rendering import check_model_name
 
-    check_model_name(model, presets=False)  # before torch is imported, which takes seconds
+    # Before torch is imported, which takes seconds.
+    check_model_name(model, presets=False)
+    read_index(packed, FORMAT)
 
     from ismdata.cli.views.evaluation import eval_report
     from ismdata.eval import EvalOptions, run_eval

@@ -125,11 +125,16 @@ def train_command(
         del flags[name]
     flags["report_to"] = tuple(report_to or ())
 
+    from ismdata.data import FORMAT, read_index
     from ismdata.rendering import check_model_name
     from ismdata.train import read_options
 
+    # Before torch is imported, which takes seconds.
     options = read_options(config, flags)
-    check_model_name(options.model)  # before torch is imported, which takes seconds
+    check_model_name(options.model)
+    read_index(packed, FORMAT)
+    if options.eval is not None:
+        read_index(Path(options.eval), FORMAT)
 
     from ismdata.cli.views import reports
     from ismdata.train import train

@@ -27,6 +27,13 @@ COMMANDS = [
     ["inspect", "packed", "--row", "0"],
 ]
 
+#: Calls that are refused before anything heavy is imported.
+REFUSED = [
+    ["train", "nothing", "--model", "tiny", "-o", "model"],
+    ["train", "packed", "--model", "tiny", "--eval", "nothing", "-o", "model"],
+    ["eval", "tokenizer", "nothing"],
+]
+
 
 @pytest.mark.slow
 def test_the_data_commands_import_no_heavy_package(tmp_path: Path) -> None:
@@ -37,7 +44,7 @@ def test_the_data_commands_import_no_heavy_package(tmp_path: Path) -> None:
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
         "from ismdata.cli import app\n"
-        f"for command in {COMMANDS!r}:\n"
+        f"for command in {COMMANDS + REFUSED!r}:\n"
         "    result = CliRunner().invoke(app, command)\n"
         f"    print(result.exit_code, *sorted(set({HEAVY!r}) & set(sys.modules)))\n"
     )
@@ -45,7 +52,7 @@ def test_the_data_commands_import_no_heavy_package(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["0"] * len(COMMANDS), done.stderr
+    assert done.stdout.splitlines() == ["0"] * len(COMMANDS) + ["1"] * len(REFUSED), done.stderr
 
 
 def test_pandas_works_after_it_was_deferred() -> None:
