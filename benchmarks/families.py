@@ -18,10 +18,12 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -93,6 +95,8 @@ def _judge_backend(stock: transformers.PreTrainedModel, backend: str) -> Verdict
         model = attach(copy.deepcopy(stock), backend)
     except (UnsupportedModelError, UsageError) as error:
         return {"verdict": REFUSED, "reason": str(error)}
+    except Exception as error:
+        return {"verdict": WRONG, "reason": f"attach: {type(error).__name__}: {_first_line(error)}"}
     oracle, eager = Oracle(stock), copy.deepcopy(stock)
     eager.set_attn_implementation("eager")
     trains = BACKENDS[backend].missing_for_training(torch.device("cpu")) is None
@@ -113,10 +117,10 @@ def _judge_more(model_type: str, changes: dict[str, Any], stock: transformers.Pr
     try:
         check_cache(model, feed)
         found = {"cache": {"verdict": RIGHT, "reason": ""}}
-    except (UnsupportedModelError, UsageError) as error:
-        found = {"cache": {"verdict": REFUSED, "reason": str(error)}}
-    except Exception as error:
-        found = {"cache": {"verdict": WRONG, "reason": _first_line(error)}}
+    except Differs as error:
+        found = {"cache": {"verdict": WRONG, "reason": str(error)}}
+    except Exception as error:  # MiniMax refuses caches of another kind than its own
+        found = {"cache": {"verdict": REFUSED, "reason": _first_line(error)}}
     found["dropout"] = _run([lambda: _check_dropout(model_type, changes)])
     if hasattr(stock, "set_experts_implementation") and any("expert" in name for name, _ in stock.named_modules()):
         found["float32"] = _run([lambda: _check_float32(model_type, changes)])
@@ -195,26 +199,37 @@ def judge_in_time(name: str, seconds: float) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown."""
-    lines = ["| family | verdict | reason, or what differs from `sdpa` |", "|---|---|---|"]
-    ordered = sorted(results, key=lambda each: each["name"])
-    lines.extend(f"| `{each['name']}` | {each['verdict']} | {_remark(each)} |" for each in ordered)
-    return "\n".join(lines) + "\n"
+    """The results as Markdown: the families with each verdict and remark."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in sorted(results, key=lambda each: each["name"]):
+        groups.setdefault((each["verdict"], _remark(each)), []).append(f"`{each['name']}`")
+    order = (RIGHT, REFUSED, UNBUILDABLE, TOO_SLOW, WRONG)
+    ordered = sorted(groups.items(), key=lambda group: (order.index(group[0][0]), -len(group[1])))
+    lines = ["| verdict | families | remark |", "|---|---|---|"]
+    lines.extend(f"| {verdict} | {', '.join(names)} | {remark} |" for (verdict, remark), names in ordered)
+    counts = Counter(each["verdict"] for each in results)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
+    return f"{summary}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _remark(result: dict[str, Any]) -> str:
     if result["verdict"] != RIGHT:
-        reason = (
-            result["reason"]
-            .split(". Use another model")[0]
-            .replace("Expected full or sliding attention in every layer", "")
-        )
-        return reason.strip(" .").replace("|", "/")
+        return _short(result["reason"])
     backends: dict[str, Verdict] = result["backends"]
     refused = [name for name, each in backends.items() if each["verdict"] == REFUSED]
-    return (
-        f"refused under {', '.join(refused)}: {backends[refused[0]]['reason'].split(', which')[0]}" if refused else ""
-    )
+    remarks = []
+    if refused:
+        remarks.append(f"refused under {', '.join(refused)}: {_short(backends[refused[0]]['reason'])}")
+    if result.get("more", {}).get("cache", {}).get("verdict") == REFUSED:
+        remarks.append("calls with a cache are refused: " + _short(result["more"]["cache"]["reason"]))
+    return "; ".join(remarks)
+
+
+def _short(reason: str) -> str:
+    """A reason without class names, numbers and advice, so that families have it in common."""
+    first = reason.split(". ")[0].replace("|", "/")
+    first = re.sub(r"^(\w+(ForCausalLM|LMHeadModel|Attention|ForConditionalGeneration)\w*) ", "", first)
+    return re.sub(r" \(largest difference [^)]*\)", "", first).rstrip(".")
 
 
 def write_docs(text: str, page: Path) -> None:

@@ -200,17 +200,23 @@ _OWN: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, not a decoder": ("bert", {"is_decoder": False}),
     "gemma3_text, bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
-    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_bigcode, many heads": ("gpt_bigcode", {"multi_query": False}),
     "granitemoehybrid, attention only": ("granitemoehybrid", {"layer_types": ["full_attention"] * LAYERS}),
     "hrm_text, causal": ("hrm_text", {"prefix_lm": False}),
     "lfm2, attention only": ("lfm2", {"layer_types": ["full_attention"] * LAYERS}),
     "llama, yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}),
     "llama4_text, no chunks": ("llama4_text", {"layer_types": ["full_attention"] * LAYERS}),
+    "llama4_text, no chunks, no temperature": (
+        "llama4_text",
+        {"layer_types": ["full_attention"] * LAYERS, "attn_temperature_tuning": False},
+    ),
     "minimax, attention only": ("minimax", {"layer_types": ["full_attention"] * LAYERS}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "opt, norm after": ("opt", {"do_layer_norm_before": False}),
     "phi, norms of queries": ("phi", {"qk_layernorm": True}),
+    "phimoe, no window": ("phimoe", {"sliding_window": None}),
+    "qwen2_moe, no window": ("qwen2_moe", {"use_sliding_window": False}),
     "qwen3, no window": ("qwen3", {"use_sliding_window": False}),
 }
 
@@ -218,8 +224,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Fields that are rates of dropout of attention weights.
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
-#: How many layers the parts for images and sound have, which no check runs.
-_DEPTHS = ("num_hidden_layers", "num_layers", "num_blocks", "depth", "encoder_layers")
+#: What the parts for images and sound are shrunk to, which no check runs.
+_OTHER_PARTS: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_blocks", "depth", "encoder_layers"), 1),
+    "mlp_layer_types": ["dense"],
+    "adapter_out_dim": 32,
+}
 
 
 def model_types() -> list[str]:
@@ -291,7 +301,7 @@ def _shrunk(config_class: type[PreTrainedConfig], rates: Rates, changes: dict[st
             chosen[name] = _shrunk(kind, rates, {}).to_dict()
         elif name not in ("text_config", "attn_config", "ffn_config") and name in names:
             known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-            chosen[name] = {each: 1 for each in _DEPTHS if each in known}
+            chosen[name] = {each: value for each, value in _OTHER_PARTS.items() if each in known}
     return config_class(**chosen | own)
 
 

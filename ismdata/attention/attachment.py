@@ -34,6 +34,7 @@ from ismdata.attention.layers import (
     set_implementation,
 )
 from ismdata.attention.models import glm
+from ismdata.attention.rotary import check_rotary
 from ismdata.attention.supported_models import check_architecture, check_parallelism
 from ismdata.attention.weighted_loss import weighted_loss
 from ismdata.choices import check_mask
@@ -216,6 +217,8 @@ def _before_forward(
         fills_cache=decodes or cache is not None or bool(kwargs.get("use_cache")),
         tables={name: tables[name] for name in backend.tables if name in tables},
     )
+    if intervals.one_pass:
+        check_rotary(module.config, doc_start, kv_end)
     if intervals.one_pass and rows % backend.rows_multiple:
         raise UsageError(
             f"the batch has samples of {rows} tokens; the backend {attachment.backend} needs a multiple of "

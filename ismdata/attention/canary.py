@@ -29,8 +29,10 @@ from ismdata.attention.layers import (
     AttachedLayer,
     Attention,
     check_calls,
+    check_windows,
     implementations,
     recorded,
+    recorded_windows,
     restore_implementations,
 )
 from ismdata.attention.models import glm
@@ -72,6 +74,8 @@ class StockLogits(NamedTuple):
     own: Tensor
     #: With positions 0, 1, 2 … passed to it.
     from_zero: Tensor
+    #: The windows of its masks.
+    windows: set[int]
 
 
 def stock_logits(model: PreTrainedModel, backend: Backend) -> StockLogits:
@@ -92,14 +96,14 @@ def stock_logits(model: PreTrainedModel, backend: Backend) -> StockLogits:
     saved = implementations(model)
     model.set_attn_implementation("eager")
     try:
-        with _quiet(model), _computing(model, backend):
+        with _quiet(model), _computing(model, backend), recorded_windows() as windows:
             own, from_zero = (
                 _logits(model(input_ids=tokens, use_cache=False, **each))[0]
                 for each in ({}, {name: ids.to(tokens.device) for name, ids in positions.items()})
             )
     finally:
         restore_implementations(saved)
-    return StockLogits(own, from_zero)
+    return StockLogits(own, from_zero, windows)
 
 
 def check_attached(model: PreTrainedModel, backend: Backend, stock: StockLogits) -> list[AttachedLayer]:
@@ -131,6 +135,7 @@ def check_attached(model: PreTrainedModel, backend: Backend, stock: StockLogits)
     with _quiet(model), recorded(backend) as calls:
         causal = _forward(model, backend, twice, *intervals)[0]
     layers = check_calls(model, calls)
+    check_windows(model, calls, stock.windows)
     difference = float((causal - stock.own.repeat(2, 1)).abs().max())
     if not difference <= allowed * scale:
         raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from ismdata.attention.backends.base import KEYWORD, Backend
 from ismdata.errors import UnsupportedModelError, UsageError
@@ -65,6 +65,48 @@ def recorded(backend: Backend, attention: Attention | None = None) -> Iterator[l
         yield calls
     finally:
         AttentionInterface.register(backend.name, backend.attention)
+
+
+@contextmanager
+def recorded_windows() -> Iterator[set[int]]:
+    """Collect the windows of the masks that a model makes for eager attention while the context is open."""
+    windows: set[int] = set()
+    make = AttentionMaskInterface()["eager"]  # type: ignore[no-untyped-call]
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("local_size") is not None:
+            windows.add(kwargs["local_size"])
+        return make(*args, **kwargs)
+
+    AttentionMaskInterface.register("eager", recording)
+    try:
+        yield windows
+    finally:
+        AttentionMaskInterface.register("eager", make)
+
+
+def check_windows(model: PreTrainedModel, calls: Sequence[Call], windows: set[int]) -> None:
+    """Check that windows which the stock model has in its masks reach the attention function.
+
+    Args:
+        model: The attached model.
+        calls: Those of one forward pass.
+        windows: What `recorded_windows` collected.
+
+    Raises:
+        UnsupportedModelError: if they do not.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "layer_types", None):  # then `check_calls` counts, and masks may be made that no layer uses
+        return
+    positions = getattr(config, "max_position_embeddings", None) or float("inf")
+    narrow = sorted(window for window in windows if window < positions)
+    if narrow and not any(call.options.get("sliding_window") is not None for call in calls):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a sliding window of {narrow[0]} tokens, which its layers do not pass to the "
+            "attention function: they would see too much. Set sliding_window to None in its config if no document is "
+            "longer, or use another model"
+        )
 
 
 def check_calls(

@@ -52,6 +52,11 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"{name} has layers of kind {', '.join(other)}, {reason}. "
             "Expected full or sliding attention in every layer. Use another model"
         )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"{name} scales its queries by their place in the row (attn_temperature_tuning), which is another one for "
+            "each packed document. Set it to False in the config, or use another model"
+        )
     takes_keywords = any(
         parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(model.forward).parameters.values()
     )
@@ -61,7 +66,9 @@ def check_architecture(model: PreTrainedModel) -> None:
             "Use another model"
         )
     if model.device.type == "meta":
-        raise UnsupportedModelError(f"{name} has no weights yet (device meta). Load them first, then attach")
+        raise UnsupportedModelError(
+            f"{name} has no weights yet (device meta). Load them first, then attach; offload them after that"
+        )
 
 
 def check_parallelism() -> None:

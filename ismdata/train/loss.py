@@ -137,7 +137,7 @@ def compute_loss_at_targets(model: PreTrainedModel) -> bool:
         Whether the model was changed.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or not _returns_logits_of_head(model, head):
         return False
     stock_loss = model.loss_function
     expected = _loss_of_a_few_tokens(model)
@@ -170,20 +170,46 @@ def count_correct(model: PreTrainedModel, logits: Tensor | None, labels: Tensor)
     return correct
 
 
+def _returns_logits_of_head(model: PreTrainedModel, head: nn.Linear) -> bool:
+    """Whether a model returns what its head computes, also where logits are far larger than today's.
+
+    Capped or scaled logits near zero, as those of a new model, give nearly the loss of plain ones.
+    """
+    replaced: list[Tensor] = []
+
+    def large(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        values = torch.linspace(-100, 100, output.numel(), device=output.device)
+        replaced.append(values.view_as(output).to(output))
+        return replaced[-1]
+
+    hook = head.register_forward_hook(large)
+    try:
+        logits = _run_a_few_tokens(model, labels=False).logits
+    finally:
+        hook.remove()
+    return len(replaced) == 1 and logits.shape == replaced[0].shape and torch.equal(logits.to(replaced[0]), replaced[0])
+
+
 def _loss_of_a_few_tokens(model: PreTrainedModel) -> float:
     """The attached model's mean loss under the causal mask over BLOCK_SIZE tokens spread over the vocabulary."""
+    return float(_run_a_few_tokens(model, labels=True).loss)
+
+
+def _run_a_few_tokens(model: PreTrainedModel, *, labels: bool) -> Any:
+    """The attached model's output for the tokens of `_loss_of_a_few_tokens`."""
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     length = BLOCK_SIZE  # a length that every backend accepts
     tokens = (torch.arange(1, length + 1, device=model.device) * max(1, vocabulary // (length + 2))) % vocabulary
     row = torch.arange(length, dtype=torch.int32, device=model.device)[None]
-    batch = {"input_ids": tokens[None], "labels": tokens[None], "doc_start": torch.zeros_like(row), "kv_end": row + 1}
+    batch = {"input_ids": tokens[None], "doc_start": torch.zeros_like(row), "kv_end": row + 1}
+    if labels:
+        batch["labels"] = tokens[None]
     if takes_two_positions(model):
         batch |= {"position_ids": row + 1, "position_ids_2": torch.zeros_like(row)}
     training = model.training
     model.train(False)
     try:
         with torch.no_grad():
-            output = model(**batch)
+            return model(**batch)
     finally:
         model.train(training)
-    return float(output.loss)

@@ -24,6 +24,7 @@ from transformers import (
     Lfm2Config,
     Llama4TextConfig,
     MambaConfig,
+    PhimoeConfig,
     Qwen3NextConfig,
     RobertaConfig,
     RwkvConfig,
@@ -186,6 +187,13 @@ def test_soft_caps_with_flex_only():
     torch.testing.assert_close(cached, expected[0, 14], rtol=0, atol=1e-5)
 
 
+def test_a_window_of_all_positions_is_none():
+    """Phi-3.5-MoE has such a one."""
+    sizes = {**SIZES, "num_local_experts": 2, "sliding_window": 256, "max_position_embeddings": 256}
+    attach(AutoModelForCausalLM.from_config(PhimoeConfig(**sizes)))
+
+
+@pytest.mark.slow
 def test_soft_caps_under_a_stock_attention_without_them(monkeypatch):
     """transformers up to 5.20 runs Gemma 2 under sdpa, which ignores soft caps: `attach` compares with eager."""
 
@@ -244,6 +252,16 @@ UNSUPPORTED = {
     "sinks": (
         lambda: GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, layer_types=["full_attention"] * 2),
         r"requires s_aux \(attention sinks\)",
+    ),
+    "a window in its masks only": (
+        lambda: PhimoeConfig(**SIZES, num_local_experts=2, sliding_window=WINDOW, max_position_embeddings=256),
+        f"has a sliding window of {WINDOW} tokens, which its layers do not pass",
+    ),
+    "queries scaled by their place": (
+        lambda: Llama4TextConfig(
+            **SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, layer_types=["full_attention"] * 2
+        ),
+        "scales its queries by their place in the row",
     ),
     "keys chosen by scores": (
         lambda: DeepseekV32Config(**SIZES | {"num_key_value_heads": 4}, n_routed_experts=2, n_group=1, topk_group=1),

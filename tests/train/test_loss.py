@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma3TextConfig, GraniteConfig, LlamaConfig
 
 from ismdata.attention.attachment import attach
 from ismdata.data.collate import Collator
@@ -55,6 +55,19 @@ def slow_weights(sequence, weighting):
             own = 1.0 if sequence.loss_weight is None else float(sequence.loss_weight[token])
             weight[token] = own / len(targets)
     return weight, items
+
+
+#: A model as it is before training: logits near zero.
+NEW = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.005,
+}
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -122,6 +135,22 @@ def test_no_tensor_is_as_wide_as_the_logits(monkeypatch):
         widest[lean] = seen.elements
     assert widest[False] >= 384 * 5000
     assert widest[True] <= 5000 * 32  # the head's own weights
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: GraniteConfig(**NEW, logits_scaling=4.0),
+        lambda: CohereConfig(**NEW, logit_scale=0.1),
+        lambda: Gemma3TextConfig(**NEW, head_dim=8, final_logit_softcapping=30.0),
+    ],
+    ids=["scaled", "multiplied", "capped"],
+)
+def test_a_new_model_that_changes_its_logits_is_left_unchanged(config):
+    """Its logits are so small that its loss tells nothing: log V, with and without the change."""
+    model = attach(AutoModelForCausalLM.from_config(config()))
+    assert not compute_loss_at_targets(model)
+    assert compute_loss_at_targets(attach(AutoModelForCausalLM.from_config(LlamaConfig(**NEW))))
 
 
 def test_a_model_that_changes_its_logits_is_left_unchanged():
