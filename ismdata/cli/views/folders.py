@@ -43,12 +43,8 @@ _SINGLE_BARS = 12
 # ---- folders ----
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """Describe a converted or packed folder as a JSON object.
-
-    Raises:
-        DataError: If the folder is neither.
-    """
+def check_folder(folder: Path) -> None:
+    """Raise DataError if a folder has no index."""
     path = folder / INDEX_NAME
     if not path.is_file():
         what = f"no {INDEX_NAME}" if folder.is_dir() else "a file" if folder.exists() else "nothing"
@@ -56,6 +52,15 @@ def summary(folder: Path) -> dict[str, Any]:
             f"{folder}: found {what}; expected a folder that `ismdata convert` or `ismdata pack` wrote."
             f"{next_step(folder, packed=False)}"
         )
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Describe a converted or packed folder, or one of splits, as a JSON object.
+
+    Raises:
+        DataError: If the folder is none of these.
+    """
+    check_folder(folder)
     format_ = load_index(folder).get("format")
     if format_ in (SPLIT_FORMAT, PACKED_SPLIT_FORMAT):
         parts = {name: summary(folder / name) for name in part_names(folder)}
@@ -83,13 +88,14 @@ def _draw(facts: dict[str, Any]) -> RenderableType:
     return _draw_converted(facts) if facts["format"] == conversation.FORMAT else _draw_packed(facts)
 
 
-def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]], str]]) -> View:
+def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]], str]], tokens: bool = False) -> View:
     """Draw one packed row: its text by spans, its targets, its mask.
 
     Args:
         folder: A packed folder.
         number: The row, counted from 0.
         decode: Returns the function that turns ids into text; called once the row is known to exist.
+        tokens: Whether to show the ids of tokens.
 
     Raises:
         UsageError: If there is no such row.
@@ -98,7 +104,7 @@ def row(folder: Path, number: int, *, decode: Callable[[], Callable[[list[int]],
     packed = shards.PackedShards(folder)
     if not 0 <= number < len(packed):
         raise UsageError(f"--row {number}: {folder} has {len(packed)} rows; expected 0 to {len(packed) - 1}")
-    facts = row_view.facts(packed, number, decode())
+    facts = row_view.facts(packed, number, decode(), tokens=tokens)
     return View(facts=facts, drawing=row_view.RowDrawing(facts=facts, sequence=packed[number], mask=packed.mask))
 
 

@@ -31,13 +31,16 @@ _CELLS = 64
 _BEHIND, _AHEAD = "cyan", "yellow"
 
 
-def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def facts(
+    packed: PackedShards, number: int, decode: Callable[[list[int]], str], *, tokens: bool = False
+) -> dict[str, Any]:
     """Describe a row as a JSON object: its documents, their spans as text, and which parts of these are targets.
 
     Args:
         packed: The packed folder.
         number: The row's number.
         decode: Turns token ids into text.
+        tokens: Whether the parts of spans have `tokens` too: the id and the text of each.
 
     Returns:
         `row`, `rows`, `seq_len`, `mask`, `layout`, `target_tokens`, `padding_tokens` and `documents`.
@@ -47,7 +50,7 @@ def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str])
     ends = np.cumsum(sequence.seq_lens).tolist()
     for name, length, end in zip(sequence.conversation_ids, sequence.seq_lens.tolist(), ends, strict=True):
         inside = (sequence.spans[:, START] >= end - length) & (sequence.spans[:, START] < end)
-        spans = [_span(sequence, span, decode) for span in sequence.spans[inside].tolist()]
+        spans = [_span(sequence, span, decode, tokens) for span in sequence.spans[inside].tolist()]
         documents.append({"conversation_id": name, "start": end - length, "end": end, "spans": spans})
     return {
         "row": number,
@@ -61,7 +64,9 @@ def facts(packed: PackedShards, number: int, decode: Callable[[list[int]], str])
     }
 
 
-def _span(sequence: PackedSequence, span: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _span(
+    sequence: PackedSequence, span: list[int], decode: Callable[[list[int]], str], tokens: bool
+) -> dict[str, Any]:
     start, end, kind, train = span
     target = sequence.loss_mask[start:end] != 0
     borders = [0, *(np.flatnonzero(np.diff(target)) + 1).tolist(), end - start]
@@ -69,6 +74,11 @@ def _span(sequence: PackedSequence, span: list[int], decode: Callable[[list[int]
         {"target": bool(target[low]), "text": decode(sequence.input_ids[start + low : start + high].tolist())}
         for low, high in itertools.pairwise(borders)
     ]
+    if tokens:
+        for run, (low, high) in zip(runs, itertools.pairwise(borders), strict=True):
+            run["tokens"] = [
+                [token, decode([token])] for token in sequence.input_ids[start + low : start + high].tolist()
+            ]
     facts = {"kind": KINDS[kind], "start": start, "end": end, "train": bool(train), "runs": runs}
     if sequence.position_ids_2 is not None:  # the ends are enough: within a span a position is constant or counts up
         for name, positions in (("position_1", sequence.position_ids), ("position_2", sequence.position_ids_2)):
@@ -180,6 +190,11 @@ def draw_spans(spans: list[dict[str, Any]]) -> Table:
         if "position_1" in span:
             text.append(f"({_range(span['position_1'])} | {_range(span['position_2'])}) ", "dim")
         for run in span["runs"]:
+            if "tokens" in run:
+                for token, part in run["tokens"]:
+                    text.append(printable(part), Style(color=style, underline=run["target"]))
+                    text.append(f"‹{token}›", "dim")
+                continue
             text.append(printable(run["text"]), Style(color=style, underline=run["target"]))
         table.add_row(Text.assemble((span["kind"], f"bold {style}"), (dot, style)), _border_breaks(text))
     return table
