@@ -134,7 +134,12 @@ add_command(
     verify_command,
     examples=["ismdata verify packed", "ismdata verify packed --conversations converted"],
 )
-add_command(app, "inspect", inspect_command, examples=["ismdata inspect converted", "ismdata inspect packed --row 0"])
+add_command(
+    app,
+    "inspect",
+    inspect_command,
+    examples=["ismdata inspect converted --source train.jsonl:214", "ismdata inspect packed --row 0"],
+)
 add_command(
     app,
     "template",
