@@ -53,6 +53,11 @@ _FIELDS: dict[str, tuple[Mapping[str, bool], bool]] = {
     **dict.fromkeys(["accepted", "approved", "acceptable", "preferred", "correct", "safe"], (_BOOLEANS, True)),
     **dict.fromkeys(["unacceptable", "incorrect", "wrong", "unsafe"], (_BOOLEANS, False)),
 }
+#: Fields that say of a whole record that it is not trained: with false, or as a weight with 0.
+_TRAINED = frozenset({"train", "trainable", "training", "trained", "loss"})
+_WEIGHTS = frozenset({"weight", "loss_weight", "loss_scale"})
+#: What is read of a label that is an object, such as `{"rating": "thumbs_down"}`.
+_INNER = ("rating", "label", "thumbs", "value")
 #: Fields with a worse answer, which `--preference` decides about.
 _WORSE_ANSWERS = frozenset({"rejected", "rejected_messages", "non_preferred_output", "rejected_response"})
 
@@ -69,7 +74,8 @@ def may_be_labelled(fields: Iterable[Any]) -> bool:
     >>> may_be_labelled({"prompt": "", "Is-Good": None}), may_be_labelled({"prompt": ""})
     (True, False)
     """
-    return any(_field(name) is not None or name in _WORSE_ANSWERS for name in fields)
+    special = _WORSE_ANSWERS | _TRAINED | _WEIGHTS
+    return any(_field(name) is not None or name in special for name in fields)
 
 
 def labels_of(fields: Mapping[str, Any]) -> dict[str, bool]:
@@ -84,7 +90,7 @@ def labels_of(fields: Mapping[str, Any]) -> dict[str, bool]:
         if known is None or value is None or value == "":
             continue
         values, good = known
-        flag = _as_label(value, values)
+        flag = _as_label(_inner(value), values)
         if flag is not None:
             found[name] = flag is good
         elif values is _SURE:
@@ -114,6 +120,10 @@ def check_labels(fields: Mapping[str, Any], preference: Preference | None) -> No
             f"the record has a worse answer in {worse}, unlike the first records of its file; expected records of one "
             "kind. Move such records to a file of their own, or use --format preference with --preference chosen",
         )
+    untrained = next((name for name in fields if _is_untrained(name, fields[name])), None)
+    if untrained is not None:
+        what = f"{untrained} is {shown(fields[untrained])} for the whole record"
+        raise Refused("invalid_field", f"{what}; expected it in messages. Leave the record out, or rename the field")
     found = labels_of(fields)
     if len(set(found.values())) > 1:
         names = " and ".join(f"{name} {shown(fields[name])}" for name in found)
@@ -138,5 +148,32 @@ def _as_label(value: Any, values: Mapping[str, bool]) -> bool | None:
     return values.get(text, values.get(re.sub(r"[\s_-]+", "", text)) if not text.startswith("-") else None)
 
 
+def labels_message_as_bad(name: str, value: Any) -> bool:
+    """Whether a field of a single message calls it bad. Numbers can be classes, so only -1 among them does.
+
+    >>> labels_message_as_bad("feedback", {"rating": "thumbsDown"}), labels_message_as_bad("label", 0)
+    (True, False)
+    """
+    known, value = _field("rating" if name == "annotation" else name), _inner(value)
+    if known is None or known[0] is _SURE or (type(value) in (int, float) and value != -1):
+        return False
+    return _as_label(value, known[0]) is (not known[1])
+
+
+def may_label_message(name: str) -> bool:
+    """Whether `labels_message_as_bad` can be true of a field."""
+    return name == "annotation" or ((known := _field(name)) is not None and known[0] is not _SURE)
+
+
+def _inner(value: Any) -> Any:
+    return next((value[name] for name in _INNER if name in value), None) if isinstance(value, dict) else value
+
+
+def _is_untrained(name: str, value: Any) -> bool:
+    if name in _WEIGHTS:
+        return value is not None and not isinstance(value, bool) and value in (0, "0", "0.0")
+    return name in _TRAINED and (value is False or (isinstance(value, str) and value.strip().lower() == "false"))
+
+
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | list | dict) and bool(value) and _as_label(value, _SURE) is None
+    return isinstance(value, str | list | dict) and bool(value) and _as_label(value, _FLAG) is None

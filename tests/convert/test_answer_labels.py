@@ -19,6 +19,7 @@ LABELS = [
     ("thumbs-down", "yes", "no"), ("rating", "thumbs_down", "Thumbs up"), ("rating", "-1", "👍"),
     ("feedback", "negative", "positive"), ("chosen", False, True), ("rejected", True, False),
     ("is_correct", "incorrect", "correct"), ("is_safe", False, True),
+    ("feedback", {"rating": "thumbs_down"}, {"rating": "thumbs_up"}),
 ]  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_tables(tmp_path):
 @pytest.mark.parametrize("record", [
     {"label": "sports"}, {"label": "no"}, {"label": 3}, {"rating": 4}, {"rating": 0}, {"rating": "1"}, {"score": 0.0},
     {"chosen": "Fry."}, {"feedback": "It was wrong in three places."}, {"label": ["false"]}, {"correct": 0},
-    {"is_good": None}, {"is_good": ""}, {"labels": 0},
+    {"is_good": None}, {"is_good": ""}, {"labels": 0}, {"feedback": {"text": "bad"}},
 ])  # fmt: skip
 def test_what_is_no_label(record):
     assert labels_of(record) == {}
@@ -105,6 +106,38 @@ def test_labels_of_single_messages():
         "messages", {"messages": [*chat((U, "q")), answers[0], *chat((U, "q")), answers[1]]}
     )
     assert [one["train"] for one in conversation["messages"]] == [None, False, None, True]
+
+
+@pytest.mark.parametrize("field", [
+    {"feedback": {"rating": "thumbsDown"}}, {"annotation": {"rating": -1}}, {"rating": "bad"}, {"label": False},
+    {"rejected": True}, {"vote": "down"},
+])  # fmt: skip
+def test_a_message_that_its_own_field_calls_bad(tmp_path, field):
+    other = dict.fromkeys(field) | {"n": 1}
+    talks = [[*chat((U, "q")), {"role": A, "content": "a", **one}] for one in (field, other)]
+    records = [{"messages": talk, "source": "s"} for talk in talks]
+    for data in (lines(*records), pa.Table.from_pylist(records)):
+        assert [row["messages"][1]["train"] for row in convert_text(tmp_path, data).rows] == [False, None]
+
+
+@pytest.mark.parametrize(
+    "field", [{"label": 0}, {"rating": 1}, {"label": "news"}, {"feedback": "It is bad."}, {"thumbs_up": 0}]
+)
+def test_a_message_that_is_perhaps_not_bad(field):
+    (conversation,) = conversations("messages", {"messages": [{"role": A, "content": "a", **field}]})
+    assert conversation["messages"][0]["train"] is None
+
+
+@pytest.mark.parametrize(
+    "field", [{"train": False}, {"trainable": "false"}, {"loss": False}, {"weight": 0}, {"loss_weight": "0"}]
+)
+def test_a_record_that_is_not_trained_is_refused(tmp_path, field):
+    (name,) = field
+    record = {"messages": chat(*QA), "n": 1}
+    found = convert_text(tmp_path, lines({**record, name: None}, {**record, **field}))
+    assert (found.turns, found.reasons) == ([QA], ["invalid_field"])
+    assert name in found.quarantine[0]["detail"]
+    assert read("messages", {**record, "loss": 0.3, "weight": 2, "train": "2019"}) == [QA]
 
 
 @pytest.mark.parametrize(("flag", "trained"), [

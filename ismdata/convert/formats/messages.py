@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 
 from ismdata.choices import Side
 from ismdata.conversation import ROLE_NAMES
+from ismdata.convert.answer_labels import labels_message_as_bad, may_label_message
 from ismdata.convert.canonical import MAX_WEIGHT
 from ismdata.convert.columnar import any_per_record, as_bools, flat_list, has_text
 from ismdata.convert.columnar_extras import (
@@ -188,6 +190,8 @@ class MessageLists(CorpusFormat):
                 draft[target] = value
             elif value is not None:
                 ignored.append(f"{name}[].{field}")
+                if labels_message_as_bad(field, value):
+                    draft["is_bad"] = True
         found = draft.get("content")
         return split_blocks(draft, found) if isinstance(found, list) and has_blocks(found) else [draft]
 
@@ -228,12 +232,7 @@ class MessageLists(CorpusFormat):
                 for field, value in message.items():
                     if value is None or field == self.content or field == self.role:
                         continue
-                    if (
-                        field in FILES
-                        or field in BRANCHES
-                        or self._canonical_name(field) is not None
-                        or is_place(field)
-                    ):
+                    if self._canonical_name(field) is not None or _needs_general_path(field):
                         return None
                     ignored.append(f"{name}[].{field}")
         info = record_info({one: value for one, value in record.items() if one != name}, (*self.systems, *_TOOLS))
@@ -313,15 +312,21 @@ class MessageLists(CorpusFormat):
         )
 
 
+@lru_cache(maxsize=4096)
+def _needs_general_path(field: str) -> bool:
+    """Whether a message field decides how a list is read, although messages do not keep it."""
+    return field in FILES or field in BRANCHES or is_place(field) or may_label_message(field)
+
+
 def _places(block: TableBlock, names: Sequence[str]) -> list[str]:
-    """The fields of messages in these columns of a table that say to which message or thread they belong."""
+    """The fields of messages in these columns of a table that can label them or say to which thread they belong."""
     kinds = [getattr(block.rows.schema.field(name).type, "value_type", None) for name in names]
     return [
         field.name
         for kind in kinds
         if kind is not None and pa.types.is_struct(kind)
         for field in kind
-        if is_place(field.name)
+        if is_place(field.name) or may_label_message(field.name)
     ]
 
 

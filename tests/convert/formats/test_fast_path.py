@@ -55,7 +55,7 @@ def message(role_name, content_name):
             "tool_calls": st.none(), "function_call": st.none(), "tool_call_id": st.none(), "attrs": st.none(),
             "toxic": odd, "language": often(text), "thinking": st.sampled_from([None, "", "t"]),
             "text": st.sampled_from([None, "", "t"]), "parentId": st.sampled_from([None, "p", 1]), "id": odd,
-            "is_bad": st.sampled_from([None, True, "0"]),
+            "is_bad": st.sampled_from([None, True, "0"]), "rating": st.sampled_from([None, "bad", 3]),
         },
     )  # fmt: skip
     return often(fields)
@@ -71,6 +71,7 @@ def listed(name, items):
         "functions": st.sampled_from([None, "", [], 0]),
     }
     extras |= {"label": st.sampled_from([None, "", False, 1, "bad", "news"]), "rejected": st.sampled_from([None, "x"])}
+    extras |= {"train": st.sampled_from([None, False, "x"]), "weight": st.sampled_from([None, 0, 2])}
     extras |= {"sys": st.sampled_from([None, "", "s", 3]), "persona": st.sampled_from(["You are s", "she"])}
     extras |= {"instruction": st.sampled_from([None, "", "Hello", "s"]), "score": st.floats()}
     extras |= {"system_prompt": st.sampled_from([None, "", "s", 0, []]), "images": st.sampled_from([None, [], ["x"]])}
