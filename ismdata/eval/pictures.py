@@ -113,8 +113,8 @@ def _draw_turns(panel: Any, rows: Sequence[Row], mask: str) -> None:
     cells = [row.cells() for row in rows]
     colour = MASK_COLOURS[mask]
     panel.plot(turns, [each["perplexity"] for each in cells], color=colour, marker="o", markersize=4, linewidth=1.5)
-    if all(each["low"] != "" for each in cells):
-        low, high = ([each[name] for each in cells] for name in ("low", "high"))
+    if any(each["low"] != "" for each in cells):  # a turn of one conversation has none
+        low, high = ([np.nan if each[name] == "" else each[name] for each in cells] for name in ("low", "high"))
         panel.fill_between(turns, low, high, color=colour, alpha=0.18, linewidth=0, label="95 % interval")
         panel.legend(frameon=False)
     panel.set_xlabel("turn")

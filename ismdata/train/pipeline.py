@@ -165,6 +165,7 @@ def train(
         folder = training_folder(output, inputs=[packed], overwrite=overwrite, reporter=reporter)
         on_first_process(lambda: stack.enter_context(folder))
         stack.enter_context(_explained_interrupt(run.partial))
+        stack.enter_context(library_bars(reporter))
         set_seed(options.seed)
         model = _open_model(run, reporter)
         trained = with_lora(model, options) if options.lora else model
@@ -369,15 +370,14 @@ def _write_output(
     """Write the model, its card and the curves; metrics and checkpoints are there already."""
     folder = run.partial
     base = describe_base(run.options.model)
-    with library_bars(reporter):
-        save_model(
-            model,
-            weights,
-            folder,
-            dataset=run.dataset,
-            tokenizer_files=run.tokenizer,
-            base=base.hub_name or base.name,
-        )
+    save_model(
+        model,
+        weights,
+        folder,
+        dataset=run.dataset,
+        tokenizer_files=run.tokenizer,
+        base=base.hub_name or base.name,
+    )
     if not draw_curves(folder, run.mask):
         reporter.note("no curves.png, for want of matplotlib; run: pip install 'ismdata[plots]'")
     facts = {

@@ -77,7 +77,7 @@ class TrainProgress:
             "learning rate": f"lr {logs['learning_rate']:.1e}",
             "speed": f"{compact(logs['tokens_per_second'])} tok/s",
             "utilisation": "" if share is None else f"{share:.0%} MFU",
-            "remaining": f"{duration(self._remaining())} left",
+            "remaining": f"{duration(self._remaining())} left" if self.step < self.steps else "",
         }
         self.reporter.note(one_line(parts, droppable=("learning rate", "utilisation")))
 

@@ -36,7 +36,7 @@ def eval_report(facts: dict[str, Any], output: str | None) -> View:
 
 
 def _likelihoods(facts: dict[str, Any]) -> RenderableType:
-    table = _table("turn", "conversations", "tokens", "nats per token", "", "perplexity")
+    table = _table("turn", "conversations", "tokens", "nats per\ntoken", "", "perplexity")
     rows = [("all", facts["overall"]), *((str(each["turn"]), each) for each in facts["by_turn"][:_TURNS])]
     for name, row in rows:
         counts = (f"{row[count]:,}" for count in ("conversations", "target_tokens"))
@@ -82,5 +82,6 @@ def _estimate(estimate: dict[str, Any], digits: int, *, signed: bool = False) ->
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=any(columns), header_style="dim")
     for name in columns:
-        table.add_column(name, justify="left" if name == "" else "right", overflow="fold")
+        # A number stays in one piece on a narrow terminal; an interval breaks after its comma.
+        table.add_column(name, justify="left" if name == "" else "right", overflow="fold", no_wrap=name != "")
     return table
