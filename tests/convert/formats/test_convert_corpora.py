@@ -49,7 +49,7 @@ CORPORA = [
 
 def table_of(folder):
     tables = []
-    for path in sorted(folder.glob("conversations-*.arrow")):
+    for path in sorted(folder.rglob("conversations-*.arrow")):  # a source of splits makes a folder for each
         with pa.ipc.open_stream(path) as stream:
             tables.append(stream.read_all())
     return pa.concat_tables(tables)
