@@ -93,6 +93,15 @@ def test_a_death_at_any_sync_is_resumed_to_the_same_bytes(splits, tmp_path, opti
     assert n > 20
 
 
+def test_the_command_to_train_is_said(splits, tmp_path, options):
+    words = ["pack", splits, "-o", tmp_path / "p", "--tokenizer", options["tokenizer"], "--seq-len", 256]
+    shown = CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "400"})
+    assert shown.exit_code == 0, shown.stderr
+    assert (
+        f"ismdata train {tmp_path / 'p' / 'train'} --eval {tmp_path / 'p' / 'validation'} --model MODEL" in shown.stdout
+    )
+
+
 def test_inspect_shows_all_splits(splits, tmp_path, options):
     pack([splits], tmp_path / "p", **options)
     for folder, column in ((splits, "conversations"), (tmp_path / "p", "sequences")):

@@ -161,8 +161,26 @@ def pack_report(report: PackReport) -> View:
         numbers(*((name.replace("_", " "), report.totals[name], notes.get(name, "")) for name in names)),
         *parts_table(facts["parts"]),
         *quarantine(facts),
+        *_train_splits(report),
     )
     return View(facts=facts, drawing=drawing)
+
+
+def _train_splits(report: PackReport) -> list[Text]:
+    """The command that trains on one split and evaluates on another, if there are such."""
+    if not {"train", "validation"} <= report.parts.keys():
+        return []
+    words = (
+        "train",
+        report.output / "train",
+        "--eval",
+        report.output / "validation",
+        "--model",
+        "MODEL",
+        "-o",
+        "model",
+    )
+    return [heading("next", command_line(*words))]
 
 
 def train_report(report: TrainReport) -> View:
