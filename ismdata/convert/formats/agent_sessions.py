@@ -155,8 +155,10 @@ def _merged(rows: Sequence[dict[str, Any]], ignored: list[str]) -> list[dict[str
             ignored.append("notes of the program")
             continue
         content, own = row["message"].get("content"), _answer_id(row)
-        if own is not None and own in answers and isinstance(content, list):
-            answers[own]["content"] += content
+        last = messages[-1] if messages and own is None and row.get("type") == "assistant" else {}
+        before = answers.get(own or "") or (last if last.get("role") == "assistant" else {})
+        if isinstance(content, list) and isinstance(before.get("content"), list):
+            before["content"] += content
             continue
         message = {
             "role": row["message"].get("role"),

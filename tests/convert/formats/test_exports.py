@@ -83,6 +83,12 @@ def test_the_assistant_may_be_the_first(tmp_path):
     assert convert_files(tmp_path, files, assistant="both").talks == [QA, [(A, Q), (U, R)]]
 
 
+def test_lines_of_an_answer_without_an_id_are_one_answer(tmp_path):
+    rows = [code_row("1", None, U, Q), code_row("2", "1", A, [{"type": "thinking", "thinking": "hm"}]),
+            code_row("3", "2", A, [{"type": "text", "text": R}])]  # fmt: skip
+    assert convert_files(tmp_path, {"a.jsonl": lines(*rows)}).talks == [QA]
+
+
 def test_two_people_of_one_name_are_kept_apart(tmp_path):
     rows = [{"type": "message", "from": "Bo", "from_id": f"user{at}", "text": text} for at, text in enumerate([Q, R])]
     assert convert_files(tmp_path, {"a.json": json.dumps({**TELEGRAM, "messages": rows})}).talks == [QA]
