@@ -100,13 +100,15 @@ def converted(folder: Path, name: str, data: bytes, **options: Any) -> ConvertRe
 
 def rows_of(report: ConvertReport) -> list[dict[str, Any]]:
     """The rows of a converted folder, which must be valid."""
-    checked = verify(report.output)
-    assert checked.ok, checked.problems
+    parts = [report.output / name for name in report.parts] or [report.output]
+    for part in parts:
+        checked = verify(part)
+        assert checked.ok, checked.problems
     assert report.read == report.written + sum(report.quarantined.values())
-    lines = (report.output / "quarantine.jsonl").read_bytes().splitlines()
+    lines = [line for part in parts for line in (part / "quarantine.jsonl").read_bytes().splitlines()]
     assert Counter(json.loads(line)["reason"] for line in lines) == report.quarantined
     rows: list[dict[str, Any]] = []
-    for shard in sorted(report.output.glob("*.arrow")):
+    for shard in [shard for part in parts for shard in sorted(part.glob("*.arrow"))]:
         table = pa.ipc.open_stream(shard.read_bytes()).read_all()
         assert table.schema.equals(CONVERSATION_SCHEMA)
         rows += table.to_pylist()
