@@ -106,9 +106,9 @@ def _with_watchdog(call: Callable[[], T], seconds: float) -> T:
         timer.cancel()
 
 
-#: Bytes of address space that other threads may add meanwhile: pyarrow's allocator reserves 1 GiB at a time. The limit
-#: is the whole process's, so without this margin another thread could fail to open a file.
-_OTHER_THREADS = 2 << 30
+#: Bytes of address space that other threads may add meanwhile: pyarrow's allocator reserves 1 GiB at a time, a thread
+#: some 100 MB. The limit is the whole process's, so without this margin another thread could fail to open a file.
+_OTHER_THREADS = (1 << 30) + (1 << 28)
 
 
 def _with_memory_limit(call: Callable[[], T], memory: int) -> T:
