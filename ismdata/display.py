@@ -308,10 +308,12 @@ class View:
     Attributes:
         facts: A JSON object.
         drawing: What rich prints. It says with letters what it says with colours, so that a pipe loses nothing.
+        whole_lines: Lines stay whole, whatever the width, so that paths can be copied.
     """
 
     facts: dict[str, Any]
     drawing: RenderableType
+    whole_lines: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts."""

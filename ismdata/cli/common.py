@@ -100,4 +100,4 @@ def show(shown: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(shown.as_json())
     else:
-        draw(shown)
+        draw(shown, whole_lines=getattr(shown, "whole_lines", False))

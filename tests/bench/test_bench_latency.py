@@ -243,7 +243,8 @@ def test_a_run(model, tmp_path):
     results = run_latency_bench(tmp_path / "out", LatencyOptions(model=model, **options), reporter=recorder)
     assert json.loads((tmp_path / "out/bench.json").read_text(encoding="utf-8")) == results
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.svg"]
-    assert len(recorder.notes) == 3
+    assert recorder.notes[0] == "attention backend: sdpa on cpu"
+    assert len(recorder.notes) == 4
     assert results["device"] == {"name": "cpu", "threads": 1}
     assert results["options"]["prefix_rounds"] == 2
     assert [(row["mask"], row["turn"]) for row in results["turns"]] == [

@@ -114,7 +114,7 @@ def attention_attached(gpu: ModuleType, call: object) -> object:
     from ismdata.attention import attachment as attention_module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_module, "check_attached", lambda *arguments: None)
+        patch.setattr(attention_module, "check_attached", lambda *arguments: ())
         return attention_module.attach(gpu.tiny_model(call).eval(), "sdpa")
 
 

@@ -117,7 +117,6 @@ FILES: list[tuple[str, list[str]]] = [
     ("verify a.jsonl", ["found a file", "ismdata convert a.jsonl"]),
     ("inspect model", ["no index.json", "ismdata chat model"]),
     ("inspect pakced", ["Did you mean packed?"]),
-    ("inspect conv --row 0", ["ismdata pack conv -o packed"]),
     ("template conv", ["without tokenizer.json"]),
     ("train packed --model ./tinny/x -o out", ["no such file", "tiny"]),
     ("train packed --model tiny -o out --config missing.toml", ["TOML file of options"]),

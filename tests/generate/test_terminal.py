@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -94,7 +93,7 @@ def test_ctrl_c_ends_the_answer_between_two_tokens():
     def interrupted_forward(**kwargs):
         output = forward(**kwargs)
         if len(model.calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return output
 
     model.forward = interrupted_forward
@@ -110,7 +109,7 @@ def press_in_call(model, number, times=1):
     def pressed(**kwargs):
         if len(model.calls) == number and presses:
             for _ in range(presses.pop()):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # in this thread, so it is here now
         return forward(**kwargs)
 
     model.forward = pressed

@@ -87,6 +87,9 @@ class Memory:
 
     data: bytes
     name: str = "x"
+    split: str | None = None
+    only: tuple[str, ...] | None = None
+    held_out: bool | None = None
 
     def parts(self) -> Generator[Part, None, list[str]]:
         stream: Any = io.BufferedReader(io.BytesIO(self.data))

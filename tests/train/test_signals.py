@@ -49,7 +49,7 @@ def kill_in(monkeypatch, name, step, number, *, times=1):
     def method(self, *args, **options):
         if self.state.global_step == step and left[0]:
             left[0] -= 1
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return original(self, *args, **options)
 
     monkeypatch.setattr(trainers.PackedTrainer, name, method)
@@ -172,10 +172,10 @@ def test_without_another_process_to_wait_for_the_line_offers_a_second_ctrl_c():
         reporter = Recorder()
         stop = StopSignals(alone=alone, reporter=reporter)
         with stop.deferred(), stop.during(stop_signals.EVALUATION):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert told(reporter) == [f"Ctrl-C: leaving the evaluation{ending}"]
             if not alone:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         assert stop.received == signal.SIGINT
 
 

@@ -48,7 +48,7 @@ def verify_report(report: VerifyReport) -> View:
     )
     # Do not wrap: a path is only useful in one piece.
     problems = [Text(f"  {one_line(problem)}", no_wrap=True, overflow="ignore") for problem in report.problems]
-    return View(facts=facts, drawing=Group(head, *problems))
+    return View(facts=facts, drawing=Group(head, *problems), whole_lines=True)
 
 
 def tokenizer_report(output: Path, tokenizer: SavedTokenizer, *, wanted: int, converted: Sequence[Path]) -> View:
@@ -227,4 +227,4 @@ def train_report(report: TrainReport) -> View:
         numbers(*rows),
         *parts,
     )
-    return View(facts=facts, drawing=drawing)
+    return View(facts=facts, drawing=drawing, whole_lines=True)
