@@ -15,6 +15,9 @@ from ismdata.generate.session import Session
 from tests.laws.test_laws_cache import TextEncoder
 from tests.support.tiny import ANSWER, QUERY, sample, tiny_model
 
+#: What peft says about its own adapters.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:Sparse invariant checks:UserWarning")
+
 peft = pytest.importorskip("peft")
 DOCUMENTS = [[(QUERY, 5), (ANSWER, 4), (QUERY, 3), (ANSWER, 6)], [(QUERY, 7), (ANSWER, 9)]]
 TOKENS = 34

@@ -55,7 +55,10 @@ class Alpaca(CorpusFormat):
             messages += [*exchange_message(pair[0], "user"), {"role": "assistant", "content": pair[1]}]
         prompt = _prompt(texts["instruction"], texts["input"])
         earlier = split_prompt(prompt) if isinstance(prompt, str) else []
-        messages += to_messages(*zip(*earlier, strict=True)) if earlier else [{"role": "user", "content": prompt}]
+        if earlier:
+            messages += to_messages(*zip(*earlier, strict=True))
+        elif prompt is None or prompt.strip():
+            messages.append({"role": "user", "content": prompt})
         messages.append({"role": "assistant", "content": texts["output"], "reasoning_content": take_thoughts(fields)})
         for names in later:
             given = take_text(fields, names[0].replace("instruction", "input"))
@@ -79,6 +82,7 @@ class Alpaca(CorpusFormat):
         fallback |= as_bools(pc.fill_null(pc.ends_with(pc.utf8_rtrim(instruction, WHITESPACE), ANSWER_MARK), False))
         joined = pc.binary_join_element_wise(instruction, given, "\n")
         prompts = pc.if_else(pa.array(has_text(table["input"])), joined, instruction)
+        fallback |= as_bools(pc.fill_null(pc.equal(pc.utf8_ltrim(prompts, WHITESPACE), ""), False))
 
         # Fallback rows may have ragged pairs; counting no history for them keeps the other rows aligned.
         counts = np.where(fallback, 0, np.diff(pair_offsets))

@@ -62,6 +62,8 @@ class PromptCompletion(CorpusFormat):
         for role, name, side in zip(
             ("user", "assistant"), names, (prompt, only_answer(completion, names[1])), strict=True
         ):
+            if role == "user" and isinstance(side, str) and not side.strip():
+                continue  # nothing was asked: the assistant begins
             messages += side_messages(side, role, name, ignored)
         thoughts = take_thoughts(fields) if messages[-1].get("role") == "assistant" else None
         if thoughts is not None and messages[-1].get("reasoning_content") is None:

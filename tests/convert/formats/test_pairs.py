@@ -121,3 +121,10 @@ def test_reasoning_beside_an_exchange(name):
         assert conversation["messages"][-1]["reasoning_content"] == "It is Monday."
         (conversation,) = conversations(kind, {**record, name: "off"})
         assert json.loads(conversation["meta"]) == {name: "off"}
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", "\u3000"])
+def test_an_empty_question_is_no_message(tmp_path, nothing):
+    assert read("prompt_completion", {"prompt": nothing, "completion": R}) == [[(A, R)]]
+    records = {"instruction": nothing, "input": "", "output": R}, {"instruction": Q, "output": R}
+    assert convert_text(tmp_path, lines(*records)).turns == [[(A, R)], QA]
