@@ -135,6 +135,15 @@ def test_a_second_ctrl_c_while_the_answer_is_being_ended():
     assert (chat.fed, chat.messages) == ([], [])
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """As in the foreground: a process in the background of a shell ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_ctrl_c_in_a_pipe_is_not_caught():
     chat, model, _ = session_of([7, 8, 9, END])
     press_in_call(model, 2)

@@ -52,7 +52,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> pa.RecordBatch:
     chosen = []
     for name, files in CORPORA.items():
         convert([str(DATA / file) for file in files], root / name)
-        tables = [pa.ipc.open_stream(path).read_all() for path in sorted((root / name).glob("*.arrow"))]
+        tables = [pa.ipc.open_stream(path).read_all() for path in sorted((root / name).rglob("*.arrow"))]
         table = pa.concat_tables(tables)
         short = np.flatnonzero(table.column("messages").combine_chunks().value_lengths().to_numpy() <= 24)
         picked = np.random.default_rng(5).choice(short, min(SAMPLE, len(short)), replace=False)
