@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from ismdata.train.model_card import Card, describe_base
 from ismdata.train.options import TrainOptions
 from ismdata.train.order import Order, OrderedDataset, PaddedDataset
 from ismdata.train.progress import Cost, SilentReporter, TrainProgress
+from ismdata.train.starting_loss import report_starting_loss
 from ismdata.train.stop_signals import StopSignals
 from ismdata.train.trainer import PackedTrainer
 from ismdata.train.trainer_arguments import check_trackers, tracker_callbacks, training_arguments
@@ -77,6 +78,8 @@ class TrainReport:
 
     `first_loss` and `last_loss` are those of the first and the last line of metrics.csv, `evaluations` the losses of
     the first and the last evaluation, or of the only one. `evaluation_set` is the folder evaluated on.
+    `starting_losses` are those of one micro-batch before the first step, by mask; empty for a preset and for a run that
+    was resumed.
     """
 
     output: Path
@@ -93,6 +96,7 @@ class TrainReport:
     dtype: str
     evaluations: tuple[float, ...] = ()
     evaluation_set: str | None = None
+    starting_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +177,12 @@ def train(
         trainer = _make_trainer(run, model, trained, stop, reporter)
         trainer.metrics.begin(checkpoint, write=is_first_process())
         trainer.progress.begin(0 if checkpoint is None else step_of(checkpoint))
+        starting = {} if checkpoint is not None else _starting_losses(run, model, trainer, reporter)
         with stop.deferred():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.state.global_step < run.order.steps or trainer.metrics.sums.evaluation_due:
             raise trainer.interruption()
-        report = _report(run, trainer, trained, attached_backend(model))
+        report = replace(_report(run, trainer, trained, attached_backend(model)), starting_losses=starting)
         finished, sharded = trainer.finished_model()
         on_first_process(lambda: _write_output(run, report, finished, sharded, reporter))
     return report
@@ -329,6 +334,19 @@ def _make_trainer(
     )
 
 
+def _starting_losses(run: _Run, model: PreTrainedModel, trainer: PackedTrainer, reporter: Reporter) -> dict[str, float]:
+    dataset = run.dataset if run.evaluation is None else run.evaluation
+    return report_starting_loss(
+        trainer,
+        dataset,
+        model=run.options.model,
+        mask=run.mask,
+        packed_mask=dataset.mask,
+        tables=attached_backend(model) == "varlen",
+        reporter=reporter,
+    )
+
+
 @contextmanager
 def _explained_interrupt(partial: Path) -> Iterator[None]:
     """Let a Ctrl-C that ends the run at once say from where it can be resumed."""
@@ -385,6 +403,7 @@ def _write_output(
         "steps": f"{report.steps:,}",
         "sequences seen": f"{run.order.total:,}",
         "tokens seen": f"{report.tokens:,}, of which {report.target_tokens:,} targets",
+        **{f"loss before training, {mask}": f"{loss:.4f}" for mask, loss in report.starting_losses.items()},
         "loss, first and last line": f"{report.first_loss:.4f}, {report.last_loss:.4f}",
         "time": f"{report.seconds:,.0f} s of steps on {report.device}, {report.dtype}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "

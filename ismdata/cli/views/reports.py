@@ -199,6 +199,7 @@ def train_report(report: TrainReport) -> View:
         "device": report.device,
         "dtype": report.dtype,
         "evaluations": list(report.evaluations),
+        "starting_losses": report.starting_losses,
     }
     rows: list[tuple[str, int, str | Text]] = [
         ("parameters", report.parameters, ""),
