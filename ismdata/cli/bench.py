@@ -102,7 +102,8 @@ def bench_attention(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="attention (layers alone), step (training steps), or a backend: sdpa, flex, varlen. Repeatable. "
+            help="attention (layers alone), step (training steps), loss (the loss of the targets), or a backend: sdpa, "
+            "flex, varlen. Repeatable. "
             "Default: all.",
         ),
     ] = None,
@@ -110,7 +111,7 @@ def bench_attention(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the attention backends under each mask beside plain causal FlashAttention, and training steps.
+    """Measure the attention backends under each mask beside plain causal FlashAttention, training steps, and the loss.
 
     A row says why a backend cannot run on this device. Exit code 1 if one failed for another reason.
     """
@@ -126,7 +127,7 @@ def bench_attention(
         reporter=TerminalReporter(),
     )
     show(attention_table(results), as_json=as_json)
-    if any(row["failed"] for row in results["attention"] + results["steps"]):
+    if any(row["failed"] for row in results["attention"] + results["steps"] + results["losses"]):
         raise typer.Exit(1)
 
 

@@ -252,7 +252,7 @@ def test_one_command_measures_and_leaves_two_files(tmp_path: Path) -> None:
     results = json.loads((output / "bench.json").read_text(encoding="utf-8"))
     assert json.loads(result.stdout) == results  # type: ignore[attr-defined]
     rows = [AttentionRow(**row) for row in results["attention"]]
-    assert results["steps"] == []
+    assert results["steps"] == results["losses"] == []
     cells = [(YARDSTICK, "causal"), *((backend, mask) for backend in BACKENDS for mask in masks.MASKS)]
     assert [(row.seq_len, row.rows, row.backend, row.mask) for row in rows] == [
         (seq_len, 256 // seq_len, *cell) for seq_len in (128, 256) for cell in cells
@@ -290,7 +290,7 @@ def test_what_fails_or_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--only", "speed"], "expected one of attention, step, sdpa"),
+        (["--only", "speed"], "expected one of attention, step, loss, sdpa"),
         (["--rounds", "0"], "expected 1 or more"),
         (["--seq-len", "2048,1000"], "expected multiples of 128 separated by commas"),
         (["--seq-len", "2048;4096"], "expected multiples of 128 separated by commas"),
@@ -328,6 +328,7 @@ def results_of(*rows: AttentionRow | StepRow) -> dict[str, object]:
         "options": {"heads": vars(HEADS), "dtype": "bfloat16", "yardstick": "plain & causal"},
         "attention": [row.as_json() for row in rows if isinstance(row, AttentionRow)],
         "steps": [row.as_json() for row in rows if isinstance(row, StepRow)],
+        "losses": [],
     }
 
 

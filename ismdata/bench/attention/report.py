@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from ismdata.bench.attention.loss_head import LossRow
 from ismdata.bench.report import machine_line, number, svg_text
 from ismdata.display import View
 
@@ -216,6 +217,10 @@ def attention_table(results: dict[str, Any]) -> View:
         )
         rows = [StepRow(**row).cells() for row in results["steps"]]
         drawings.append(_table("" if drawings else title, columns, rows, left=(0, 2, 3, 9)))
+    if results["losses"]:
+        of_losses = ("targets × width × vocabulary", "loss", "forward + backward", "processor", "peak", "× all", "note")
+        cells = [LossRow(**row).cells() for row in results["losses"]]
+        drawings.append(_table("" if drawings else title, of_losses, cells, left=(1, 6)))
     return View(facts=results, drawing=Group(*drawings))
 
 

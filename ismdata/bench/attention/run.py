@@ -4,7 +4,7 @@ Each length has one batch of documents with the lengths of ShareGPT (`workload.p
 measured is the core of an attention layer: queries, keys and values to the output, and the gradients of the three.
 FLOPs count visible pairs only: 4 x width x heads per pair forward, 2.5 times that backward. Each case is warmed up,
 then all cases of a length run in alternation, round after round, and the medians count. Training steps follow
-(`training_steps.py`). What cannot run becomes a row that says why.
+(`training_steps.py`), and the loss of the targets (`loss_head.py`). What cannot run becomes a row that says why.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from ismdata.attention import BACKENDS
 from ismdata.bench.attention import yardstick
 from ismdata.bench.attention.cases import YARDSTICK, Case, Heads, case, missing, random_inputs
+from ismdata.bench.attention.loss_head import LossRow, loss_rows
 from ismdata.bench.attention.report import AttentionRow, StepRow, picture
 from ismdata.bench.attention.training_steps import training_steps
 from ismdata.bench.attention.workload import Workload, sharegpt_like
@@ -43,7 +44,7 @@ from ismdata.errors import UsageError
 from ismdata.masks import BLOCK_SIZE
 
 RESULTS_NAME, PICTURE_NAME = "bench.json", "bench.svg"
-PARTS = ("attention", "step")
+PARTS = ("attention", "step", "loss")
 
 #: Defaults by device: sequence lengths, attention heads (those of a Llama of 1 B on a GPU, a quarter of them on a CPU),
 #: rounds, and precision.
@@ -226,7 +227,7 @@ def run_attention_bench(
     overwrite: bool = False,
     reporter: Reporter = LOGGED,
 ) -> dict[str, Any]:
-    """Measure attention and training steps; write `bench.json` and `bench.svg`.
+    """Measure attention, training steps and the loss; write `bench.json` and `bench.svg`.
 
     Args:
         output: Folder to write.
@@ -254,7 +255,7 @@ def run_attention_bench(
     lengths = parse_seq_lens(seq_lens, where)
     parts = [part for part in PARTS if part in only] or list(PARTS)
     backends = [name for name in BACKENDS if name in only] or list(BACKENDS)
-    rows: list[AttentionRow | StepRow] = []
+    rows: list[AttentionRow | StepRow | LossRow] = []
     with open_output(output, overwrite=overwrite, marker=RESULTS_NAME, reporter=reporter) as folder:
         for row in _rows(parts, lengths, backends=backends, device=where, rounds=rounds):
             rows.append(row)
@@ -271,6 +272,7 @@ def run_attention_bench(
             },
             "attention": [row.as_json() for row in rows if isinstance(row, AttentionRow)],
             "steps": [row.as_json() for row in rows if isinstance(row, StepRow)],
+            "losses": [row.as_json() for row in rows if isinstance(row, LossRow)],
         }
         (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / PICTURE_NAME).write_text(picture(results), encoding="utf-8")
@@ -279,7 +281,7 @@ def run_attention_bench(
 
 def _rows(
     parts: Sequence[str], lengths: Sequence[int], *, backends: Sequence[str], device: torch.device, rounds: int
-) -> Iterator[AttentionRow | StepRow]:
+) -> Iterator[AttentionRow | StepRow | LossRow]:
     """Measure all parts. All batches have as many tokens as the longest row, so they differ only in length."""
     if "attention" in parts:
         for seq_len in lengths:
@@ -294,3 +296,5 @@ def _rows(
             )
     if "step" in parts:
         yield from training_steps(device, backends=backends, rounds=rounds)
+    if "loss" in parts:
+        yield from loss_rows(device, dtype=DTYPES[device.type], rounds=rounds)
