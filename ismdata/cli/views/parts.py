@@ -12,8 +12,15 @@ from rich.text import Text
 
 from ismdata.display import heading, one_line
 
-#: What is shown of each split, where its facts have it.
-_SHOWN = ("conversations", "messages", "documents", "sequences", "tokens", "target_tokens")
+#: What is shown of each split, where its facts have it, under names that leave the table narrower than 80 columns.
+_SHOWN = {
+    "conversations": "conv.",
+    "messages": "messages",
+    "documents": "documents",
+    "sequences": "sequences",
+    "tokens": "tokens",
+    "target_tokens": "targets",
+}
 
 
 def parts_table(parts: Mapping[str, Mapping[str, Any]]) -> list[RenderableType]:
@@ -24,7 +31,7 @@ def parts_table(parts: Mapping[str, Mapping[str, Any]]) -> list[RenderableType]:
     table = Table.grid(padding=(0, 2))
     for number in range(len(names) + 2):
         table.add_column(justify="right" if number else "left")
-    table.add_row("", *(Text(name.replace("_", " "), "dim") for name in [*names, "quarantined"]))
+    table.add_row("", *(Text(name, "dim") for name in [*(_SHOWN[name] for name in names), "refused"]))
     for split, facts in parts.items():
         counts = [facts[name] for name in names] + [sum(facts["quarantined"].values())]
         table.add_row(Text(one_line(split), "bold"), *(f"{count:,}" for count in counts))
