@@ -102,7 +102,8 @@ def check_choice(option: str, value: object, choice: Any) -> None:
     """
     known = choice if isinstance(choice, tuple) else words(choice)
     if value not in known:
-        raise UsageError(f"{option} is {value!r}; expected one of {', '.join(known)}.{did_you_mean(str(value), known)}")
+        hint = did_you_mean(str(value), known)
+        raise UsageError(f"{option} is {value!r}; expected one of {', '.join(known)}{hint and '.' + hint}")
 
 
 def check_mask(mask: str, option: str = "mask") -> None:
