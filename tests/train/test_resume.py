@@ -146,7 +146,7 @@ def test_without_a_good_checkpoint_the_run_starts_again(packed, model, undisturb
     for folder in checkpoints(partial_of(output)):
         (folder / "index.json").unlink()
     run(packed, output, model=model, **OPTIONS, reporter=reporter)
-    assert [line[:10] for line in reporter.notes[1:5]] == ["skipped a ", "skipped a ", "loss befor", "step 1/6  "]
+    assert [line.split()[0] for line in reporter.notes[1:5]] == ["skipped", "skipped", "loss", "step"]
     assert_the_same(output, undisturbed)
 
 
