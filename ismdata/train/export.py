@@ -53,6 +53,9 @@ def save_model(
         adapted.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
         raise OSError(str(error)) from error  # safetensors has no more specific error for a full disk
+    mode = (folder / "config.json").stat().st_mode
+    for path in (*folder.glob("*.safetensors"), *(folder / ADAPTER_NAME).glob("*.safetensors")):
+        path.chmod(mode)  # safetensors lets only the owner read what it writes
     for file in tokenizer_files:
         shutil.copy2(file, folder / file.name)
 

@@ -70,6 +70,7 @@ def test_what_the_folder_holds(trained, packed):
     assert {path.name for path in (output / "checkpoints").iterdir()} == {"checkpoint-25", "checkpoint-40"}
     assert report.output == output
     assert not list(output.parent.glob(".*"))
+    assert len({path.stat().st_mode for path in output.iterdir() if path.is_file()}) == 1  # who reads one reads all
 
 
 def test_metrics_and_lines(trained, packed):
